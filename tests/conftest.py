@@ -1,0 +1,17 @@
+"""Set up before any test module is imported."""
+
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+# Models here are tiny: threads that wait for each other cost more than they compute.
+torch.set_num_threads(1)
+
+if find_spec("triton") is not None and not torch.cuda.is_available():
+    # Triton settles between compiling and interpreting while it and the kernels' modules are imported, so this comes
+    # first. Dispatch looks at the variable too: it is set again for the tests of the kernels only (tests/kernels),
+    # and the others see dentropy as users do.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        import dentropy.kernels.token_stats  # noqa: F401
