@@ -1,0 +1,42 @@
+"""dentropy: what a weight update does to a language-model policy's entropy, predicted before and measured after.
+
+    rollouts ─ PackedBatch ─► measure(policy, batch, direction, eta=...) ─► SequenceSums ─► slope / curvature / importance
+
+`measure` alone touches a model; everything statistical is a pure function of the table it leaves.
+"""
+
+from .batch import PackedBatch
+from .direction import Direction
+from .estimators import curvature, importance, on_policy_audit, slope
+from .forward_mode import moved_weights
+from .measure import measure
+from .policy import Policy
+from .policy_gradient import policy_gradient_direction
+from .probe import ProbeResult, probe
+from .rollout import sample
+from .sequence_sums import sequence_sums
+from .tables import SequenceSums, TokenStats
+from .token_stats import linear_token_stats, token_stats
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Direction",
+    "PackedBatch",
+    "Policy",
+    "ProbeResult",
+    "SequenceSums",
+    "TokenStats",
+    "curvature",
+    "importance",
+    "linear_token_stats",
+    "measure",
+    "moved_weights",
+    "on_policy_audit",
+    "policy_gradient_direction",
+    "probe",
+    "sample",
+    "sequence_sums",
+    "slope",
+    "token_stats",
+]

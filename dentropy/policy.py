@@ -1,0 +1,221 @@
+"""A Hugging Face causal language model, prepared for packed passes.
+
+The pass wants hidden states, so that logits exist only where a response token is predicted, and packed rows, so that
+nothing is padded. Whether a model allows both is not read off its name but tried once, against its own logits.
+"""
+
+import warnings
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import attention
+from .precision import full_float32
+
+
+class Head(NamedTuple):
+    """logits = softcap(scale · (hidden Wᵀ + bias)); softcap(z) = c·tanh(z/c)."""
+
+    weight: Tensor  # [V, D]
+    bias: Tensor | None  # [V]
+    scale: float
+    softcap: float | None
+
+
+class Policy:
+    """Wraps `model`, a transformers causal language model (PEFT models too), without changing it.
+
+    At construction a few short sequences are run both through the model's own forward and through the pass that
+    dentropy will use (packed row, hidden states, head); where they differ the pass falls back, says so once, and stays
+    exact: `packs` is False for models that are run one sequence at a time with their eager attention, `splits_head`
+    is False where logits come from the model's own head.
+
+    Attributes: model; dtype, device (of the weights); vocab_size (token ids are below it); max_positions
+    (longest sequence, None where the model sets no limit); packs; splits_head.
+
+    Raises ValueError, naming the fix, for wrapped, sharded or quantized models, for weights that are not finite, and
+    where no pass reproduces the model's logits.
+
+    >>> from transformers import AutoModelForCausalLM, LlamaConfig
+    >>> config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+    ...                      num_attention_heads=2, num_key_value_heads=1)
+    >>> policy = Policy(AutoModelForCausalLM.from_config(config))
+    >>> policy.packs, policy.splits_head, policy.vocab_size
+    (True, True, 32)
+    """
+
+    def __init__(self, model: nn.Module):
+        _check_usable(model)
+        self.model = model
+        # PEFT injects its layers into the model it wraps; that model's forward is the adapted policy.
+        self._causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._backbone = self._causal_lm.base_model
+        self._config = self._causal_lm.config.get_text_config()
+        self.device = next(model.parameters()).device
+        self.dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+        self.max_positions = getattr(self._config, "max_position_embeddings", None)
+        self.vocab_size = int(self._causal_lm.get_input_embeddings().weight.shape[0])
+        self.packs, self.splits_head = self._find_exact_pass()
+
+    @classmethod
+    def from_pretrained(cls, name_or_dir, dtype=torch.float32, device=None) -> "Policy":
+        """Loads a model folder or hub id. dtype: float32 unless you say otherwise, whatever the checkpoint holds:
+        entropy differences of small updates vanish in bf16 weights. device: CUDA where there is one, else the CPU.
+        """
+        from transformers import AutoModelForCausalLM
+
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            model = AutoModelForCausalLM.from_pretrained(name_or_dir, dtype=dtype)
+        except OSError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(f"policy: {str(name_or_dir)!r} could not be loaded: {reason}") from error
+        return cls(model.to(device))
+
+    @contextmanager
+    def ready(self, attention_name: str = attention.NAME):
+        """For the time of a pass: eval mode (no dropout, no checkpointing), dentropy's attention, experts without
+        grouped products (they have no forward mode), full float32 products. Everything is put back afterwards."""
+        with self._ready(attention.register(attention_name) if self.packs else "eager"):
+            yield
+
+    def hidden(self, tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """Last hidden states [total, D] of packed `tokens` [total], sequences bounded by `cu_seqlens` [S + 1]."""
+        return self._run(self._backbone, tokens, cu_seqlens, self.packs)[0]
+
+    def logits(self, tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """The model's own logits [total, V]."""
+        return self._run(self._causal_lm, tokens, cu_seqlens, self.packs)[0]
+
+    def head(self) -> Head:
+        """The head as it is now: inside a pass its weights may be moved, or dual tensors."""
+        module = self._causal_lm.get_output_embeddings()
+        scale = getattr(self._config, "logit_scale", None) or 1.0  # cohere
+        scale *= getattr(self._config, "lm_head_multiplier", None) or 1.0  # falcon_h1
+        scale /= getattr(self._config, "logits_scaling", None) or 1.0  # granite
+        softcap = getattr(self._config, "final_logit_softcapping", None)  # gemma
+        return Head(module.weight, module.bias, scale, softcap)
+
+    @contextmanager
+    def _ready(self, attn_implementation: str):
+        model = self._causal_lm
+        training = {module: module.training for module in model.modules()}
+        attn = model.config._attn_implementation
+        experts = getattr(model.config, "_experts_implementation", None)
+        try:
+            model.eval()
+            if attn != attn_implementation:
+                model.set_attn_implementation(attn_implementation)
+            if experts not in (None, "eager"):
+                model.set_experts_implementation("eager")
+            with full_float32():
+                yield
+        finally:
+            if attn != attn_implementation:
+                model.set_attn_implementation(attn)
+            if experts not in (None, "eager"):
+                model.set_experts_implementation(experts)
+            for module, mode in training.items():
+                module.training = mode
+
+    @staticmethod
+    def _run(module: nn.Module, tokens: Tensor, cu_seqlens: Tensor, packed: bool) -> Tensor:
+        """The first output of `module`, [1, total, ...], for one packed row or sequence by sequence."""
+        bounds = cu_seqlens.tolist()
+        if not packed:
+            rows = [module(input_ids=tokens[None, a:b], use_cache=False)[0]
+                    for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+            return torch.cat(rows, dim=1)
+        lengths = cu_seqlens.diff()
+        starts = torch.repeat_interleave(cu_seqlens[:-1], lengths)
+        longest = int(lengths.max())
+        return module(input_ids=tokens[None], position_ids=(torch.arange(len(tokens), device=tokens.device) - starts)[None],
+                      cu_seq_lens_q=cu_seqlens, cu_seq_lens_k=cu_seqlens, max_length_q=longest, max_length_k=longest,
+                      use_cache=False)[0]
+
+    @torch.no_grad()
+    def _find_exact_pass(self) -> tuple[bool, bool]:
+        """(packs, splits_head): the first combination that reproduces the model's own logits."""
+        lengths = torch.tensor([5, 1, 7])
+        tokens = (torch.arange(int(lengths.sum())) * 7 + 3) % self.vocab_size
+        tokens = tokens.to(self.device)
+        cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).to(self.device, torch.int32)
+        with self._ready("eager"):  # the reference form; older SDPA paths drop gemma2's softcap without a word
+            own = self._run(self.model, tokens, cu_seqlens, packed=False)[0].float()
+        if not torch.isfinite(own).all():
+            raise ValueError(f"policy: {_not_finite(self.model)}, expected finite weights and logits")
+        self.vocab_size = min(self.vocab_size, own.shape[-1])
+        tried = []
+        for packs in (True, False):
+            with self._ready(attention.register() if packs else "eager"):
+                for splits_head in (True, False):
+                    if splits_head and type(self._causal_lm.get_output_embeddings()) is not nn.Linear:
+                        continue  # an adapted or unusual head: its tangent is more than that of one weight
+                    module = self._backbone if splits_head else self._causal_lm
+                    out = self._run(module, tokens, cu_seqlens, packs)[0]
+                    logits = _project(out, self.head()) if splits_head else out
+                    difference = float((logits - own).abs().max() / own.abs().max())
+                    if difference <= _tolerance(self.dtype):
+                        if not splits_head and torch.finfo(self.dtype).bits < 32:
+                            raise ValueError(f"policy: this model's logits come from its own head and would be rounded "
+                                             f"to {self.dtype}; load it with dtype=torch.float32")
+                        _say_fallback(packs, splits_head, tried)
+                        return packs, splits_head
+                    tried.append(f"{difference:.1e}")
+        raise ValueError("policy: no pass reproduces the model's own logits (largest differences, relative: "
+                         f"{', '.join(tried)}); expected a causal model of transformers whose logits depend on "
+                         "input_ids alone")
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _project(hidden: Tensor, head: Head) -> Tensor:
+    logits = at_least_float32(hidden) @ at_least_float32(head.weight).T
+    if head.bias is not None:
+        logits = logits + head.bias
+    logits = logits * head.scale
+    return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    """Largest difference of logits, over their largest value, that rounding explains: a few hundred float32 units
+    (models work in float32 inside, float64 ones too), a few units of the half precisions, whose roundings add up."""
+    return 2e-5 if dtype in (torch.float32, torch.float64) else 8 * torch.finfo(dtype).eps
+
+
+def _say_fallback(packs: bool, splits_head: bool, differences: list[str]) -> None:
+    if packs and splits_head:
+        return
+    said = []
+    if not packs:
+        said.append("packed rows do not reproduce this model's logits: sequences run one at a time, eager attention")
+    if not splits_head:
+        said.append("its head is not a plain matrix: logits come from the model's own head, all positions at once")
+    warnings.warn(f"policy: {'; '.join(said)} (relative differences seen: {', '.join(differences) or 'none tried'})",
+                  stacklevel=4)
+
+
+def _check_usable(model: nn.Module) -> None:
+    """ValueError for models that forward mode cannot go through, with what to do instead."""
+    kind = type(model).__name__
+    for wrapper in ("module", "_orig_mod"):
+        if isinstance(getattr(model, wrapper, None), nn.Module) and not hasattr(model, "get_input_embeddings"):
+            raise ValueError(f"model: wrapped in {kind}, expected the model itself: pass model.{wrapper}")
+    if not (hasattr(model, "get_input_embeddings") and hasattr(model, "config")):
+        raise ValueError(f"model: {kind}, expected a causal language model of transformers (AutoModelForCausalLM)")
+    if getattr(model, "is_quantized", False) or any(not p.is_floating_point() for p in model.parameters()):
+        raise ValueError("model: quantized weights have no tangent; load it without quantization_config")
+    if any(type(p.data).__name__ == "DTensor" for p in model.parameters()):
+        raise ValueError("model: sharded weights (DTensor), expected whole ones: gather them first "
+                         "(torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True)")
+
+
+def _not_finite(model: nn.Module) -> str:
+    bad = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
+    if not bad:
+        return "logits of a short input are not finite"
+    return f"weights that are not finite in {bad[0]}" + (f" and {len(bad) - 1} more" if len(bad) > 1 else "")

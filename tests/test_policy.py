@@ -1,0 +1,130 @@
+import warnings
+
+import pytest
+import torch
+from models import CONFIGS, random_batch, random_direction, random_model
+from torch import nn
+
+from dentropy import Policy, measure
+
+
+@pytest.mark.parametrize("name", [n for n in CONFIGS if n != "mamba2"])
+def test_known_architectures_pack_and_split_their_head(name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        policy = Policy(random_model(name))
+    assert policy.packs and policy.splits_head and policy.vocab_size == 40
+
+
+def test_a_model_that_cannot_be_packed_says_so():
+    with pytest.warns(UserWarning, match="one at a time"):
+        policy = Policy(random_model("mamba2"))
+    assert not policy.packs and policy.splits_head
+
+
+class NoisyHead(nn.Linear):
+    """A head that is more than a matrix product: nothing about it can be read from a weight."""
+
+    def forward(self, x):
+        return super().forward(x) + 0.1 * super().forward(x).sin()
+
+
+def test_an_unusual_head_goes_through_the_models_own_logits():
+    model = random_model("llama")
+    plain = measure(Policy(model), random_batch(), random_direction(model))
+    model.lm_head.__class__ = NoisyHead
+    with pytest.warns(UserWarning, match="own head"):
+        policy = Policy(model)
+    assert policy.packs and not policy.splits_head
+    step, batch, direction = 1e-3, random_batch(), random_direction(model)
+    sums = measure(policy, batch, direction)
+    plus, minus = measure(policy, batch, direction, eta=step), measure(policy, batch, direction, eta=-step)
+    difference = (plus.entropy - minus.entropy) / (2 * step)
+    assert abs(sums.dentropy - difference).max() < 2e-3 * abs(difference).max()
+    assert abs(sums.entropy - plain.entropy).max() > 1e-3
+
+
+def test_an_unusual_head_in_half_precision_is_refused():
+    model = random_model("llama").to(torch.bfloat16)
+    model.lm_head.__class__ = NoisyHead
+    with pytest.raises(ValueError, match="dtype=torch.float32"):
+        Policy(model)
+
+
+class LooksAhead(nn.Module):
+    """Stands in for a layer that mixes positions in a way packed rows cannot follow."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x) + x.mean(1, keepdim=True)
+
+
+def test_mixing_across_a_packed_row_is_found():
+    model = random_model("llama")
+    model.model.layers[0].mlp = LooksAhead(model.model.layers[0].mlp)
+    with pytest.warns(UserWarning, match="one at a time"):
+        assert not Policy(model).packs
+
+
+def test_biases_of_the_head_are_read():
+    model = random_model("llama")
+    model.lm_head = nn.Linear(32, 40, bias=True)
+    nn.init.normal_(model.lm_head.bias)
+    policy = Policy(model)
+    assert policy.splits_head and policy.head().bias is model.lm_head.bias
+    direction = random_direction(model, names=lambda name: name == "lm_head.bias")
+    step = 1e-2
+    sums = measure(policy, random_batch(), direction)
+    plus, minus = (measure(policy, random_batch(), direction, eta=eta) for eta in (step, -step))
+    difference = (plus.entropy - minus.entropy) / (2 * step)
+    assert abs(sums.dentropy - difference).max() < 1e-3 * abs(difference).max()
+
+
+class Wrapper(nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+
+def test_unusable_models_name_the_fix():
+    model = random_model("llama")
+    with pytest.raises(ValueError, match="pass model.module"):
+        Policy(Wrapper(model))
+    with pytest.raises(ValueError, match="expected a causal language model"):
+        Policy(nn.Linear(2, 2))
+    model.is_quantized = True
+    with pytest.raises(ValueError, match="quantiz"):
+        Policy(model)
+
+
+def test_weights_that_are_not_finite_are_named():
+    model = random_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 3] = float("nan")
+    with pytest.raises(ValueError, match="weights that are not finite in model.layers.1.mlp.up_proj.weight"):
+        Policy(model)
+
+
+def test_an_attention_without_forward_mode_names_the_fix():
+    model = random_model("llama")
+    policy = Policy(model)
+
+    class Flash(nn.Module):
+        def forward(self, hidden_states, **_):
+            x = hidden_states[:, None]
+            return nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)[:, 0], None
+
+    model.model.layers[0].self_attn = Flash()
+    direction = random_direction(model, names=lambda name: "embed" in name)
+    with pytest.raises(ValueError, match="attn_implementation='eager'"):
+        measure(policy, random_batch(), direction)
+
+
+def test_checkpoints_load_in_float32_and_missing_ones_are_bad_input(tmp_path):
+    random_model("llama").to(torch.bfloat16).save_pretrained(tmp_path / "policy")
+    assert Policy.from_pretrained(tmp_path / "policy", device="cpu").dtype == torch.float32
+    with pytest.raises(ValueError, match="could not be loaded"):
+        Policy.from_pretrained(tmp_path / "nowhere")
