@@ -1,0 +1,57 @@
+"""Exact second derivatives: torch.func's forward mode nested in itself, through plain PyTorch arithmetic.
+
+Slower and hungrier than the central difference of the first-order pass, and free of its step: for models whose
+derivatives jump (experts chosen by rank), and to check the difference by.
+"""
+
+import torch
+from torch import Tensor
+from torch.func import jvp
+from torch.overrides import TorchFunctionMode
+
+from . import attention, reference
+from .forward_mode import in_place_of_parameters, microbatches, packed_inputs
+from .tables import TokenStats
+
+
+def nested_response_stats(policy, batch, direction, eta, *, token_budget, progress) -> TokenStats:
+    """Statistics of every response token with both derivatives along `direction`, in rollout order."""
+    parts, moving = [], direction.on(policy.model)
+    # Some derivatives (silu's) are differentiable again only while gradients are enabled; no weight asks for one.
+    with policy.ready(attention.NESTABLE), torch.enable_grad(), _NestableLayerNorm():
+        for first, last in microbatches(batch, token_budget):
+            parts.append(_score(policy, batch, first, last, moving, eta))
+            if progress is not None:
+                progress(int(batch.response_lens[first:last].sum()))
+    return TokenStats(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def _score(policy, batch, first, last, moving, eta) -> TokenStats:
+    tokens, cu_seqlens, rows, targets = packed_inputs(batch, first, last, policy.device)
+
+    def logits(at: Tensor) -> Tensor:
+        moved = {id(p): p.detach() for p in policy.model.parameters()}
+        moved |= {id(p): p.detach() + at.to(p.dtype) * v for p, v in moving}
+        with in_place_of_parameters(policy.model, moved):
+            return policy.logits(tokens, cu_seqlens)[rows]
+
+    at, one = (torch.full((), x, dtype=torch.float64, device=policy.device) for x in (eta, 1.0))
+    (z, dz), (_, ddz) = jvp(lambda at: jvp(logits, (at,), (one,)), (at,), (one,))
+    return reference.token_stats(z, targets, dz, ddz, temperature=batch.temperature)
+
+
+class _NestableLayerNorm(TorchFunctionMode):
+    """Nested forward mode through F.layer_norm is wrong without a word; through its arithmetic it is exact."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.nn.functional.layer_norm:
+            return _layer_norm(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _layer_norm(x, normalized_shape, weight=None, bias=None, eps=1e-5):
+    dims = tuple(range(-len(normalized_shape), 0))
+    centred = x - x.mean(dims, keepdim=True)
+    out = centred * torch.rsqrt(centred.square().mean(dims, keepdim=True) + eps)
+    out = out if weight is None else out * weight
+    return out if bias is None else out + bias
