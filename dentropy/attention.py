@@ -11,7 +11,9 @@ with softcap s → c·tanh(s/c), sliding windows (key j is seen from query i whi
 (one more logit per head that takes probability and has no value).
 """
 
+from collections.abc import Iterator
 from functools import cache
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -19,7 +21,8 @@ from torch.autograd import forward_ad
 
 NAME, NESTABLE = "dentropy", "dentropy_nestable"
 
-# Queries are taken this many at a time, so the scores need memory linear in the sequence's length.
+# Queries are taken this many at a time: the scores need memory linear in a sequence's length, and short sequences of
+# one length share their operations.
 QUERY_BLOCK = 512
 
 
@@ -63,33 +66,46 @@ def nestable_attention_forward(module, query, key, value, attention_mask=None, *
 
 def _packed_attention(primals, tangents, sinks, dsinks, *, scaling=None, sliding_window=None, softcap=None,
                       cu_seq_lens_q=None, **_unused) -> tuple[Tensor, Tensor | None]:
-    query, _, value = primals
-    batch, heads, length, size = query.shape
-    bounds = [0, length] if cu_seq_lens_q is None else cu_seq_lens_q.tolist()
-    pieces = [
-        _causal_attention(*(x[row, :, start:stop] for x in primals),
-                          tangents=None if tangents is None else [x[row, :, start:stop] for x in tangents],
-                          scaling=size**-0.5 if scaling is None else scaling, window=sliding_window, softcap=softcap,
-                          sinks=sinks, dsinks=dsinks)
-        for row in range(batch)
-        for start, stop in zip(bounds[:-1], bounds[1:], strict=True)
-    ]
+    """Output [B, S, H, Dv] and its tangent, or None. Sequences of one length are computed together."""
+    batch, heads, length, size = primals[0].shape
+    lengths = [length] * batch if cu_seq_lens_q is None else cu_seq_lens_q.diff().tolist()
+    scaling = size**-0.5 if scaling is None else scaling
+    primals, tangents = ([x.transpose(0, 1).flatten(1, 2) for x in xs or ()] for xs in (primals, tangents))
+    pieces, order = [], []
+    for places, n in _groups_of_one_length(lengths):
+        rows = torch.tensor(places, device=primals[0].device)[:, None] + torch.arange(n, device=primals[0].device)
+        chosen, moving = ([x[:, rows].transpose(0, 1) for x in xs] for xs in (primals, tangents))
+        pieces.append(_causal_attention(*chosen, tangents=moving, scaling=scaling, window=sliding_window,
+                                        softcap=softcap, sinks=sinks, dsinks=dsinks))
+        order.append(rows.flatten())
+    back = torch.argsort(torch.cat(order))
     out, dout = ([part for part in column if part is not None] for column in zip(*pieces, strict=True))
-    shape = (batch, length, heads, value.shape[-1])
-    return torch.cat(out).view(shape), torch.cat(dout).view(shape) if dout else None
+    shape = (batch, length, heads, primals[2].shape[-1])
+    return torch.cat(out)[back].view(shape), torch.cat(dout)[back].view(shape) if dout else None
+
+
+def _groups_of_one_length(lengths: list[int]) -> Iterator[tuple[list[int], int]]:
+    """(where the sequences begin, their length), at most about QUERY_BLOCK tokens at a time."""
+    starts: dict[int, list[int]] = {}
+    for start, n in zip(accumulate(lengths, initial=0), lengths):
+        starts.setdefault(n, []).append(start)
+    for n, places in starts.items():
+        together = max(1, QUERY_BLOCK // max(n, 1))
+        for i in range(0, len(places), together):
+            yield places[i : i + together], n
 
 
 def _causal_attention(q, k, v, *, tangents, scaling, window, softcap, sinks, dsinks):
-    """One sequence: q [H, T, D], k and v [Hkv, T, D] to (o [T, H, D], ȯ or None), in blocks of queries."""
-    heads, length, _ = q.shape
+    """M sequences of T tokens: q [M, H, T, D], k and v [M, Hkv, T, D] to o [M·T, H, D] and ȯ, or None."""
+    heads, length = q.shape[1:3]
     dtype, work = q.dtype, torch.promote_types(q.dtype, torch.float32)
-    grouped = (k.shape[0], heads // k.shape[0])
+    grouped = (k.shape[1], heads // k.shape[1])
 
-    def by_group(x):  # [heads, T, D] -> [Hkv, heads / Hkv, T, D], in the working precision
-        return x.to(work).unflatten(0, (grouped[0], -1))
+    def by_group(x):  # [M, heads, T, D] -> [M, Hkv, heads / Hkv, T, D], in the working precision
+        return x.to(work).unflatten(1, (grouped[0], -1))
 
     q, k, v = by_group(q), by_group(k), by_group(v)
-    dq, dk, dv = (by_group(t) for t in tangents) if tangents is not None else (None, None, None)
+    dq, dk, dv = (by_group(t) for t in tangents) if tangents else (None, None, None)
     outs, douts = [], []
     for first in range(0, length, QUERY_BLOCK):
         last = min(first + QUERY_BLOCK, length)
@@ -114,8 +130,8 @@ def _causal_attention(q, k, v, *, tangents, scaling, window, softcap, sinks, dsi
             mean = mean + p_sink * dsinks.to(work).view(*grouped, 1, 1)
         douts.append((p * (ds - mean)) @ v[..., keys, :] + p @ dv[..., keys, :])
 
-    def packed(blocks):  # [Hkv, heads / Hkv, T, D] -> [T, heads, D]
-        return torch.cat(blocks, dim=-2).flatten(0, 1).transpose(0, 1).to(dtype)
+    def packed(blocks):  # [M, Hkv, heads / Hkv, T, D] -> [M · T, heads, D]
+        return torch.cat(blocks, dim=-2).flatten(1, 2).transpose(1, 2).flatten(0, 1).to(dtype)
 
     return packed(outs), packed(douts) if douts else None
 
