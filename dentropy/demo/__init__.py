@@ -1,0 +1,1 @@
+"""The embedded default: a small task with a checkable reward and the policy trained on it."""

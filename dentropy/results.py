@@ -1,0 +1,208 @@
+"""The run folder: results.json, rollouts.csv and the figures; results.md beside this file describes them.
+
+The folder appears whole or not at all: it is written under a temporary name next to its place and renamed at
+the end.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import platform
+import shutil
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from dentropy.probe import ProbeResult
+
+SCHEMA_VERSION = 1
+RESULTS, ROLLOUTS = "results.json", "rollouts.csv"
+
+
+def check_out(out: str | Path) -> Path:
+    """`out` as a path, if a run folder can be written there: call it before any work.
+
+    Raises ValueError where `out` is a file or a folder that is not empty, or where its parent cannot be
+    written.
+    """
+    out = Path(out)
+    if out.is_dir():
+        if any(out.iterdir()):
+            raise ValueError(f"out: folder {out} exists and is not empty; expected a new or an empty one")
+    elif out.exists() or out.is_symlink():
+        raise ValueError(f"out: {out} exists and is not a folder")
+    above = next(parent for parent in out.absolute().parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise ValueError(f"out: {out} cannot be made, {above} is not a folder that can be written")
+    return out
+
+
+def save(result: ProbeResult, out: str | Path) -> Path:
+    """Write the run folder of `result` to `out` and return its path; see `check_out` for what is refused."""
+    from dentropy import figures
+
+    out = check_out(out)
+    content, columns = document(result), table(result)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = out.with_name(f".{out.name}.{os.getpid()}.unfinished")
+    unfinished.mkdir()
+    try:
+        with open(unfinished / RESULTS, "w", encoding="utf-8") as file:
+            json.dump(content, file, indent=2, allow_nan=False, ensure_ascii=False)
+            file.write("\n")
+        with open(unfinished / ROLLOUTS, "w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(columns)
+            writer.writerows(zip(*(column.tolist() for column in columns.values()), strict=True))
+        figures.write(content, columns, unfinished)
+        if out.is_dir():
+            out.rmdir()  # empty, as checked: an error here if it is no longer
+        unfinished.rename(out)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return out
+
+
+def load(folder: str | Path) -> dict:
+    """The content of results.json in a run folder.
+
+    Raises ValueError where the folder, the file or its fields are not those of a finished run of a known
+    schema.
+    """
+    path = Path(folder) / RESULTS
+    if not path.is_file():
+        raise ValueError(f"{folder}: not a run folder, it holds no {RESULTS}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from error
+    found = content.get("schema_version") if isinstance(content, dict) else None
+    if found != SCHEMA_VERSION:
+        raise ValueError(f"{path}: schema_version is {found!r}, this version reads {SCHEMA_VERSION}")
+    return content
+
+
+def document(result: ProbeResult) -> dict:
+    """The content of results.json: plain numbers, strings, lists and dicts; see results.md."""
+    base, batch = result.base, result.batch
+    n_tokens = int(base.n_tokens.sum())
+    content = {
+        "schema_version": SCHEMA_VERSION,
+        "versions": _versions(),
+        "device": result.device,
+        "dtype": result.dtype,
+        "source": dict(result.source),
+        "seeds": dict(result.seeds),
+        "n_sequences": len(base),
+        "n_tokens": n_tokens,
+        "n_groups": int(np.unique(base.group).size),
+        "temperature": float(batch.temperature),
+        "step_size": float(result.step_size),
+        "prompts": result.prompts,
+        "base_entropy": result.base_entropy,
+        "base_entropy_stderr": result.base_stderr,
+        "scale": 1 / n_tokens,
+        "slope": [_slope_entry(estimate) for estimate in result.slopes.values()],
+        "measured": [_measured_entry(result, index) for index in range(len(result.etas))],
+        "fresh_check": None if result.fresh is None else dict(vars(result.fresh)),
+        "audit": _audit_entry(result),
+    }
+    not_finite: dict[str, str] = {}
+    content = _without_infinities(content, "", not_finite)
+    return content | {"not_finite": not_finite}
+
+
+def table(result: ProbeResult) -> dict[str, np.ndarray]:
+    """The columns of rollouts.csv, [S] each: one row per rollout, in the batch's order; see results.md."""
+    order = np.argsort(result.base.rollout)
+    base = {name: column[order] for name, column in result.base.columns().items()}
+    columns = {"rollout": base.pop("rollout"), "group": base.pop("group")}
+    if result.batch.reward is not None:
+        columns["reward"] = result.batch.reward[columns["rollout"]]
+    columns |= base
+    scale = 1 / base["n_tokens"].sum()
+    columns["slope_uncorrected"] = (base["dentropy"] + base["entropy_to_go"]) * scale
+    for name, estimate in result.slopes.items():
+        columns[f"slope_{name}"] = estimate.contributions[order]
+    for index, (moved, measured) in enumerate(zip(result.moved, result.measured, strict=True)):
+        columns[f"log_weight_{index}"] = measured.log_weights[order]
+        columns[f"moved_entropy_{index}"] = moved.entropy[np.argsort(moved.rollout)]
+        columns[f"delta_contribution_{index}"] = measured.contributions[order]
+    return columns
+
+
+def _slope_entry(estimate) -> dict:
+    return {
+        "estimator": estimate.estimator,
+        "value": estimate.value,
+        "stderr": estimate.stderr,
+        "stderr_reason": estimate.stderr_reason,
+        **{part: estimate.parts[part] for part in ("pathwise", "score", "length_correction", "uncorrected")},
+    }
+
+
+def _measured_entry(result: ProbeResult, index: int) -> dict:
+    eta, measured, predicted = result.etas[index], result.measured[index], result.slopes["causal"]
+    return {
+        "eta": eta,
+        "delta": measured.delta,
+        "stderr": measured.stderr,
+        "stderr_reason": measured.stderr_reason,
+        "moved_entropy": measured.moved_value,
+        "predicted_linear": eta * predicted.value,
+        "predicted_linear_stderr": None if predicted.stderr is None else abs(eta) * predicted.stderr,
+        "predicted_uncorrected": eta * predicted.parts["uncorrected"],
+        "ess": measured.ess,
+        "ess_fraction": measured.ess_fraction,
+        "ess_tokens": measured.ess_tokens,
+        "max_weight": measured.max_weight,
+        "mean_weight": measured.mean_weight,
+        "log_weight_quantiles": dict(measured.log_weight_quantiles),
+    }
+
+
+def _audit_entry(result: ProbeResult) -> dict:
+    checks = {"logp_plus_entropy": result.audit.logp_plus_entropy, "dlogp": result.audit.dlogp}
+    sums = {f"slope_{name}": (e.contributions.sum(), e.value) for name, e in result.slopes.items()}
+    for index, m in enumerate(result.measured):
+        sums[f"delta_{index}"] = (m.contributions.sum(), m.moved_value - m.base_value)
+    return {
+        "rollouts_used": len(result.base),
+        "rollouts_expected": len(result.batch),
+        "tokens_used": int(result.base.n_tokens.sum()),
+        "tokens_expected": int(result.batch.n_tokens),
+        "contributions": {
+            k: {"sum": float(total), "expected": float(value)} for k, (total, value) in sums.items()
+        },
+        "on_policy": {name: None if check is None else dict(vars(check)) for name, check in checks.items()},
+        "warnings": list(result.audit.warnings),
+    }
+
+
+def _versions() -> dict[str, str | None]:
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in ("dentropy", "torch", "transformers", "triton", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def _without_infinities(value, path: str, not_finite: dict[str, str]):
+    """JSON has no inf and nan: such a number becomes null here, and `not_finite` says which it was."""
+    if isinstance(value, dict):
+        join = f"{path}." if path else ""
+        return {key: _without_infinities(item, f"{join}{key}", not_finite) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_infinities(item, f"{path}.{index}", not_finite) for index, item in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        not_finite[path] = str(value)
+        return None
+    return value

@@ -1,0 +1,192 @@
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from models import InFloat64, random_direction, random_model
+
+from dentropy import (
+    Direction,
+    PackedBatch,
+    Policy,
+    SequenceSums,
+    importance,
+    measure,
+    moved_weights,
+    probe,
+    sample,
+)
+from dentropy.probe import FreshCheck, check_etas, fresh_check
+
+PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12], [13, 14]]
+STEP = 0.01
+ETAS = (-STEP, 0.5 * STEP, STEP, 2 * STEP)
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return Policy(random_model("llama"))
+
+
+@pytest.fixture(scope="module")
+def batch(policy):
+    return sample(policy, PROMPTS, per_prompt=10, max_new_tokens=12)
+
+
+@pytest.fixture(scope="module")
+def direction(policy):
+    return Direction(random_direction(policy.model).tensors, step_size=STEP)
+
+
+@pytest.fixture(scope="module")
+def result(policy, batch, direction):
+    return probe(policy, batch, direction, ETAS)
+
+
+def test_the_exact_slope_is_the_derivative_of_the_measurement():
+    with InFloat64():
+        policy = Policy(random_model("llama").double())
+        direction = random_direction(policy.model)
+        batch = sample(policy, PROMPTS, per_prompt=4, max_new_tokens=8)
+        found = probe(policy, batch, direction, [-1e-6, 1e-6])
+    down, up = (measured.delta for measured in found.measured)
+    assert (up - down) / 2e-6 == pytest.approx(found.slopes["exact"].value, rel=1e-6)
+    assert set(found.slopes) == {"causal", "exact", "mixed"}
+
+
+def test_every_eta_is_measured_at_its_own_weights(policy, batch, direction, result):
+    for eta, measured, moved in zip(result.etas, result.measured, result.moved, strict=True):
+        with moved_weights(policy, direction, eta):
+            by_hand = measure(policy, batch)
+        assert measured.delta == pytest.approx(importance(result.base, by_hand).delta, abs=1e-9)
+        np.testing.assert_allclose(moved.entropy, by_hand.entropy, rtol=1e-6)
+    assert result.etas == ETAS and result.step_size == STEP
+
+
+def test_the_base_entropy_is_the_mean_over_tokens(policy, batch, result):
+    tokens = measure(policy, batch, keep_tokens=True).tokens
+    assert result.base_entropy == pytest.approx(tokens.entropy.double().mean().item(), rel=1e-6)
+    assert 0 < result.base_stderr < result.base_entropy
+
+
+def test_zero_among_the_etas_is_measured_as_nothing(policy, batch, direction):
+    found = probe(policy, batch, direction, [0.0, STEP])
+    assert abs(found.measured[0].delta) < 1e-5 < abs(found.measured[1].delta)
+    assert found.measured[0].ess_fraction == pytest.approx(1.0, abs=1e-6)
+
+
+def test_progress_counts_one_pass_per_weight_setting(policy, batch, direction):
+    counts = []
+    probe(policy, batch, direction, ETAS, token_budget=100, progress=counts.append)
+    assert sum(counts) == batch.n_tokens * (1 + len(ETAS)) and len(counts) > 5 * 4
+
+
+@pytest.mark.parametrize(
+    "etas, message",
+    [
+        ([], "etas: expected at least one, got none"),
+        ([0.0], "η = 0 only"),
+        ([1e-6, float("nan")], "expected finite numbers, got nan"),
+        ([float("inf")], "expected finite numbers, got inf"),
+        ([1e-6, 2e-6, 1e-6], "1e-06 is given 2 times"),
+    ],
+)
+def test_bad_etas_are_refused_before_any_work(etas, message):
+    with pytest.raises(ValueError, match=message):
+        check_etas(etas)
+    with pytest.raises(ValueError, match=message):
+        probe(None, None, None, etas)
+
+
+def test_the_summary_shows_the_numbers(result):
+    text = result.summary()
+    assert f"{result.base_entropy:.4f} ± {result.base_stderr:.4f} nats per token" in text
+    for estimate in result.slopes.values():
+        assert f"{estimate.value: .3e} ± {estimate.stderr:.1e}" in text
+    for eta, measured in zip(result.etas, result.measured, strict=True):
+        line = next(line for line in text.splitlines() if line.split()[:1] == [f"{eta:.3g}"])
+        assert (
+            f"{measured.delta: .3e} ± {measured.stderr:.1e}" in line
+            and f"{measured.ess_fraction:.1%}" in line
+        )
+        assert f"{eta * result.slopes['causal'].value: .3e}" in line
+        assert f"{eta * result.slopes['mixed'].parts['uncorrected']: .3e}" in line
+
+
+def test_one_group_has_no_standard_error_and_says_why(policy, direction):
+    found = probe(policy, sample(policy, [[5, 6]], per_prompt=6, max_new_tokens=8), direction, [STEP])
+    assert found.base_stderr is None and found.measured[0].stderr is None
+    assert (
+        "± ?" in found.summary()
+        and "no standard error (?): all 6 rollouts are in one group" in found.summary()
+    )
+
+
+def test_an_off_policy_batch_is_called_one(policy, batch, direction):
+    flat = PackedBatch.from_lists([[5]] * 40, np.random.default_rng(0).integers(3, 40, (40, 12)).tolist())
+    found = probe(policy, flat, direction, [STEP])
+    assert any("logp + entropy" in warning for warning in found.audit.warnings)
+    assert "warning: logp + entropy" in found.summary()
+
+
+class TestFreshCheck:
+    def test_it_agrees_with_the_measurement_and_knows_its_error(self, policy, batch, direction, result):
+        eta = ETAS[-1]
+        with moved_weights(policy, direction, eta):
+            drawn = sample(policy, PROMPTS, per_prompt=200, max_new_tokens=12, seed=5)
+            fresh = measure(policy, drawn)
+        check = fresh_check(result, eta, fresh)
+        assert isinstance(check, FreshCheck) and check.n_sequences == 800 and check.n_tokens == drawn.n_tokens
+        assert check.value == pytest.approx(fresh.entropy.sum() / fresh.n_tokens.sum())
+        assert check.delta == pytest.approx(check.value - result.base_entropy)
+        assert check.difference == pytest.approx(check.delta - result.measured[-1].delta)
+        assert abs(check.difference) < 4 * check.difference_stderr
+
+    @pytest.mark.parametrize("prompts", ["random", "fixed"])
+    def test_standard_errors_against_simulation(self, prompts):
+        """Prompts have entropies of their own: random ones are paired by prompt, fixed ones add nothing. Both
+        standard errors match the spread over many made-up experiments."""
+        rng = np.random.default_rng(0)
+        checks = [fresh_check(*made_up(rng, prompts)) for _ in range(400)]
+        for name, error in (("delta", "stderr"), ("difference", "difference_stderr")):
+            spread = np.std([getattr(check, name) for check in checks])
+            claimed = np.mean([getattr(check, error) ** 2 for check in checks]) ** 0.5
+            assert claimed == pytest.approx(spread, rel=0.15)
+
+    def test_an_eta_that_was_not_measured(self, result):
+        with pytest.raises(ValueError, match="eta: 0.5 was not measured"):
+            fresh_check(result, 0.5, result.base)
+
+    def test_other_prompts(self, result):
+        other = dataclasses.replace(result.base, group=result.base.group + 1)
+        with pytest.raises(ValueError, match="its groups differ"):
+            fresh_check(result, ETAS[0], other)
+
+
+def made_up(rng, prompts):
+    """(result, eta, fresh) of 40 prompts with effects of their own, 4 rollouts each; nothing is moved."""
+    effect = rng.normal(size=40) if prompts == "random" else np.linspace(-1, 1, 40)
+    group = np.repeat(np.arange(40), 4)
+
+    def draw():
+        n_tokens = rng.integers(2, 9, 160).astype(float)
+        return n_tokens, n_tokens * (2 + effect[group]) + rng.normal(size=160)
+
+    def table(n_tokens, entropy, logp):
+        return SequenceSums(
+            n_tokens=n_tokens, entropy=entropy, logp=logp, group=group, rollout=np.arange(160)
+        )
+
+    n_tokens, entropy = draw()
+    base = table(n_tokens, entropy, np.zeros(160))
+    moved = table(n_tokens, entropy, 0.1 * rng.normal(size=160))
+    result = dataclasses.make_dataclass("Result", ["base", "base_entropy", "etas", "measured", "prompts"])(
+        base, entropy.sum() / n_tokens.sum(), (1.0,), (importance(base, moved, prompts=prompts),), prompts
+    )
+    return result, 1.0, table(*draw(), np.zeros(160))
+
+
+def test_the_global_random_state_is_not_touched(policy, batch, direction):
+    before = torch.get_rng_state()
+    probe(policy, batch, direction, [STEP])
+    assert torch.equal(torch.get_rng_state(), before)
