@@ -12,8 +12,9 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
+
+from dentropy import __version__
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 DEFAULT_STEPS = (-1.0, -0.5, 0.5, 1.0, 2.0)
@@ -62,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="dentropy", description="What a weight update does to a language-model policy's entropy."
     )
-    parser.add_argument("--version", action="version", version=f"dentropy {version('dentropy')}")
+    parser.add_argument("--version", action="version", version=f"dentropy {__version__}")
     commands = parser.add_subparsers(required=True, metavar="{demo,probe,sample,show}")
     _add_demo(commands)
     _add_probe(commands)

@@ -186,8 +186,10 @@ def _audit_entry(result: ProbeResult) -> dict:
 
 
 def _versions() -> dict[str, str | None]:
-    found = {"python": platform.python_version(), "platform": platform.platform()}
-    for package in ("dentropy", "torch", "transformers", "triton", "numpy"):
+    from dentropy import __version__
+
+    found = {"dentropy": __version__, "python": platform.python_version(), "platform": platform.platform()}
+    for package in ("torch", "transformers", "triton", "numpy"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
