@@ -1,0 +1,40 @@
+"""Estimators: pure float64 functions of the table of per-rollout sums.
+
+They import nothing but NumPy; intervals load SciPy and the Pareto k̂ arviz-stats when they are asked for.
+"""
+
+from dentropy.estimators.attribution import Bins, by_length, by_position, token_attribution
+from dentropy.estimators.audit import AuditCheck, OnPolicyAudit, on_policy_audit
+from dentropy.estimators.curvature import curvature
+from dentropy.estimators.diagnostics import ImportanceDiagnostics, importance_diagnostics
+from dentropy.estimators.estimate import Estimate, Statistic
+from dentropy.estimators.importance import ImportanceResult, importance
+from dentropy.estimators.prediction import TrustRange, predict, prediction_error, trust_range
+from dentropy.estimators.sample_size import RolloutsNeeded, rollouts_needed
+from dentropy.estimators.slope import slope
+from dentropy.estimators.uncertainty import clustered_stderr
+
+__all__ = [
+    "AuditCheck",
+    "Bins",
+    "Estimate",
+    "ImportanceDiagnostics",
+    "ImportanceResult",
+    "OnPolicyAudit",
+    "RolloutsNeeded",
+    "Statistic",
+    "TrustRange",
+    "by_length",
+    "by_position",
+    "clustered_stderr",
+    "curvature",
+    "importance",
+    "importance_diagnostics",
+    "on_policy_audit",
+    "predict",
+    "prediction_error",
+    "rollouts_needed",
+    "slope",
+    "token_attribution",
+    "trust_range",
+]

@@ -1,0 +1,182 @@
+"""What every estimator returns: a value, its standard errors, and what is doubtful about them, in words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from dentropy.estimators._optional import load
+from dentropy.estimators.jackknife import jackknife_stderr
+from dentropy.estimators.uncertainty import Groups, variance_terms
+
+# With 9 degrees of freedom a standard error is itself uncertain by 1/sqrt(2·9), about a quarter of itself.
+FEW_DEGREES = 9
+# The inverse participation (Σ v)² / Σ v² of the variance's terms v is the number of equal ones that would be
+# as uneven. The relative error of the standard error is at most half of 1/sqrt of it: a quarter, again, at 4.
+FEW_EFFECTIVE = 4.0
+# More than all the others together.
+DOMINANT_SHARE = 0.5
+# Two standard errors within a tenth of each other do not disagree: each is itself uncertain by more than that
+# for up to 51 groups (1/sqrt(2·50) = 0.1), and beyond that the two have the same limit.
+DISAGREEMENT = 1.1
+# A standard error this far below the values it is made of is rounding noise.
+ROUNDING = 1e-12
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Statistic:
+    """A number computed from rollouts, with its standard error clustered by prompt.
+
+    value             the number
+    stderr            its standard error: the delta method's, or the jackknife's where the two disagree by a
+                      factor above 1.1; None where the groups do not allow one
+    stderr_reason     why stderr is None, in words; None where there is a stderr
+    delta_stderr      by the delta method, from the influence values, see `clustered_stderr`
+    jackknife_stderr  by leaving out one group at a time ("fixed": one rollout)
+    jackknife_reason  why jackknife_stderr is None, in words
+    dof               degrees of freedom of stderr: G − 1 ("fixed": S − G)
+    warnings          one sentence for each reason to doubt stderr; empty where there is none
+    influence         float64 [S], ψ_i: the derivative of value with respect to rollout i's weight
+    leave_one_out     float64 [G], value without each group in the order of the sorted labels ("fixed": [S],
+                      without each rollout); None with jackknife_reason
+    group             int64 [S], the prompt group of each rollout
+    prompts           "random" or "fixed"
+    per               "token" or "sequence"
+    """
+
+    value: float
+    stderr: float | None
+    stderr_reason: str | None
+    delta_stderr: float | None
+    jackknife_stderr: float | None
+    jackknife_reason: str | None
+    dof: int | None
+    warnings: tuple[str, ...]
+    influence: np.ndarray
+    leave_one_out: np.ndarray | None
+    group: np.ndarray
+    prompts: str
+    per: str
+
+    def interval(self, level: float = 0.95) -> tuple[float, float] | None:
+        """value ± t·stderr, t of Student's distribution with dof degrees of freedom; None without a stderr.
+
+        Raises ValueError for a level that is not between 0 and 1, ImportError without scipy.
+
+        Example:
+            >>> import torch
+            >>> from dentropy import sequence_sums, slope, token_stats
+            >>> seeded = torch.Generator().manual_seed(0)
+            >>> logits, dlogits = torch.randn(2, 6, 5, generator=seeded, dtype=torch.float64)
+            >>> stats = token_stats(logits, torch.tensor([1, 4, 0, 2, 2, 0]), dlogits)
+            >>> estimate = slope(sequence_sums(stats, torch.tensor([0, 3, 4, 6])))
+            >>> low, high = estimate.interval()
+            >>> low < estimate.value < high
+            True
+        """
+        if not 0 < level < 1:
+            raise ValueError(f"level is {level!r}, expected a number between 0 and 1")
+        if self.stderr is None:
+            return None
+        half = float(load("scipy.special", "an interval").stdtrit(self.dof, (1 + level) / 2)) * self.stderr
+        return self.value - half, self.value + half
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Estimate(Statistic):
+    """A derivative of the entropy along a direction, or what follows from one, with its error and its origin.
+
+    Units are nats per token (nats per sequence with per="sequence") per unit of η for a slope, per unit of η²
+    for a curvature. The fields of `Statistic`, and:
+
+    contributions  float64 [S], one per rollout; they sum to value
+    parts          the named terms of value (see `slope`, `curvature`, `predict` and `prediction_error`)
+    name           "slope", "curvature", "prediction" or "prediction error"
+    estimator      which form of the slope was used
+    """
+
+    contributions: np.ndarray
+    parts: dict[str, float]
+    name: str
+    estimator: str
+
+
+def with_errors(
+    value: float,
+    influence: np.ndarray,
+    jackknife: tuple[np.ndarray | None, str | None],
+    *,
+    groups: Groups,
+    prompts: str,
+    per: str,
+) -> dict:
+    """The fields of a `Statistic`; `jackknife` is what `leave_one_out` returned."""
+    left_out, jackknife_reason = jackknife
+    stderr_reason = groups.refusal(prompts)
+    stderr = delta_stderr = jackknife_error = dof = None
+    warnings: list[str] = []
+    if stderr_reason is None:
+        terms = variance_terms(influence, groups, prompts)
+        stderr = delta_stderr = float(np.sqrt(terms.sum()))
+        dof = groups.dof(prompts)
+        warnings += _concentration(terms, groups, prompts)
+        if left_out is None:
+            warnings.append(f"no jackknife standard error: {jackknife_reason}")
+        else:
+            jackknife_error = jackknife_stderr(left_out, groups, prompts)
+            if _disagree(jackknife_error, delta_stderr, scale=np.abs(left_out).max()):
+                stderr = jackknife_error
+                warnings.append(
+                    f"the jackknife's standard error {stderr:.3g} is reported, the delta method gives "
+                    f"{delta_stderr:.3g}: the estimate is far from linear in the rollouts"
+                )
+    return {
+        "value": float(value),
+        "stderr": stderr,
+        "stderr_reason": stderr_reason,
+        "delta_stderr": delta_stderr,
+        "jackknife_stderr": jackknife_error,
+        "jackknife_reason": jackknife_reason,
+        "dof": dof,
+        "warnings": tuple(warnings),
+        "influence": influence,
+        "leave_one_out": left_out,
+        "group": groups.labels[groups.row],
+        "prompts": prompts,
+        "per": per,
+    }
+
+
+def _disagree(first: float, second: float, scale: float) -> bool:
+    """Whether two standard errors of values of size `scale` part by more than a factor, and than rounding."""
+    larger = max(first, second)
+    return larger > DISAGREEMENT * min(first, second) and larger > ROUNDING * scale
+
+
+def _concentration(terms: np.ndarray, groups: Groups, prompts: str) -> list[str]:
+    """Warnings about a standard error, the root of the sum of `terms`, that rests on few of them."""
+    warnings = []
+    dof = groups.dof(prompts)
+    if dof < FEW_DEGREES:
+        count = f"{groups.labels.size} groups" if prompts == "random" else (
+            f"{groups.row.size} rollouts in {groups.labels.size} groups")
+        warnings.append(
+            f"few groups: {count} give {dof} degrees of freedom, so the standard error is itself uncertain "
+            f"by {1 / np.sqrt(2 * dof):.0%} or more"
+        )
+    total = terms.sum()
+    if total == 0:
+        return warnings
+    units = "groups" if prompts == "random" else "rollouts"
+    effective = 1 / np.sum((terms / total) ** 2)
+    largest = int(np.argmax(terms))
+    if terms[largest] > DOMINANT_SHARE * total:
+        label = groups.labels[largest if prompts == "random" else groups.row[largest]]
+        who = f"group {int(label)}" if prompts == "random" else f"one rollout of group {int(label)}"
+        warnings.append(f"{who} alone makes {terms[largest] / total:.0%} of the squared standard error")
+    elif effective < FEW_EFFECTIVE and not warnings:
+        warnings.append(
+            f"few groups: the standard error rests on effectively {effective:.1f} of {terms.size} {units}"
+        )
+    return warnings

@@ -1,0 +1,158 @@
+"""Token contributions against the definition, token by token, and what they must add up to."""
+
+import dataclasses
+import doctest
+import importlib
+
+import numpy as np
+import pytest
+import torch
+from oracles import TinyPolicy
+
+from dentropy.estimators import by_length, by_position, slope, token_attribution
+from dentropy.reference import sequence_sums, token_stats
+from dentropy.tables import SequenceSums, TokenStats
+
+POLICY = TinyPolicy()
+COLUMNS = POLICY.columns()
+ESTIMATORS = ("causal", "exact", "mixed")
+per_both = pytest.mark.parametrize("per", ["token", "sequence"])
+estimator_all = pytest.mark.parametrize("estimator", ESTIMATORS)
+
+
+def tiny_table(seed=0):
+    """A table of the enumerable policy with its tokens, and the jets they are from."""
+    (prompt,), (sequence,) = POLICY.sample(np.random.default_rng(seed), 1)
+    logp, entropy = POLICY.token_jets(0.0)
+    keep = POLICY.mask[sequence]
+    tokens = TokenStats(*(torch.from_numpy(jet[order, prompt, sequence][keep])
+                          for order, jet in ((0, logp), (0, entropy), (1, logp), (1, entropy))))
+    return dataclasses.replace(POLICY.table(prompt, sequence, COLUMNS), tokens=tokens)
+
+
+def long_table(lengths, dtype=torch.float32, seed=0):
+    """Rollouts of the given lengths, from random logits as a model gives them."""
+    seeded, ends = torch.Generator().manual_seed(seed), np.append(0, np.cumsum(lengths))
+    logits, dlogits = 2 * torch.randn(2, int(ends[-1]), 7, generator=seeded, dtype=dtype)
+    targets = torch.randint(7, (int(ends[-1]),), generator=seeded)
+    stats = token_stats(logits, targets, dlogits)
+    return dataclasses.replace(sequence_sums(stats, torch.from_numpy(ends)), tokens=stats)
+
+
+def check_sums(found, estimate, sums):
+    """To 1e-12 of the sum of magnitudes, whole and rollout by rollout."""
+    assert found.dtype == np.float64 and found.shape == (int(sums.n_tokens.sum()),)
+    scale = np.abs(found).sum()
+    assert abs(found.sum() - estimate.value) < 1e-12 * scale
+    row = np.repeat(np.arange(len(sums)), sums.n_tokens.astype(int))
+    per_rollout = np.bincount(row, weights=found, minlength=len(sums))
+    np.testing.assert_allclose(per_rollout, estimate.contributions, rtol=0, atol=1e-12 * scale)
+
+
+@per_both
+@estimator_all
+def test_is_the_definition_token_by_token(estimator, per):
+    sums = tiny_table()
+    found = token_attribution(sums, estimator=estimator, per=per)
+    h, dlogp, dentropy = (np.asarray(sums.tokens._asdict()[n]) for n in ("entropy", "dlogp", "dentropy"))
+    size = sums.n_tokens if per == "token" else np.ones(len(sums))
+    mean, at = h.sum() / size.sum(), 0
+    for i, T in enumerate(sums.n_tokens.astype(int)):
+        for k in range(T):
+            later = h[at + k + 1:at + T]
+            a = {"causal": sum(later - (mean if per == "token" else 0)),
+                 "exact": h[at:at + T].sum() - mean * size[i],
+                 "mixed": later.sum() - mean * size[i]}[estimator]
+            expected = (dentropy[at + k] + dlogp[at + k] * a) / size.sum()
+            assert found[at + k] == pytest.approx(expected, rel=1e-11, abs=1e-14)
+        at += T
+    check_sums(found, slope(sums, estimator=estimator, per=per), sums)
+
+
+@per_both
+@estimator_all
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sums_to_the_slope_on_long_rollouts(dtype, estimator, per):
+    lengths = np.random.default_rng(1).integers(0, 3000, 40)
+    lengths[[0, 7, 39]] = 0
+    sums = long_table(lengths, dtype)
+    check_sums(token_attribution(sums, estimator=estimator, per=per),
+               slope(sums, estimator=estimator, per=per), sums)
+
+
+def test_positions():
+    lengths = np.array([1, 0, 5, 9, 3])
+    sums = long_table(lengths, torch.float64)
+    values = token_attribution(sums)
+    bins = by_position(values, sums)
+    position = np.concatenate([np.arange(1, T + 1) for T in lengths])
+    assert list(zip(bins.first, bins.last, strict=True)) == [(1, 1), (2, 3), (4, 7), (8, 9)]
+    for first, last, count, contribution in zip(
+            bins.first, bins.last, bins.count, bins.contribution, strict=True):
+        inside = (first <= position) & (position <= last)
+        assert count == inside.sum() and contribution == pytest.approx(values[inside].sum(), rel=1e-12)
+    assert bins.count.sum() == lengths.sum()
+
+
+@pytest.mark.parametrize("lengths", [
+    np.random.default_rng(2).integers(1, 60, 200), np.full(30, 7), np.array([4]), np.array([0, 0, 2, 0, 9]),
+])
+def test_lengths(lengths):
+    sums = long_table(lengths, torch.float64)
+    contributions = slope(sums).contributions
+    bins = by_length(contributions, sums)
+    assert 1 <= len(bins.first) <= 10 and bins.count.sum() == len(lengths) and bins.count.min() > 0
+    assert bins.first[0] == lengths.min() and bins.last[-1] == lengths.max()
+    assert np.all(bins.first <= bins.last) and np.all(bins.first[1:] > bins.last[:-1])
+    for first, last, count, contribution in zip(
+            bins.first, bins.last, bins.count, bins.contribution, strict=True):
+        inside = (first <= lengths) & (lengths <= last)
+        assert first in lengths and last in lengths and count == inside.sum()
+        assert contribution == pytest.approx(contributions[inside].sum(), rel=1e-12, abs=1e-15)
+
+
+def test_length_bins_hold_about_as_many_rollouts_each():
+    lengths = np.random.default_rng(3).permutation(1000) + 1
+    assert by_length(np.zeros(1000), long_table(lengths, torch.float32)).count.tolist() == [100] * 10
+
+
+@per_both
+@estimator_all
+def test_bins_sum_to_the_slope(estimator, per):
+    sums = long_table(np.random.default_rng(4).integers(0, 300, 100))
+    estimate = slope(sums, estimator=estimator, per=per)
+    tokens = token_attribution(sums, estimator=estimator, per=per)
+    for bins in (by_position(tokens, sums), by_length(estimate.contributions, sums)):
+        assert abs(bins.contribution.sum() - estimate.value) < 1e-12 * np.abs(tokens).sum()
+
+
+def test_bad_input():
+    sums = tiny_table()
+    n = int(sums.n_tokens.sum())
+    with pytest.raises(ValueError, match="sums.tokens is None.*keep_tokens=True"):
+        token_attribution(dataclasses.replace(sums, tokens=None))
+    plain = sums.tokens._replace(dlogp=None, dentropy=None)
+    with pytest.raises(ValueError, match="sums.tokens.dlogp is None: measure with a direction"):
+        token_attribution(dataclasses.replace(sums, tokens=plain))
+    short = TokenStats(*(t[1:] if t is not None else None for t in sums.tokens))
+    with pytest.raises(ValueError, match=rf"sums.tokens.entropy has shape \({n - 1},\), expected \({n},\)"):
+        token_attribution(dataclasses.replace(sums, tokens=short))
+    broken = sums.tokens._replace(dlogp=torch.where(torch.arange(n) == 5, torch.nan, sums.tokens.dlogp))
+    with pytest.raises(ValueError, match="sums.tokens.dlogp is nan at token 5"):
+        token_attribution(dataclasses.replace(sums, tokens=broken))
+    with pytest.raises(ValueError, match="estimator is 'best'"):
+        token_attribution(sums, estimator="best")
+    with pytest.raises(ValueError, match="per is 'word'"):
+        token_attribution(sums, per="word")
+    with pytest.raises(ValueError, match=rf"contributions has shape \(64,\), expected \({n},\): one val"):
+        by_position(np.zeros(64), sums)
+    with pytest.raises(ValueError, match=rf"contributions has shape \({n},\), expected \(64,\)"):
+        by_length(np.zeros(n), sums)
+    empty = SequenceSums(**{name: c[:0] for name, c in sums.columns().items()}, tokens=sums.tokens)
+    with pytest.raises(ValueError, match="sums has no rows"):
+        token_attribution(empty)
+
+
+def test_example():
+    result = doctest.testmod(importlib.import_module("dentropy.estimators.attribution"))
+    assert result.attempted > 0 and result.failed == 0

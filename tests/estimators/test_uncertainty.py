@@ -1,0 +1,63 @@
+"""Clustered standard errors against textbook forms."""
+
+import doctest
+import importlib
+
+import numpy as np
+import pytest
+
+from dentropy.estimators import clustered_stderr
+
+
+def test_own_group_each_is_the_standard_error_of_a_mean():
+    values = np.random.default_rng(0).standard_normal(50)
+    stderr, reason = clustered_stderr((values - values.mean()) / 50, np.arange(50))
+    assert stderr == pytest.approx(values.std(ddof=1) / np.sqrt(50), rel=1e-12) and reason is None
+
+
+def test_equal_groups_are_the_standard_error_of_the_mean_of_group_means():
+    values = np.random.default_rng(1).standard_normal((8, 5))
+    stderr, _ = clustered_stderr((values - values.mean()).ravel() / 40, np.repeat(np.arange(8), 5))
+    assert stderr == pytest.approx(values.mean(1).std(ddof=1) / np.sqrt(8), rel=1e-12)
+
+
+def test_fixed_prompts_are_the_stratified_standard_error():
+    rng = np.random.default_rng(2)
+    strata = [rng.standard_normal(m) + 10 * m for m in (2, 3, 7)]
+    values, group = np.concatenate(strata), np.repeat([5, -1, 40], [2, 3, 7])
+    stderr, reason = clustered_stderr((values - values.mean()) / 12, group, "fixed")
+    variance = sum((len(s) / 12) ** 2 * s.var(ddof=1) / len(s) for s in strata)
+    assert stderr == pytest.approx(np.sqrt(variance), rel=1e-12) and reason is None
+
+
+def test_labels_and_row_order_do_not_matter():
+    rng = np.random.default_rng(3)
+    psi, group = rng.standard_normal(30), rng.integers(0, 6, 30).repeat(1)
+    order = rng.permutation(30)
+    for prompts in ("random", "fixed"):
+        expected, _ = clustered_stderr(psi, np.append(group[:-1], group[0]), prompts)
+        relabelled = np.append(group[:-1], group[0])[order] * -7 + 2**40
+        assert clustered_stderr(psi[order], relabelled, prompts)[0] == pytest.approx(expected, rel=1e-12)
+
+
+def test_no_stderr_comes_with_its_reason():
+    assert clustered_stderr(np.ones(4), np.zeros(4, int)) == (
+        None, "all 4 rollouts are in one group; prompts='random' needs two groups or more")
+    assert clustered_stderr(np.ones(1), np.zeros(1, int)) == (
+        None, "the only rollout is in one group; prompts='random' needs two groups or more")
+    assert clustered_stderr(np.ones(5), np.array([0, 0, 3, 4, 4]), "fixed") == (
+        None, "group 3 has one rollout (1 of 3 groups do); prompts='fixed' needs two or more in every group")
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match="prompts is 'drawn', expected one of 'random', 'fixed'"):
+        clustered_stderr(np.ones(2), np.arange(2), "drawn")
+    with pytest.raises(ValueError, match=r"influence has shape \(0,\)"):
+        clustered_stderr(np.ones(0), np.arange(0))
+    with pytest.raises(ValueError, match=r"group has shape \(3,\), expected \(2,\)"):
+        clustered_stderr(np.ones(2), np.arange(3))
+
+
+def test_example():
+    result = doctest.testmod(importlib.import_module("dentropy.estimators.uncertainty"))
+    assert result.attempted > 0 and result.failed == 0
