@@ -7,9 +7,24 @@
 
 from .batch import PackedBatch
 from .direction import Direction
-from .estimators import curvature, importance, on_policy_audit, slope
+from .estimators import (
+    by_length,
+    by_position,
+    curvature,
+    importance,
+    importance_diagnostics,
+    on_policy_audit,
+    predict,
+    prediction_error,
+    rollouts_needed,
+    slope,
+    token_attribution,
+    trust_range,
+)
 from .forward_mode import moved_weights
 from .measure import measure
+from .noise_floor import noise_floor
+from .parameter_attribution import parameter_attribution
 from .policy import Policy
 from .policy_gradient import policy_gradient_direction
 from .probe import ProbeResult, probe
@@ -27,16 +42,26 @@ __all__ = [
     "ProbeResult",
     "SequenceSums",
     "TokenStats",
+    "by_length",
+    "by_position",
     "curvature",
     "importance",
+    "importance_diagnostics",
     "linear_token_stats",
     "measure",
     "moved_weights",
+    "noise_floor",
     "on_policy_audit",
+    "parameter_attribution",
     "policy_gradient_direction",
+    "predict",
+    "prediction_error",
     "probe",
+    "rollouts_needed",
     "sample",
     "sequence_sums",
     "slope",
+    "token_attribution",
     "token_stats",
+    "trust_range",
 ]

@@ -134,6 +134,12 @@ def _add_probe(commands) -> None:
     command.add_argument(
         "--append-eos", action="store_true", help="add the end token to responses given as text"
     )
+    command.add_argument("--prompt-set", choices=("random", "fixed"), default="random",
+                         help="what error bars are for: prompts drawn at random, or this fixed set (default: %(default)s)")
+    command.add_argument("--token-budget", type=int, default=4096, metavar="N",
+                         help="tokens run at a time; memory follows it, results do not (default: %(default)s)")
+    command.add_argument("--skip-parameters", action="store_true",
+                         help="leave out the parameters' shares, which need a gradient's memory")
     command.add_argument("--out", required=True, metavar="DIR", help="run folder, new or empty")
     _add_model_options(command)
     command.set_defaults(run=_probe)
@@ -142,7 +148,7 @@ def _add_probe(commands) -> None:
 def _probe(options) -> None:
     from dentropy.batch import PackedBatch
     from dentropy.policy import Policy
-    from dentropy.probe import check_etas, probe
+    from dentropy.probe import check_etas, n_passes, probe
     from dentropy.progress import token_bar
     from dentropy.results import check_out
 
@@ -158,8 +164,10 @@ def _probe(options) -> None:
     policy = Policy.from_pretrained(options.policy, **_placement(options))
     direction = _direction(options, policy, tokenizer)
     etas = etas or [step * direction.step_size for step in DEFAULT_STEPS]
-    with token_bar("passes", batch.n_tokens * (1 + len(etas))) as progress:
-        result = probe(policy, batch, direction, etas, progress=progress)
+    parameters = not options.skip_parameters
+    with token_bar("passes", batch.n_tokens * n_passes(policy, etas, parameters)) as progress:
+        result = probe(policy, batch, direction, etas, token_budget=options.token_budget, prompts=options.prompt_set,
+                       parameters=parameters, progress=progress)
     named = {
         name: getattr(options, name)
         for name in ("policy", "rollouts", "after", "direction", "update_rollouts")

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers.
-UNCORRECTED, CORRECTED, MEASURED, FRESH = "#D55E00", "#0072B2", "#000000", "#009E73"
+UNCORRECTED, CORRECTED, MEASURED, FRESH, NOISE = "#D55E00", "#0072B2", "#000000", "#009E73", "#BBBBBB"
 
 
 def write(content: dict, columns: dict[str, np.ndarray], folder: str | Path) -> None:
@@ -46,13 +46,22 @@ def delta_entropy(content: dict):
     axes.axvline(0, color="0.8", lw=0.8, zorder=0)
     (line,) = axes.plot(x, uncorrected, "--", color=UNCORRECTED, lw=1.8, label="predicted, uncorrected slope")
     axes.plot(x, corrected, color=CORRECTED, lw=1.8, label="predicted, corrected slope (causal) ± 2 SE")
+    if content["curvature"] is not None:
+        dense = np.linspace(x[0], x[1], 201)
+        eta = dense * content["step_size"]
+        bent = (slope["value"] * eta + content["curvature"]["value"] * eta**2 / 2) * scale
+        axes.plot(dense, bent, ":", color=CORRECTED, lw=1.8, label="with curvature")
     # Through 0, where the band closes: a fill between the ends alone would cut the corner.
     bow = np.insert(np.stack([x, corrected - band, corrected + band]), 1, 0.0, axis=1)
     axes.fill_between(*bow, color=CORRECTED, alpha=0.15, lw=0)
     reach = [corrected - band, corrected + band]
-    reach += _points(
-        axes, steps, delta * scale, 2 * bars * scale, "o", MEASURED, "measured (importance sampling)"
-    )
+    noise = np.array([entry["below_noise_floor"] for entry in measured])
+    for chosen, color, label in (
+        (~noise, MEASURED, "measured (importance sampling)"),
+        (noise, NOISE, "below the noise floor: rounding, not data"),
+    ):
+        if chosen.any():
+            reach += _points(axes, steps[chosen], delta[chosen] * scale, 2 * bars[chosen] * scale, "o", color, label)
     fresh = content["fresh_check"]
     if fresh is not None:
         aside = 0.015 * (x[1] - x[0])  # beside the measurement at the same η, not on top of it

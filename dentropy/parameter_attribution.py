@@ -5,9 +5,11 @@ shares add up to the forward-mode slope is also the best test of both.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
+from torch import nn
 
 from .batch import PackedBatch
 from .direction import Direction
@@ -36,10 +38,24 @@ def parameter_attribution(policy: Policy, batch: PackedBatch, direction: Directi
     score, total = score_coefficients(sums, estimator=estimator, per=per)
     names = {id(p): name for name, p in policy.model.named_parameters()}
     parameters, tangents = zip(*direction.on(policy.model), strict=True)
-    gradients = gradient(policy, batch, parameters, np.full(len(score), 1 / total), score / total,
-                         token_budget=token_budget, progress=progress)
+    with _every_embedding_row(policy.model):
+        gradients = gradient(policy, batch, parameters, np.full(len(score), 1 / total), score / total,
+                             token_budget=token_budget, progress=progress)
     return {names[id(p)]: float((g.double() * v.double()).sum())
             for p, g, v in zip(parameters, gradients, tangents, strict=True)}
+
+
+@contextmanager
+def _every_embedding_row(model: nn.Module) -> Iterator[None]:
+    """Without padding rows: reverse mode gives them no gradient, though forward mode, rightly, lets them move."""
+    padded = [(m, m.padding_idx) for m in model.modules() if getattr(m, "padding_idx", None) is not None]
+    try:
+        for module, _ in padded:
+            module.padding_idx = None
+        yield
+    finally:
+        for module, index in padded:
+            module.padding_idx = index
 
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")

@@ -15,14 +15,23 @@ from dentropy.batch import PackedBatch
 from dentropy.direction import Direction
 from dentropy.estimators import (
     Estimate,
+    ImportanceDiagnostics,
     ImportanceResult,
     OnPolicyAudit,
+    TrustRange,
     clustered_stderr,
+    curvature,
     importance,
+    importance_diagnostics,
     on_policy_audit,
+    predict,
+    prediction_error,
     slope,
+    trust_range,
 )
 from dentropy.measure import measure
+from dentropy.noise_floor import noise_floor
+from dentropy.parameter_attribution import parameter_attribution
 from dentropy.policy import Policy
 from dentropy.summary import summary
 from dentropy.tables import SequenceSums
@@ -54,31 +63,56 @@ class FreshCheck:
 
 
 @dataclass(frozen=True, eq=False)
+class Change:
+    """The change of entropy at one η: predicted, measured, and how far to believe either. In nats per token.
+
+    eta                the η
+    moved              the table there; its rows pair with those of the base table by `rollout`
+    measured           ΔH by importance sampling
+    diagnostics        what the weights say about it: k̂, verdict
+    linear, quadratic  the predictions η R' and η R' + η² R''/2, with the causal slope; quadratic is None without R''
+    error              linear − measured, with the standard error of the pair
+    below_noise        whether |measured| is below the arithmetic's own error, so that it is no measurement
+    """
+
+    eta: float
+    moved: SequenceSums
+    measured: ImportanceResult
+    diagnostics: ImportanceDiagnostics
+    linear: Estimate
+    quadratic: Estimate | None
+    error: Estimate
+    below_noise: bool
+
+
+@dataclass(frozen=True, eq=False)
 class ProbeResult:
     """What `probe` found. Entropies are in nats per token, slopes in nats per token per unit of η.
 
-    base           the table at the base weights, with tangent columns
+    base           the table at the base weights, with tangent columns and kept tokens
     base_entropy   H̄, and base_stderr its standard error (None where the groups do not allow one)
     slopes         the slope by each of the three estimators: "causal", "exact", "mixed"
-    etas           the η measured, in the order given
-    moved          the table at each η; its rows pair with those of `base` by `rollout`
-    measured       ΔH at each η
+    curvature      R'', and trust how far predictions reach; both None for weights in half precision
+    changes        prediction and measurement at each η, in the order given
+    noise_floor    two standard deviations of the rounding in a measured ΔH
+    parameters     contribution of every parameter that moves to the causal slope, by name; None if not asked for
     audit          do the rollouts look like samples of this policy?
     batch          the rollouts
     step_size      the η that is the update itself
     prompts        "random" or "fixed": what the standard errors are for
     dtype, device  of the pass
-    seeds, source  for the caller: random seeds by name; where policy, rollouts and update came from
-    fresh          for the caller: the comparison with rollouts of the moved policy
+    seeds, source, fresh   free for the caller: random seeds by name, where policy and rollouts came from, a FreshCheck
     """
 
     base: SequenceSums
     base_entropy: float
     base_stderr: float | None
     slopes: dict[str, Estimate]
-    etas: tuple[float, ...]
-    moved: tuple[SequenceSums, ...]
-    measured: tuple[ImportanceResult, ...]
+    curvature: Estimate | None
+    trust: TrustRange | None
+    changes: tuple[Change, ...]
+    noise_floor: float
+    parameters: dict[str, float] | None
     audit: OnPolicyAudit
     batch: PackedBatch
     step_size: float
@@ -89,12 +123,17 @@ class ProbeResult:
     source: dict[str, str] = field(default_factory=dict)
     fresh: FreshCheck | None = None
 
-    def save(self, out: str | Path) -> Path:
-        """Write the run folder `out` (see `dentropy.results`): whole, or not at all.
+    @property
+    def etas(self) -> tuple[float, ...]:
+        return tuple(change.eta for change in self.changes)
 
+    def save(self, out: str | Path, tokenizer=None) -> Path:
+        """Write the run folder `out` (see results.md beside this file): whole, or not at all.
+
+        tokenizer: to show rollouts as text in report.html; without it they are token ids.
         Raises ValueError where `out` exists and is not an empty folder.
         """
-        return results.save(self, out)
+        return results.save(self, out, tokenizer)
 
     def summary(self) -> str:
         """The result as a table to read."""
@@ -109,17 +148,19 @@ def probe(
     *,
     token_budget: int = 4096,
     prompts: str = "random",
+    parameters: bool = True,
     progress: Callable[[int], None] | None = None,
 ) -> ProbeResult:
-    """Slope of the entropy along `direction` by all three estimators, and measured ΔH(η) at each of `etas`.
+    """Slope and curvature of the entropy along `direction`, and the measured ΔH(η) at each of `etas`.
 
-    One pass with tangents at the base weights gives the slopes; one plain pass at θ + η·v per η gives the
-    measurement (importance sampling on the same rollouts). `prompts` says what the standard errors are for:
-    prompts drawn at "random", or this "fixed" set. `progress` is called with the number of tokens just
-    finished; the whole is (1 + len(etas)) passes over the batch.
+    Passes with tangents at the base weights give slope and curvature; a plain pass at θ + η·v per η gives the
+    measurement (importance sampling on the same rollouts); two more give the noise floor of the arithmetic; one
+    reverse pass gives each parameter's share, unless `parameters` is False (it needs a gradient's memory). `prompts`
+    says what the standard errors are for: prompts drawn at "random", or this "fixed" set. `progress` is called with
+    the number of tokens just finished, `n_passes` times those of the batch in all.
 
-    Raises ValueError, before any work, for etas that are empty, not finite, repeated, or 0 only; see
-    `measure` for what it refuses.
+    Raises ValueError, before any work, for etas that are empty, not finite, repeated, or 0 only; see `measure` for
+    what it refuses.
 
     Example:
         >>> from dentropy.demo.run import load_policy, draw_rollouts
@@ -129,29 +170,32 @@ def probe(
         >>> update = draw_rollouts(policy, tokenizer, n_prompts=8, per_prompt=4, seed=1)
         >>> direction = policy_gradient_direction(policy, update, step_size=1e-4)
         >>> result = probe(policy, rollouts, direction, [1e-4])
-        >>> bool(abs(result.measured[0].contributions.sum() - result.measured[0].delta) < 1e-12)
+        >>> measured = result.changes[0].measured
+        >>> abs(measured.contributions.sum() - measured.delta) < 1e-12
         True
     """
     etas = check_etas(etas)
-    base = measure(policy, batch, direction, token_budget=token_budget, progress=progress)
+    settings = {"token_budget": token_budget, "progress": progress}
+    base = measure(policy, batch, direction, order=_order(policy), keep_tokens=True, **settings)
+    floor = noise_floor(policy, batch, direction, base, min(abs(eta) for eta in etas if eta), **settings)
     slopes = {name: slope(base, estimator=name, prompts=prompts) for name in ESTIMATORS}
-    base_entropy, base_influence = entropy_per_token(base)
-
-    moved, measured = [], []
+    second = None if base.d2logp is None else curvature(base, prompts=prompts)
+    changes = []
     for eta in etas:
-        sums = measure(
-            policy, batch, direction, eta=eta, order=0, token_budget=token_budget, progress=progress
-        )
-        measured.append(importance(base, sums, prompts=prompts))
-        moved.append(sums)
+        moved = measure(policy, batch, direction, eta=eta, order=0, **settings)
+        changes.append(change(base, moved, eta, prompts, floor))
+    shares = parameter_attribution(policy, batch, direction, base, **settings) if parameters else None
+    base_entropy, base_influence = entropy_per_token(base)
     return ProbeResult(
         base=base,
         base_entropy=base_entropy,
         base_stderr=clustered_stderr(base_influence, base.group, prompts)[0],
         slopes=slopes,
-        etas=etas,
-        moved=tuple(moved),
-        measured=tuple(measured),
+        curvature=second,
+        trust=None if second is None else trust_range(slopes["causal"], second),
+        changes=tuple(changes),
+        noise_floor=floor,
+        parameters=shares,
         audit=on_policy_audit(base),
         batch=batch,
         step_size=direction.step_size,
@@ -159,6 +203,32 @@ def probe(
         dtype=str(policy.dtype).removeprefix("torch."),
         device=_device_name(policy.device),
     )
+
+
+def n_passes(policy: Policy, etas: Sequence[float], parameters: bool = True) -> int:
+    """How many times `probe` goes through the batch."""
+    at_base = 3 if _order(policy) == 2 else 1
+    return at_base + 2 + len(etas) + parameters
+
+
+def change(base: SequenceSums, moved: SequenceSums, eta: float, prompts: str, noise_floor: float) -> Change:
+    """Prediction against measurement at one η, from the two tables."""
+    measured = importance(base, moved, prompts=prompts)
+    return Change(
+        eta=eta,
+        moved=moved,
+        measured=measured,
+        diagnostics=importance_diagnostics(measured),
+        linear=predict(base, eta, prompts=prompts),
+        quadratic=None if base.d2logp is None else predict(base, eta, order=2, prompts=prompts),
+        error=prediction_error(base, moved, eta, prompts=prompts),
+        below_noise=abs(measured.delta) < noise_floor,
+    )
+
+
+def _order(policy: Policy) -> int:
+    """Second order by differences needs weights in which a small step does not vanish."""
+    return 2 if torch.finfo(policy.dtype).bits >= 32 else 1
 
 
 def entropy_per_token(sums: SequenceSums) -> tuple[float, np.ndarray]:
@@ -185,7 +255,7 @@ def fresh_check(result: ProbeResult, eta: float, fresh: SequenceSums) -> FreshCh
         raise ValueError(
             "fresh: its groups differ from those of the base rollouts; draw it from the same prompts"
         )
-    measured = result.measured[result.etas.index(eta)]
+    measured = result.changes[result.etas.index(eta)].measured
     value, influence = entropy_per_token(fresh)
     _, base_influence = entropy_per_token(result.base)
     # With prompts fixed, a prompt's fresh and base answers are two samples, each with a mean of its own.

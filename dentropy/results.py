@@ -18,6 +18,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dentropy.estimators import by_length, by_position, token_attribution
+from dentropy.parameter_attribution import by_kind, by_layer
+
 if TYPE_CHECKING:
     from dentropy.probe import ProbeResult
 
@@ -43,7 +46,7 @@ def check_out(out: str | Path) -> Path:
     return out
 
 
-def save(result: ProbeResult, out: str | Path) -> Path:
+def save(result: ProbeResult, out: str | Path, tokenizer=None) -> Path:
     """Write the run folder of `result` to `out` and return its path; see `check_out` for what is refused."""
     from dentropy import figures
 
@@ -109,7 +112,11 @@ def document(result: ProbeResult) -> dict:
         "base_entropy_stderr": result.base_stderr,
         "scale": 1 / n_tokens,
         "slope": [_slope_entry(estimate) for estimate in result.slopes.values()],
-        "measured": [_measured_entry(result, index) for index in range(len(result.etas))],
+        "curvature": None if result.curvature is None else _curvature_entry(result),
+        "trust": None if result.trust is None else _trust_entry(result.trust),
+        "measured": [_measured_entry(change, result.slopes["causal"]) for change in result.changes],
+        "noise_floor": result.noise_floor,
+        "attribution": _attribution_entry(result),
         "fresh_check": None if result.fresh is None else dict(vars(result.fresh)),
         "audit": _audit_entry(result),
     }
@@ -130,48 +137,113 @@ def table(result: ProbeResult) -> dict[str, np.ndarray]:
     columns["slope_uncorrected"] = (base["dentropy"] + base["entropy_to_go"]) * scale
     for name, estimate in result.slopes.items():
         columns[f"slope_{name}"] = estimate.contributions[order]
-    for index, (moved, measured) in enumerate(zip(result.moved, result.measured, strict=True)):
-        columns[f"log_weight_{index}"] = measured.log_weights[order]
-        columns[f"moved_entropy_{index}"] = moved.entropy[np.argsort(moved.rollout)]
-        columns[f"delta_contribution_{index}"] = measured.contributions[order]
+    if result.curvature is not None:
+        columns["curvature"] = result.curvature.contributions[order]
+    for index, change in enumerate(result.changes):
+        columns[f"log_weight_{index}"] = change.measured.log_weights[order]
+        columns[f"moved_entropy_{index}"] = change.moved.entropy[np.argsort(change.moved.rollout)]
+        columns[f"delta_contribution_{index}"] = change.measured.contributions[order]
     return columns
+
+
+def _errors(statistic) -> dict:
+    """What every statistic says of its error."""
+    interval = statistic.interval()
+    return {
+        "stderr": statistic.stderr,
+        "stderr_reason": statistic.stderr_reason,
+        "jackknife_stderr": statistic.jackknife_stderr,
+        "interval": None if interval is None else list(interval),
+        "warnings": list(statistic.warnings),
+    }
 
 
 def _slope_entry(estimate) -> dict:
     return {
         "estimator": estimate.estimator,
         "value": estimate.value,
-        "stderr": estimate.stderr,
-        "stderr_reason": estimate.stderr_reason,
+        **_errors(estimate),
         **{part: estimate.parts[part] for part in ("pathwise", "score", "length_correction", "uncorrected")},
     }
 
 
-def _measured_entry(result: ProbeResult, index: int) -> dict:
-    eta, measured, predicted = result.etas[index], result.measured[index], result.slopes["causal"]
+def _curvature_entry(result: ProbeResult) -> dict:
+    step = result.base.second_order_step
     return {
-        "eta": eta,
+        "value": result.curvature.value,
+        **_errors(result.curvature),
+        **result.curvature.parts,
+        "step": None if step is None else float(step[0]),
+    }
+
+
+def _trust_entry(trust) -> dict:
+    return {"eta_star": trust.eta_star, **_errors(trust), "linear_until": trust.linear_limit}
+
+
+def _measured_entry(change, slope) -> dict:
+    measured, found, quadratic = change.measured, change.diagnostics, change.quadratic
+    return {
+        "eta": change.eta,
         "delta": measured.delta,
-        "stderr": measured.stderr,
-        "stderr_reason": measured.stderr_reason,
+        **_errors(measured),
+        "smoothed_delta": found.smoothed_delta,
+        "below_noise_floor": change.below_noise,
+        "verdict": found.verdict,
+        "verdict_reason": found.reason,
         "moved_entropy": measured.moved_value,
-        "predicted_linear": eta * predicted.value,
-        "predicted_linear_stderr": None if predicted.stderr is None else abs(eta) * predicted.stderr,
-        "predicted_uncorrected": eta * predicted.parts["uncorrected"],
+        "predicted_linear": change.linear.value,
+        "predicted_linear_stderr": change.linear.stderr,
+        "predicted_quadratic": None if quadratic is None else quadratic.value,
+        "predicted_quadratic_stderr": None if quadratic is None else quadratic.stderr,
+        "predicted_uncorrected": change.eta * slope.parts["uncorrected"],
+        "prediction_error": change.error.value,
+        "prediction_error_stderr": change.error.stderr,
         "ess": measured.ess,
         "ess_fraction": measured.ess_fraction,
         "ess_tokens": measured.ess_tokens,
+        "khat": {"w": found.khat, "wT": found.khat_tokens, "wH": found.khat_entropy},
+        "khat_reason": found.khat_reason,
+        "khat_threshold": found.khat_threshold,
         "max_weight": measured.max_weight,
         "mean_weight": measured.mean_weight,
         "log_weight_quantiles": dict(measured.log_weight_quantiles),
     }
 
 
+def _attribution_entry(result: ProbeResult) -> dict:
+    """Who the causal slope comes from; every list sums to it."""
+    base, causal = result.base, result.slopes["causal"]
+    positions = by_position(token_attribution(base), base)
+    lengths = by_length(causal.contributions, base)
+    entry = {
+        "by_position": _bin_entries(positions, "tokens"),
+        "by_length": _bin_entries(lengths, "rollouts"),
+        "by_layer": None,
+        "by_kind": None,
+        "parameters": None,
+    }
+    if result.parameters is not None:
+        for name, shares in (("by_layer", by_layer(result.parameters)), ("by_kind", by_kind(result.parameters)),
+                             ("parameters", result.parameters)):
+            entry[name] = [{"name": part, "contribution": share} for part, share in shares.items()]
+    return entry
+
+
+def _bin_entries(bins, counted: str) -> list[dict]:
+    columns = (bins.first.tolist(), bins.last.tolist(), bins.contribution.tolist(), bins.count.tolist())
+    return [{"first": first, "last": last, "contribution": contribution, counted: count}
+            for first, last, contribution, count in zip(*columns, strict=True)]
+
+
 def _audit_entry(result: ProbeResult) -> dict:
     checks = {"logp_plus_entropy": result.audit.logp_plus_entropy, "dlogp": result.audit.dlogp}
     sums = {f"slope_{name}": (e.contributions.sum(), e.value) for name, e in result.slopes.items()}
-    for index, m in enumerate(result.measured):
+    for index, change in enumerate(result.changes):
+        m = change.measured
         sums[f"delta_{index}"] = (m.contributions.sum(), m.moved_value - m.base_value)
+    if result.parameters is not None:
+        sums["parameters"] = (sum(result.parameters.values()), result.slopes["causal"].value)
     return {
         "rollouts_used": len(result.base),
         "rollouts_expected": len(result.batch),

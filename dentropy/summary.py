@@ -5,7 +5,7 @@ from __future__ import annotations
 
 def summary(content: dict) -> str:
     """The summary of a run from the content of its results.json, without a final newline."""
-    parts = [_head(content), _slopes(content), _changes(content)]
+    parts = [_head(content), _slopes(content), _changes(content), _verdicts(content)]
     if content["fresh_check"] is not None:
         parts.append(_fresh(content["fresh_check"], content["measured"]))
     parts.append(_audit(content["audit"], content["not_finite"]))
@@ -37,7 +37,24 @@ def _slopes(content: dict) -> str:
     )
     head = ("estimator", "slope ± SE", "pathwise", "score", "length correction")
     title = "Slope of the entropy at η = 0, in nats per token per unit of η"
-    return "\n".join([title, *_aligned(head, rows), *_reasons(slopes)])
+    doubts = dict.fromkeys(f"warning: {s['estimator']}: {w}" for s in slopes for w in s["warnings"])
+    return "\n".join([title, *_aligned(head, rows), *_reach(content), *_reasons(slopes), *doubts])
+
+
+def _reach(content: dict) -> list[str]:
+    if content["curvature"] is None:
+        return []
+    curvature, trust = content["curvature"], content["trust"]
+    value = _with_error(curvature["value"], curvature["stderr"]).strip()
+    limit = "at no η" if trust["linear_until"] is None else f"beyond η = {trust['linear_until']:.2g}"
+    return [f"curvature {value} per unit of η²; it changes the linear prediction by a tenth {limit}"]
+
+
+def _verdicts(content: dict) -> str:
+    lines = [f"  {m['eta']: .3g}  {m['verdict']}: {m['verdict_reason']}"
+             + ("; below the noise floor" if m["below_noise_floor"] else "") for m in content["measured"]]
+    floor = f"Rounding alone can make a ΔH of {content['noise_floor']:.1e} nats per token (the noise floor)."
+    return "\n".join(["Can the measurements be believed?", *lines, floor])
 
 
 def _changes(content: dict) -> str:
@@ -48,15 +65,16 @@ def _changes(content: dict) -> str:
             f"{m['eta'] / step: .3g}",
             _number(m["predicted_uncorrected"]),
             _with_error(m["predicted_linear"], m["predicted_linear_stderr"]),
+            "-" if m["predicted_quadratic"] is None else _number(m["predicted_quadratic"]),
             _with_error(m["delta"], m["stderr"]),
             f"{m['ess_fraction']:.1%}",
         )
         for m in content["measured"]
     ]
-    head = ("η", "steps", "uncorrected", "predicted ± SE", "measured ± SE", "ESS")
+    head = ("η", "steps", "uncorrected", "predicted ± SE", "quadratic", "measured ± SE", "ESS")
     title = (
         f"Change of the entropy ΔH(η), in nats per token; one step is η = {step:g}\n"
-        "predicted = η · causal slope; measured by importance sampling; ESS = effective sample size"
+        "predicted = η · causal slope, quadratic with η²/2 · curvature; measured by importance sampling"
     )
     return "\n".join([title, *_aligned(head, rows), *_reasons(content["measured"])])
 

@@ -28,6 +28,7 @@ def run(etas=(-1e-6, 0.5e-6, 1e-6, 2e-6), *, slope=-3e3, uncorrected=1e3, stderr
                 "eta": eta,
                 "delta": columns[f"delta_contribution_{k}"].sum(),
                 "stderr": stderr,
+                "below_noise_floor": False,
                 "predicted_linear": eta * slope,
                 "predicted_linear_stderr": stderr,
                 "predicted_uncorrected": eta * uncorrected,
@@ -40,6 +41,7 @@ def run(etas=(-1e-6, 0.5e-6, 1e-6, 2e-6), *, slope=-3e3, uncorrected=1e3, stderr
     content = {
         "step_size": STEP,
         "n_sequences": S,
+        "curvature": None,
         "measured": measured,
         "slope": [
             {"estimator": "exact", "value": 0.0, "stderr": 0.0, "uncorrected": uncorrected},

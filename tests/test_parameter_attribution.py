@@ -2,7 +2,7 @@ import pytest
 import torch
 from models import InFloat64, random_batch, random_direction, random_model
 
-from dentropy import Policy, measure, slope
+from dentropy import PackedBatch, Policy, measure, slope
 from dentropy.parameter_attribution import by_kind, by_layer, parameter_attribution
 
 
@@ -27,6 +27,18 @@ def test_shares_add_up_in_float32(name):
     sums = measure(policy, batch, direction, keep_tokens=True)
     shares = parameter_attribution(policy, batch, direction, sums)
     assert abs(sum(shares.values()) - slope(sums).value) <= 1e-5 * sum(map(abs, shares.values()))
+
+
+def test_tokens_of_the_padding_row_count_too():
+    """A policy can generate its padding token, and an update can move that row."""
+    model = random_model("llama")
+    batch = PackedBatch.from_lists([[3, 4]] * 3, [[0, 5, 0], [6, 0], [0, 0, 7]])
+    direction = random_direction(model, names=lambda name: "embed" in name)
+    policy = Policy(model)
+    sums = measure(policy, batch, direction, keep_tokens=True)
+    shares = parameter_attribution(policy, batch, direction, sums)
+    assert shares["model.embed_tokens.weight"] == pytest.approx(slope(sums).value, rel=1e-4)
+    assert model.model.embed_tokens.padding_idx == 0
 
 
 def test_a_share_is_the_slope_along_that_parameter_alone():

@@ -1,4 +1,5 @@
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from dentropy import (
     probe,
     sample,
 )
-from dentropy.probe import FreshCheck, check_etas, fresh_check
+from dentropy.probe import FreshCheck, check_etas, fresh_check, n_passes
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12], [13, 14]]
 STEP = 0.01
@@ -49,13 +50,14 @@ def test_the_exact_slope_is_the_derivative_of_the_measurement():
         direction = random_direction(policy.model)
         batch = sample(policy, PROMPTS, per_prompt=4, max_new_tokens=8)
         found = probe(policy, batch, direction, [-1e-6, 1e-6])
-    down, up = (measured.delta for measured in found.measured)
+    down, up = (change.measured.delta for change in found.changes)
     assert (up - down) / 2e-6 == pytest.approx(found.slopes["exact"].value, rel=1e-6)
     assert set(found.slopes) == {"causal", "exact", "mixed"}
 
 
 def test_every_eta_is_measured_at_its_own_weights(policy, batch, direction, result):
-    for eta, measured, moved in zip(result.etas, result.measured, result.moved, strict=True):
+    for eta, change in zip(ETAS, result.changes, strict=True):
+        measured, moved = change.measured, change.moved
         with moved_weights(policy, direction, eta):
             by_hand = measure(policy, batch)
         assert measured.delta == pytest.approx(importance(result.base, by_hand).delta, abs=1e-9)
@@ -71,14 +73,38 @@ def test_the_base_entropy_is_the_mean_over_tokens(policy, batch, result):
 
 def test_zero_among_the_etas_is_measured_as_nothing(policy, batch, direction):
     found = probe(policy, batch, direction, [0.0, STEP])
-    assert abs(found.measured[0].delta) < 1e-5 < abs(found.measured[1].delta)
-    assert found.measured[0].ess_fraction == pytest.approx(1.0, abs=1e-6)
+    at_zero, at_step = found.changes
+    assert abs(at_zero.measured.delta) < 1e-5 < abs(at_step.measured.delta)
+    assert at_zero.measured.ess_fraction == pytest.approx(1.0, abs=1e-6)
+    assert at_zero.below_noise and not at_step.below_noise
 
 
-def test_progress_counts_one_pass_per_weight_setting(policy, batch, direction):
+@pytest.mark.parametrize("parameters", [True, False])
+def test_progress_counts_every_pass(policy, batch, direction, parameters):
     counts = []
-    probe(policy, batch, direction, ETAS, token_budget=100, progress=counts.append)
-    assert sum(counts) == batch.n_tokens * (1 + len(ETAS)) and len(counts) > 5 * 4
+    found = probe(policy, batch, direction, ETAS, token_budget=100, parameters=parameters, progress=counts.append)
+    assert sum(counts) == batch.n_tokens * n_passes(policy, ETAS, parameters) and len(counts) > 5 * 4
+    assert (found.parameters is None) == (not parameters)
+
+
+def test_curvature_predictions_and_shares_belong_to_the_slope(result):
+    second = result.curvature
+    for change in result.changes:
+        linear = change.eta * result.slopes["causal"].value
+        assert change.linear.value == pytest.approx(linear)
+        assert change.quadratic.value == pytest.approx(linear + change.eta**2 / 2 * second.value)
+        assert change.error.value == pytest.approx(linear - change.measured.delta)
+    assert result.trust.eta_star == pytest.approx(2 * abs(result.slopes["causal"].value / second.value))
+    scale = sum(map(abs, result.parameters.values()))
+    assert sum(result.parameters.values()) == pytest.approx(result.slopes["causal"].value, abs=1e-5 * scale)
+
+
+def test_half_precision_has_no_curvature(batch):
+    half = Policy(random_model("llama").to(torch.bfloat16))
+    with pytest.warns(UserWarning, match="vanish"):
+        found = probe(half, batch, random_direction(half.model), [STEP], parameters=False)
+    assert found.curvature is None and found.trust is None and found.changes[0].quadratic is None
+    assert "per unit of η²" not in found.summary()
 
 
 @pytest.mark.parametrize(
@@ -103,7 +129,7 @@ def test_the_summary_shows_the_numbers(result):
     assert f"{result.base_entropy:.4f} ± {result.base_stderr:.4f} nats per token" in text
     for estimate in result.slopes.values():
         assert f"{estimate.value: .3e} ± {estimate.stderr:.1e}" in text
-    for eta, measured in zip(result.etas, result.measured, strict=True):
+    for eta, measured in ((change.eta, change.measured) for change in result.changes):
         line = next(line for line in text.splitlines() if line.split()[:1] == [f"{eta:.3g}"])
         assert (
             f"{measured.delta: .3e} ± {measured.stderr:.1e}" in line
@@ -115,7 +141,7 @@ def test_the_summary_shows_the_numbers(result):
 
 def test_one_group_has_no_standard_error_and_says_why(policy, direction):
     found = probe(policy, sample(policy, [[5, 6]], per_prompt=6, max_new_tokens=8), direction, [STEP])
-    assert found.base_stderr is None and found.measured[0].stderr is None
+    assert found.base_stderr is None and found.changes[0].measured.stderr is None
     assert (
         "± ?" in found.summary()
         and "no standard error (?): all 6 rollouts are in one group" in found.summary()
@@ -139,7 +165,7 @@ class TestFreshCheck:
         assert isinstance(check, FreshCheck) and check.n_sequences == 800 and check.n_tokens == drawn.n_tokens
         assert check.value == pytest.approx(fresh.entropy.sum() / fresh.n_tokens.sum())
         assert check.delta == pytest.approx(check.value - result.base_entropy)
-        assert check.difference == pytest.approx(check.delta - result.measured[-1].delta)
+        assert check.difference == pytest.approx(check.delta - result.changes[-1].measured.delta)
         assert abs(check.difference) < 4 * check.difference_stderr
 
     @pytest.mark.parametrize("prompts", ["random", "fixed"])
@@ -180,9 +206,9 @@ def made_up(rng, prompts):
     n_tokens, entropy = draw()
     base = table(n_tokens, entropy, np.zeros(160))
     moved = table(n_tokens, entropy, 0.1 * rng.normal(size=160))
-    result = dataclasses.make_dataclass("Result", ["base", "base_entropy", "etas", "measured", "prompts"])(
-        base, entropy.sum() / n_tokens.sum(), (1.0,), (importance(base, moved, prompts=prompts),), prompts
-    )
+    change = SimpleNamespace(measured=importance(base, moved, prompts=prompts))
+    result = SimpleNamespace(base=base, base_entropy=entropy.sum() / n_tokens.sum(), etas=(1.0,), changes=(change,),
+                             prompts=prompts)
     return result, 1.0, table(*draw(), np.zeros(160))
 
 

@@ -26,7 +26,7 @@ def result():
         found,
         seeds={"rollouts": 0},
         source={"policy": "random"},
-        fresh=fresh_check(found, ETAS[-1], found.moved[-1]),
+        fresh=fresh_check(found, ETAS[-1], found.changes[-1].moved),
     )
 
 
@@ -134,9 +134,12 @@ def test_the_audit_accounts_for_every_token_and_contribution(content, rows, resu
     assert audit["tokens_used"] == audit["tokens_expected"] == rows.n_tokens.sum()
     assert audit["rollouts_used"] == audit["rollouts_expected"] == len(rows)
     names = {"slope_causal", "slope_exact", "slope_mixed", "delta_0", "delta_1", "delta_2"}
-    assert audit["contributions"].keys() == names
-    for pair in audit["contributions"].values():
+    assert audit["contributions"].keys() == names | {"parameters"}
+    for name in names:
+        pair = audit["contributions"][name]
         assert pair["sum"] == pytest.approx(pair["expected"], rel=1e-9)
+    shares = audit["contributions"]["parameters"]  # another pass of float32 arithmetic
+    assert shares["sum"] == pytest.approx(shares["expected"], abs=1e-5 * sum(map(abs, result.parameters.values())))
     check = audit["on_policy"]["logp_plus_entropy"]
     assert check["mean"] == pytest.approx((rows.logp + rows.entropy).mean())
     assert check["z"] == pytest.approx(check["mean"] / check["stderr"])
@@ -145,8 +148,8 @@ def test_the_audit_accounts_for_every_token_and_contribution(content, rows, resu
 
 
 def test_a_token_lost_on_the_way_shows_in_the_audit(result):
-    lost = dataclasses.replace(result.base, n_tokens=result.base.n_tokens - np.eye(32)[5])
-    audit = results.document(dataclasses.replace(result, base=lost))["audit"]
+    longer = dataclasses.replace(result.batch, response_lens=result.batch.response_lens + np.eye(32, dtype=int)[5])
+    audit = results.document(dataclasses.replace(result, batch=longer))["audit"]
     assert audit["tokens_used"] == audit["tokens_expected"] - 1
 
 
@@ -157,11 +160,14 @@ def test_rows_are_those_of_the_batch_whatever_the_order_of_the_table(result, row
         name: dataclasses.replace(estimate, contributions=estimate.contributions[order])
         for name, estimate in result.slopes.items()
     }
-    measured = [
-        dataclasses.replace(m, log_weights=m.log_weights[order], contributions=m.contributions[order])
-        for m in result.measured
+    changes = [
+        dataclasses.replace(change, measured=dataclasses.replace(
+            change.measured, log_weights=change.measured.log_weights[order],
+            contributions=change.measured.contributions[order]))
+        for change in result.changes
     ]
-    shuffled = dataclasses.replace(result, base=base, slopes=estimates, measured=measured)
+    second = dataclasses.replace(result.curvature, contributions=result.curvature.contributions[order])
+    shuffled = dataclasses.replace(result, base=base, slopes=estimates, curvature=second, changes=changes)
     table = results.table(shuffled)
     assert list(table) == list(rows.columns)
     for name, column in table.items():
@@ -174,11 +180,31 @@ def test_floats_come_back_bit_for_bit(run, result):
     assert [float(text) for text in rows.entropy] == result.base.entropy.tolist()
 
 
+def test_attribution_adds_up_to_the_slope(content, result):
+    causal = next(entry for entry in content["slope"] if entry["estimator"] == "causal")
+    scale = sum(map(abs, result.parameters.values()))
+    for name, parts in content["attribution"].items():
+        assert sum(part["contribution"] for part in parts) == pytest.approx(causal["value"], abs=1e-5 * scale), name
+    assert sum(part["tokens"] for part in content["attribution"]["by_position"]) == content["n_tokens"]
+    assert sum(part["rollouts"] for part in content["attribution"]["by_length"]) == content["n_sequences"]
+
+
+def test_the_curvature_follows_from_the_columns(content, rows):
+    d, mean = rows.n_tokens.sum(), content["base_entropy"]
+    exact = next(entry["value"] for entry in content["slope"] if entry["estimator"] == "exact")
+    terms = ((rows.entropy - mean * rows.n_tokens) * (rows.dlogp**2 + rows.d2logp)
+             + 2 * rows.dlogp * (rows.dentropy - exact * rows.n_tokens) + rows.d2entropy)
+    assert content["curvature"]["value"] == pytest.approx(terms.sum() / d, rel=1e-9)
+    np.testing.assert_allclose(rows.curvature, terms / d, rtol=1e-9, atol=1e-12)
+    assert content["trust"]["linear_until"] == pytest.approx(content["trust"]["eta_star"] / 10)
+
+
 def test_every_field_is_documented(content, rows):
     text = Path(results.__file__).with_suffix(".md").read_text()
     documented = set(re.findall(r"`([a-z_0-9]+?)(?:_K)?`", text))
     fields = set(content) | set(content["slope"][0]) | set(content["measured"][0]) | set(content["audit"])
-    fields |= set(content["fresh_check"]) | set(content["audit"]["on_policy"])
+    fields |= set(content["fresh_check"]) | set(content["audit"]["on_policy"]) | set(content["attribution"])
+    fields |= set(content["curvature"]) | set(content["trust"])
     fields |= {re.sub(r"_\d+$", "", column) for column in rows.columns}
     assert fields - documented == set()
 
@@ -190,6 +216,7 @@ def test_the_recipe_for_the_contributions_works_as_written(run, rows, monkeypatc
     exec(re.search("```python\n(.*?)```", text, re.DOTALL)[1], names)
     for name in ("causal", "exact", "mixed", "uncorrected"):
         np.testing.assert_allclose(names[name], rows[f"slope_{name}"], rtol=1e-10, atol=1e-16)
+    np.testing.assert_allclose(names["curvature"], rows.curvature, rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(names["delta"], rows.delta_contribution_0, rtol=1e-10, atol=1e-16)
 
 
@@ -221,10 +248,10 @@ def test_other_folders_are_refused(tmp_path, text, message):
 
 
 def test_numbers_json_does_not_know_are_named(result):
-    infinite = dataclasses.replace(result.measured[1], mean_weight=float("inf"))
-    content = results.document(
-        dataclasses.replace(result, measured=(result.measured[0], infinite, result.measured[2]))
-    )
+    first, second, third = result.changes
+    infinite = dataclasses.replace(second.measured, mean_weight=float("inf"))
+    changes = (first, dataclasses.replace(second, measured=infinite), third)
+    content = results.document(dataclasses.replace(result, changes=changes))
     assert content["not_finite"] == {"measured.1.mean_weight": "inf"}
     assert content["measured"][1]["mean_weight"] is None
     json.dumps(content, allow_nan=False)

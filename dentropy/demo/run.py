@@ -20,7 +20,7 @@ from dentropy.forward_mode import moved_weights
 from dentropy.measure import measure
 from dentropy.policy import Policy
 from dentropy.policy_gradient import policy_gradient_direction
-from dentropy.probe import ProbeResult, fresh_check, probe
+from dentropy.probe import ProbeResult, fresh_check, n_passes, probe
 from dentropy.progress import rollout_bar, token_bar
 from dentropy.rollout import sample
 
@@ -61,7 +61,7 @@ def _run(seed: int) -> ProbeResult:
     with token_bar("2/4 policy gradient", update.n_tokens) as progress:
         direction = policy_gradient_direction(policy, update, step_size=STEP_SIZE, progress=progress)
     etas = [step * STEP_SIZE for step in STEPS]
-    with token_bar("3/4 predict and measure", batch.n_tokens * (1 + len(etas))) as progress:
+    with token_bar("3/4 predict and measure", batch.n_tokens * n_passes(policy, etas)) as progress:
         result = probe(policy, batch, direction, etas, progress=progress)
 
     with moved_weights(policy, direction, etas[-1]):

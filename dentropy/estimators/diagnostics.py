@@ -170,7 +170,7 @@ def _mean_weight_error(measured: ImportanceResult) -> tuple[float | None, float 
     weights = np.exp(measured.log_weights - shift)
     mean = weights.mean()
     stderr, _ = clustered_stderr((weights - mean) / weights.size, measured.group, measured.prompts)
-    if stderr is None or np.ptp(weights) == 0:
+    if stderr is None or stderr == 0 or np.ptp(measured.log_weights) < ROUNDING:
         return stderr, None
     with np.errstate(over="ignore"):
         return float(stderr * np.exp(shift)), float((mean - np.exp(-shift)) / stderr)

@@ -152,12 +152,17 @@ def statistics(base, moved):
     }
 
 
+def concentrated(estimate):
+    """Whether a warning says that the groups are few or that one dominates."""
+    return any(w.startswith("few groups") or " alone makes " in w for w in estimate.warnings)
+
+
 @sizes
 def test_where_intervals_fail_the_warnings_fire(n_batches):
-    """On the sharp policy 95% intervals cover 80 to 84%; 94% of the batches that they miss in carry a warning.
+    """On the sharp policy 95% intervals cover 80 to 83%; 94% of the batches where they miss carry a warning.
 
     The others look harmless: a batch without the rare prompts that matter cannot know that they exist. And
-    nine batches in ten that do cover carry the warning too: it is about the policy, not about luck.
+    nine batches in ten carry it where the interval holds: it is about the policy, not about luck.
     """
     eta = 0.001
     base, moved = tables(SHARP, n_batches, etas=(0.0, eta))
@@ -166,7 +171,7 @@ def test_where_intervals_fail_the_warnings_fire(n_batches):
     for name, estimates in statistics(base, moved).items():
         _, _, low, high = values(estimates)
         failed = (truth[name] < low) | (high < truth[name])
-        warned = np.array([bool(e.warnings) for e in estimates])
+        warned = np.array([concentrated(e) for e in estimates])
         assert 1 - failed.mean() < 0.9, name
         assert warned[failed].mean() > 0.91, name
 
@@ -174,13 +179,13 @@ def test_where_intervals_fail_the_warnings_fire(n_batches):
 @sizes
 def test_where_intervals_hold_the_warnings_are_rare(n_batches):
     base, moved = tables(DEFAULT, n_batches, etas=(0.0, ETA))
-    warned = {name: np.mean([bool(e.warnings) for e in estimates])
+    warned = {name: np.mean([concentrated(e) for e in estimates])
               for name, estimates in statistics(base, moved).items()}
     assert max(warned["slope"], warned["exact slope"], warned["importance"]) < 0.1
-    assert warned["curvature"] < 0.4  # squares of ℓ': four times the tails, and the group sums less normal
+    assert warned["curvature"] < 0.4  # it has squares of ℓ' in it: its group sums are far less normal
 
 
-@pytest.mark.parametrize("baseline, least", [("none", 50), ("entropy", 15)])
+@pytest.mark.parametrize("baseline, least", [("none", 9), ("entropy", 16)])
 @sizes
 def test_causal_varies_less_than_mixed(baseline, least, n_batches):
     """The variance ratio is the ratio of the rollouts they need, and the standard errors know it."""

@@ -118,6 +118,8 @@ def test_mean_weight_against_its_error():
     assert found.mean_weight_z == pytest.approx((result.mean_weight - 1) / found.mean_weight_stderr, rel=1e-9)
     alone = importance_diagnostics(measured(lognormal(0.5), group=np.zeros(512, dtype=int)))
     assert alone.mean_weight_stderr is None and alone.mean_weight_z is None
+    same = importance_diagnostics(measured(np.tile([0.5, -0.5], 64), per_group=2))  # every group has one sum
+    assert same.mean_weight_stderr == 0 and same.mean_weight_z is None and same.verdict == "strained"
 
 
 def test_equal_weights_need_no_khat():
