@@ -5,9 +5,9 @@
 `measure` alone touches a model; everything statistical is a pure function of the table it leaves.
 """
 
-from .batch import PackedBatch
-from .direction import Direction
-from .estimators import (
+from dentropy.batch import PackedBatch
+from dentropy.direction import Direction
+from dentropy.estimators import (
     by_length,
     by_position,
     curvature,
@@ -21,17 +21,17 @@ from .estimators import (
     token_attribution,
     trust_range,
 )
-from .forward_mode import moved_weights
-from .measure import measure
-from .noise_floor import noise_floor
-from .parameter_attribution import parameter_attribution
-from .policy import Policy
-from .policy_gradient import policy_gradient_direction
-from .probe import ProbeResult, probe
-from .rollout import sample
-from .sequence_sums import sequence_sums
-from .tables import SequenceSums, TokenStats
-from .token_stats import linear_token_stats, token_stats
+from dentropy.forward_mode import moved_weights
+from dentropy.measure import measure
+from dentropy.noise_floor import noise_floor
+from dentropy.parameter_attribution import parameter_attribution
+from dentropy.policy import Policy
+from dentropy.policy_gradient import policy_gradient_direction
+from dentropy.probe import ProbeResult, probe
+from dentropy.rollout import sample
+from dentropy.sequence_sums import sequence_sums
+from dentropy.tables import SequenceSums, TokenStats
+from dentropy.token_stats import linear_token_stats, token_stats
 
 __version__ = "0.1.0"
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .json_lines import column_of, json_lines, tokens_of
+from dentropy.json_lines import column_of, json_lines, tokens_of
 
 
 @dataclass(frozen=True, eq=False)

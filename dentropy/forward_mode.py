@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from .batch import PackedBatch
-from .direction import Direction
-from .policy import Policy
-from .tables import TokenStats
-from .token_stats import linear_token_stats, token_stats
+from dentropy.batch import PackedBatch
+from dentropy.direction import Direction
+from dentropy.policy import Policy
+from dentropy.tables import TokenStats
+from dentropy.token_stats import linear_token_stats, token_stats
 
 
 def response_stats(policy, batch, direction, eta, *, tangent, token_budget, progress) -> TokenStats:

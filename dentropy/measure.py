@@ -8,13 +8,13 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from .batch import PackedBatch
-from .direction import Direction
-from .forward_mode import response_stats
-from .nested import nested_response_stats
-from .policy import Policy
-from .sequence_sums import sequence_sums
-from .tables import SequenceSums, TokenStats
+from dentropy.batch import PackedBatch
+from dentropy.direction import Direction
+from dentropy.forward_mode import response_stats
+from dentropy.nested import nested_response_stats
+from dentropy.policy import Policy
+from dentropy.sequence_sums import sequence_sums
+from dentropy.tables import SequenceSums, TokenStats
 
 SECOND_ORDER = ("difference", "nested")
 # The largest bend of a first derivative within a second-order step, relative to its change, that passes for smooth.

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.func import jvp
 from torch.overrides import TorchFunctionMode
 
-from . import attention, reference
-from .forward_mode import in_place_of_parameters, microbatches, packed_inputs
-from .tables import TokenStats
+from dentropy import attention, reference
+from dentropy.forward_mode import in_place_of_parameters, microbatches, packed_inputs
+from dentropy.tables import TokenStats
 
 
 def nested_response_stats(policy, batch, direction, eta, *, token_budget, progress) -> TokenStats:

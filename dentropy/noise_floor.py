@@ -7,12 +7,12 @@ error bars do not see that: both sides use the same rollouts.
 import math
 from collections.abc import Callable
 
-from .batch import PackedBatch
-from .direction import Direction
-from .estimators import importance, slope
-from .measure import measure
-from .policy import Policy
-from .tables import SequenceSums
+from dentropy.batch import PackedBatch
+from dentropy.direction import Direction
+from dentropy.estimators import importance, slope
+from dentropy.measure import measure
+from dentropy.policy import Policy
+from dentropy.tables import SequenceSums
 
 # Of the smallest η: near enough for odd terms beyond the linear one to vanish, far enough for weights to move.
 FRACTION = 0.01

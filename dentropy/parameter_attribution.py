@@ -11,12 +11,12 @@ from contextlib import contextmanager
 import numpy as np
 from torch import nn
 
-from .batch import PackedBatch
-from .direction import Direction
-from .estimators.attribution import score_coefficients
-from .policy import Policy
-from .reverse_mode import gradient
-from .tables import SequenceSums
+from dentropy.batch import PackedBatch
+from dentropy.direction import Direction
+from dentropy.estimators.attribution import score_coefficients
+from dentropy.policy import Policy
+from dentropy.reverse_mode import gradient
+from dentropy.tables import SequenceSums
 
 
 def parameter_attribution(policy: Policy, batch: PackedBatch, direction: Direction, sums: SequenceSums, *,

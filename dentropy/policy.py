@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import attention
-from .precision import full_float32
+from dentropy import attention
+from dentropy.precision import full_float32
 
 
 class Head(NamedTuple):

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from .batch import PackedBatch
-from .direction import Direction
-from .policy import Policy
-from .reverse_mode import gradient
+from dentropy.batch import PackedBatch
+from dentropy.direction import Direction
+from dentropy.policy import Policy
+from dentropy.reverse_mode import gradient
 
 OPTIMIZERS = ("sgd", "adamw")
 ADVANTAGE_EPSILON = 1e-4  # the constant GRPO adds to a group's standard deviation

@@ -14,9 +14,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .checks import check_linear, check_logits
-from .sequence_sums import sequence_sums  # plain on every device, so public and reference are one
-from .tables import TokenStats
+from dentropy.checks import check_linear, check_logits
+from dentropy.sequence_sums import sequence_sums  # plain on every device, so public and reference are one
+from dentropy.tables import TokenStats
 
 __all__ = ["token_stats", "linear_token_stats", "sequence_sums"]
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .batch import PackedBatch
-from .forward_mode import microbatches, packed_inputs
-from .policy import Policy, at_least_float32
+from dentropy.batch import PackedBatch
+from dentropy.forward_mode import microbatches, packed_inputs
+from dentropy.policy import Policy, at_least_float32
 
 # Logits alive at once, in elements: 64 MiB in float32, small beside the activations of a model worth the name.
 CHUNK = 2**24

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-from torch import Tensor
 
-from .checks import check_tensor, checked_cu_seqlens, checked_group
-from .tables import SequenceSums, TokenStats
+from dentropy.checks import check_tensor, checked_cu_seqlens, checked_group
+from dentropy.tables import SequenceSums, TokenStats
 
 
 def sequence_sums(stats: TokenStats, cu_seqlens, *, group=None) -> SequenceSums:

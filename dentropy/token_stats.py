@@ -9,9 +9,9 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from . import reference
-from .checks import check_linear, check_logits
-from .tables import TokenStats
+from dentropy import reference
+from dentropy.checks import check_linear, check_logits
+from dentropy.tables import TokenStats
 
 
 def token_stats(logits: Tensor, targets: Tensor, dlogits: Tensor | None = None,
@@ -115,6 +115,6 @@ def _triton_is_installed() -> bool:
 
 def _kernel_stats(logits: Tensor, targets: Tensor, dlogits: Tensor | None = None, *, temperature: float,
                   softcap: float | None) -> TokenStats:
-    from .kernels.token_stats import token_stats as kernel  # Triton loads on first use
+    from dentropy.kernels.token_stats import token_stats as kernel  # Triton loads on first use
 
     return TokenStats(*kernel(logits, targets, dlogits, temperature=temperature, softcap=softcap))

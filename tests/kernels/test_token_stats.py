@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
+from dentropy.kernels import token_stats as kernel
 from truth import FIELDS, assert_as_accurate_as_plain_pytorch, plain_pytorch, spread
 
 from dentropy import TokenStats, linear_token_stats, reference
 from dentropy import token_stats as public_token_stats
-from dentropy.kernels import token_stats as kernel
 
 BLOCK = 64 if not torch.cuda.is_available() else kernel.BLOCK
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
