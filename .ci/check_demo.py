@@ -26,6 +26,10 @@ for row in results["measured"]:
     assert math.isclose(row["predicted_linear"], row["eta"] * slopes["causal"]["value"], rel_tol=1e-9)
     assert row["stderr"] > 0 and 0 < row["ess_fraction"] <= 1 + 1e-9
 
+shares = results["attribution"]["by_layer"]
+assert math.isclose(sum(share["contribution"] for share in shares), slopes["causal"]["value"], rel_tol=1e-4)
+assert (folder / "report.html").read_text().startswith("<!doctype html>")
+
 pictures = sorted(folder.glob("*.png"))
 assert len(pictures) == 3 and all(p.read_bytes().startswith(b"\x89PNG") for p in pictures)
 print(f"{folder.name}: {len(rows)} rollouts, {len(results['measured'])} etas, {len(pictures)} figures: as promised")

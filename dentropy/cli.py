@@ -51,12 +51,23 @@ class _LazyTokenizer:
     def __init__(self, policy: str):
         self._policy = policy
 
-    def __getattr__(self, name: str):
+    def load(self):
         if self.loaded is None:
             from transformers import AutoTokenizer
 
             self.loaded = AutoTokenizer.from_pretrained(self._policy)
-        return getattr(self.loaded, name)
+        return self.loaded
+
+    def load_for_the_report(self):
+        """The tokenizer, or None and a warning: a policy saved without one is probed on token ids."""
+        try:
+            return self.load()
+        except (OSError, ValueError) as error:
+            warnings.warn(f"--policy: no tokenizer there, report.html shows token ids ({error})", stacklevel=2)
+            return None
+
+    def __getattr__(self, name: str):
+        return getattr(self.load(), name)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -82,14 +93,14 @@ def _add_demo(commands) -> None:
 
 
 def _demo(options) -> None:
-    from dentropy.demo.run import run
+    from dentropy.demo.run import load_tokenizer, run
     from dentropy.results import check_out
 
     check_out(options.out or _free_folder())
     _load_libraries()
     result = run(seed=options.seed)
     # Chosen only now: another demo may have taken the number meanwhile.
-    _finish(result, Path(options.out or _free_folder()))
+    _finish(result, Path(options.out or _free_folder()), load_tokenizer())
 
 
 def _free_folder() -> Path:
@@ -164,6 +175,7 @@ def _probe(options) -> None:
     policy = Policy.from_pretrained(options.policy, **_placement(options))
     direction = _direction(options, policy, tokenizer)
     etas = etas or [step * direction.step_size for step in DEFAULT_STEPS]
+    for_report = tokenizer.load_for_the_report()
     parameters = not options.skip_parameters
     with token_bar("passes", batch.n_tokens * n_passes(policy, etas, parameters)) as progress:
         result = probe(policy, batch, direction, etas, token_budget=options.token_budget, prompts=options.prompt_set,
@@ -173,7 +185,7 @@ def _probe(options) -> None:
         for name in ("policy", "rollouts", "after", "direction", "update_rollouts")
     }
     source = {name: str(value) for name, value in named.items() if value is not None}
-    _finish(dataclasses.replace(result, source=source), out)
+    _finish(dataclasses.replace(result, source=source), out, for_report)
 
 
 def _direction(options, policy, tokenizer):
@@ -298,8 +310,8 @@ def _show(options) -> None:
     print(summary(load(options.folder)))
 
 
-def _finish(result, out: Path) -> None:
-    result.save(out)
+def _finish(result, out: Path, tokenizer) -> None:
+    result.save(out, tokenizer)
     print(result.summary())
     print(f"\nFiles in {out}: " + ", ".join(sorted(path.name for path in out.iterdir())))
 

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from dentropy.probe import ProbeResult
 
 SCHEMA_VERSION = 1
-RESULTS, ROLLOUTS = "results.json", "rollouts.csv"
+RESULTS, ROLLOUTS, REPORT = "results.json", "rollouts.csv", "report.html"
+SHOWN_ROLLOUTS = 24
 
 
 def check_out(out: str | Path) -> Path:
@@ -48,10 +49,11 @@ def check_out(out: str | Path) -> Path:
 
 def save(result: ProbeResult, out: str | Path, tokenizer=None) -> Path:
     """Write the run folder of `result` to `out` and return its path; see `check_out` for what is refused."""
-    from dentropy import figures
+    from dentropy import figures, report
 
     out = check_out(out)
     content, columns = document(result), table(result)
+    page = report.html(content, largest_rollouts(result, tokenizer))
     out.parent.mkdir(parents=True, exist_ok=True)
     unfinished = out.with_name(f".{out.name}.{os.getpid()}.unfinished")
     unfinished.mkdir()
@@ -63,6 +65,7 @@ def save(result: ProbeResult, out: str | Path, tokenizer=None) -> Path:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(columns)
             writer.writerows(zip(*(column.tolist() for column in columns.values()), strict=True))
+        (unfinished / REPORT).write_text(page, encoding="utf-8")
         figures.write(content, columns, unfinished)
         if out.is_dir():
             out.rmdir()  # empty, as checked: an error here if it is no longer
@@ -156,6 +159,30 @@ def _errors(statistic) -> dict:
         "interval": None if interval is None else list(interval),
         "warnings": list(statistic.warnings),
     }
+
+
+def largest_rollouts(result: ProbeResult, tokenizer=None) -> list[dict]:
+    """The rollouts that contribute most to the causal slope, with what each of their tokens does, for the report."""
+    base, batch = result.base, result.batch
+    contributions = result.slopes["causal"].contributions
+    by_token = np.split(token_attribution(base), np.cumsum(base.n_tokens).astype(int)[:-1])
+
+    def text(ids: list[int]) -> str:
+        return " ".join(map(str, ids)) + " " if tokenizer is None else tokenizer.decode(ids)
+
+    entries = []
+    for row in np.argsort(-np.abs(contributions), kind="stable")[:SHOWN_ROLLOUTS].tolist():
+        i = int(base.rollout[row])
+        shares = zip(batch.response(i), by_token[row].tolist(), strict=True)
+        entries.append({
+            "rollout": i,
+            "group": int(base.group[row]),
+            "reward": None if batch.reward is None else float(batch.reward[i]),
+            "prompt": text(batch.prompt(i)),
+            "contribution": float(contributions[row]),
+            "tokens": [[text([token]), share] for token, share in shares],
+        })
+    return entries
 
 
 def _slope_entry(estimate) -> dict:

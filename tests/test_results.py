@@ -49,6 +49,7 @@ def test_the_folder_holds_what_it_should_and_nothing_is_left_beside_it(run):
     assert sorted(path.name for path in run.iterdir()) == [
         "contributions.png",
         "delta_entropy.png",
+        "report.html",
         "results.json",
         "rollouts.csv",
         "weights.png",

@@ -80,9 +80,13 @@ def _run(seed: int) -> ProbeResult:
 
 def load_policy() -> tuple[Policy, object]:
     """The demo's policy (float32, on the CPU: its numbers are the same everywhere) and its tokenizer."""
+    return Policy.from_pretrained(POLICY, device="cpu"), load_tokenizer()
+
+
+def load_tokenizer():
     from transformers import AutoTokenizer
 
-    return Policy.from_pretrained(POLICY, device="cpu"), AutoTokenizer.from_pretrained(POLICY)
+    return AutoTokenizer.from_pretrained(POLICY)
 
 
 def draw_rollouts(
