@@ -31,13 +31,28 @@ def register(name: str = NAME) -> str:
     """Makes a function known to transformers; returns the name to give as `attn_implementation`.
 
     "dentropy" carries the tangents of dual tensors; "dentropy_nestable" is plain PyTorch arithmetic, for torch.func's
-    transforms, which wrap tensors their own way and nest. No mask function is registered under the names, so models
-    pass no mask and causality is built here.
+    transforms, which wrap tensors their own way and nest. Causality and sliding windows are built here; of the mask a
+    model would make only its local size is asked, to refuse those that mean more (see `_check_mask`).
     """
-    from transformers import AttentionInterface
+    from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(name, {NAME: attention_forward, NESTABLE: nestable_attention_forward}[name])
+    AttentionMaskInterface.register(name, _local_size)
     return name
+
+
+class UnseenMask(ValueError):
+    """A model masks in a way that `sliding_window` does not tell its attention function."""
+
+
+def _local_size(*_args, local_size=None, **_kwargs) -> Tensor | None:
+    """Stands for a mask: the size of the window or chunk it would cut out, None for plain causality."""
+    return None if local_size is None else torch.tensor(local_size)
+
+
+def _check_mask(mask: Tensor | None, sliding_window: int | None) -> None:
+    if mask is not None and (mask.ndim != 0 or int(mask) != sliding_window):
+        raise UnseenMask("attention_mask: the model masks more than causality and its sliding_window say")
 
 
 def attention_forward(module, query, key, value, attention_mask=None, *, s_aux=None, **settings) -> tuple[Tensor, None]:
@@ -47,6 +62,7 @@ def attention_forward(module, query, key, value, attention_mask=None, *, s_aux=N
     [sequences + 1] for a packed row (B = 1), or None where every row is one sequence. Returns ([B, S, H, D], None);
     the output is a dual tensor where any input is.
     """
+    _check_mask(attention_mask, settings.get("sliding_window"))
     duals = [forward_ad.unpack_dual(x) for x in (query, key, value)]
     primals, tangents = [d.primal for d in duals], [d.tangent for d in duals]
     sinks, dsinks = (None, None) if s_aux is None else forward_ad.unpack_dual(s_aux)
@@ -61,6 +77,7 @@ def attention_forward(module, query, key, value, attention_mask=None, *, s_aux=N
 def nestable_attention_forward(module, query, key, value, attention_mask=None, *, s_aux=None,
                                **settings) -> tuple[Tensor, None]:
     """`attention_forward` without a rule of its own for tangents."""
+    _check_mask(attention_mask, settings.get("sliding_window"))
     return _packed_attention((query, key, value), None, s_aux, None, **settings)[0], None
 
 

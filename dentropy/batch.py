@@ -7,6 +7,7 @@ responses, the prompt group of each rollout, the temperature they were sampled a
 import json
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -103,7 +104,7 @@ class PackedBatch:
         per row, prompt_lens [B]; the response of gen_lens[b][g] tokens follows at once. reward: [B, G] or None.
         Raises ValueError naming the argument, the row and what was expected.
         """
-        sequences, masks = np.asarray(sequences), np.asarray(attention_masks)
+        sequences, masks = _array(sequences), _array(attention_masks)
         if sequences.ndim != 3:
             raise ValueError(f"sequences: shape {sequences.shape}, expected [B, G, L]")
         if masks.shape != sequences.shape:
@@ -119,8 +120,10 @@ class PackedBatch:
             if not 0 <= start <= stop <= width:
                 raise ValueError(f"gen_lens[{b}][{g}]: prompt {start} + response {stop - start} tokens, "
                                  f"expected at most L = {width}")
-            if not masks[b, g, start:stop].all():
-                raise ValueError(f"attention_masks[{b}][{g}]: 0 inside the response ({start} to {stop}), expected 1")
+            if not masks[b, g, start:stop].all() or masks[b, g, stop:].any():
+                raise ValueError(f"attention_masks[{b}][{g}]: expected 1 in the response ({start} to {stop}) and 0 after it")
+            if (np.diff(masks[b, g, :start].astype(int)) < 0).any():
+                raise ValueError(f"attention_masks[{b}][{g}]: 0 after a 1 in the prompt, expected padding on the left")
             prompts.append(sequences[b, g, :start][masks[b, g, :start].astype(bool)])
             responses.append(sequences[b, g, start:stop])
         group = np.repeat(np.arange(rows), per_prompt)
@@ -186,8 +189,13 @@ class PackedBatch:
                              f"expected ids below {vocab_size}")
 
 
+def _array(values) -> np.ndarray:
+    return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+
+
 def token_ids(ids, name: str, i: int) -> np.ndarray:
-    ids = np.asarray(ids)
+    """int64 [n]; ValueError naming `name[i]` for what is no flat sequence of token ids."""
+    ids = _array(ids)
     if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
         raise ValueError(f"{name}[{i}]: {ids.dtype} of shape {ids.shape}, expected a flat sequence of token ids")
     if ids.size and ids.min() < 0:
@@ -208,7 +216,10 @@ def _groups(group: Sequence, n: int) -> np.ndarray:
 
 
 def _rewards(reward, n: int) -> np.ndarray:
-    reward = np.asarray(reward, dtype=np.float64)
+    try:
+        reward = np.asarray(_array(reward), dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"reward: {error}, expected one number per rollout") from error
     if reward.shape != (n,):
         raise ValueError(f"reward: shape {reward.shape}, expected one number per rollout, [{n}]")
     if not np.isfinite(reward).all():
@@ -218,6 +229,6 @@ def _rewards(reward, n: int) -> np.ndarray:
 
 
 def _temperature(temperature) -> float:
-    if not isinstance(temperature, (int, float)) or not 0 < temperature < float("inf"):
+    if not isinstance(temperature, Real) or not 0 < temperature < float("inf"):
         raise ValueError(f"temperature: {temperature!r}, expected a positive number")
     return float(temperature)

@@ -7,6 +7,7 @@ import copy
 import inspect
 import warnings
 from collections.abc import Mapping
+from numbers import Real
 from pathlib import Path
 
 import torch
@@ -31,6 +32,8 @@ class Direction:
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], step_size: float = 1.0):
+        if not tensors:
+            raise ValueError("direction: no tensors, expected at least one parameter name with its v")
         self.tensors = {name: v.detach() for name, v in tensors.items()}
         self.step_size = _step_size(step_size)
         for name, v in self.tensors.items():
@@ -63,7 +66,8 @@ class Direction:
                 raise ValueError(f"after: {name} has shape {tuple(after[name].shape)}, "
                                  f"expected that of before, {tuple(before[name].shape)}")
         _warn_if_rounded_away(before, after, names)
-        work = {name: torch.promote_types(before[name].dtype, torch.float32) for name in names}
+        work = {name: torch.promote_types(torch.promote_types(before[name].dtype, after[name].dtype), torch.float32)
+                for name in names}
         difference = {name: (after[name].to(before[name].device, work[name]) - before[name].to(work[name])) / step_size
                       for name in names if not torch.equal(after[name].to(before[name].device), before[name])}
         if not difference:
@@ -76,19 +80,18 @@ class Direction:
         """What `optimizer.step()` would do with the gradients that are there, divided by step_size.
 
         The step is taken by a copy of the optimizer on copies of the parameters, so model and optimizer stay as they
-        are, bit for bit. step_size: by default the learning rate; to be given where parameter groups differ in it.
-        Parameters of the optimizer that are not the model's (a value head, say) are left out, with a warning.
-        Raises ValueError for optimizers whose step needs a closure (LBFGS), and where no parameter has a gradient.
+        are, bit for bit. It is the step as it would be rounded in the parameters' dtype: at a learning rate of 1e-6 in
+        float32 that is some 1% of noise in v; warns where half precision rounds most of it away.
+        step_size: by default the learning rate; to be given where parameter groups differ in it. Parameters of the
+        optimizer that are not the model's (a value head, say) are left out, with a warning.
+        Raises ValueError for optimizers whose step needs a closure (LBFGS) or is prepared by step hooks, and where no
+        parameter has a gradient.
 
         >>> loss.backward()                                                # doctest: +SKIP
         >>> direction = Direction.from_optimizer_step(model, optimizer)    # doctest: +SKIP
         """
-        _refuse_closure(optimizer)
-        rates = sorted({float(group["lr"]) for group in optimizer.param_groups})
-        if step_size is None and len(rates) > 1:
-            raise ValueError(f"step_size: not given, and the parameter groups differ in learning rate ({rates}); "
-                             "expected the η that stands for the whole step")
-        step_size = _step_size(rates[0] if step_size is None else step_size)
+        _refuse_unforeseeable(optimizer)
+        step_size = _learning_rate(optimizer) if step_size is None else _step_size(step_size)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         if all(p.grad is None for p in parameters):
             raise ValueError("optimizer: none of its parameters has a gradient, expected loss.backward() before")
@@ -100,6 +103,9 @@ class Direction:
         if strangers:
             warnings.warn(f"optimizer: {strangers} of its parameters are not the model's and are left out", stacklevel=2)
         stepped = _stepped_copies(optimizer)
+        before = {names[id(p)]: p.detach() for p in parameters if id(p) in names and p.grad is not None}
+        after = {names[id(p)]: stepped[id(p)] for p in parameters if id(p) in names and p.grad is not None}
+        _warn_if_rounded_away(before, after, list(before))
         tensors = {names[id(p)]: (stepped[id(p)] - p.detach()) / step_size for p in parameters if id(p) in names}
         return cls({name: v for name, v in tensors.items() if v.any()} or tensors, step_size)
 
@@ -113,16 +119,20 @@ class Direction:
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
-                return cls({name: file.get_tensor(name) for name in file.keys()},
-                           float(metadata.get("step_size", 1.0)))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
         except SafetensorError as error:
             raise ValueError(f"direction: {path}: not a safetensors file ({error})") from error
+        try:
+            return cls(tensors, float(metadata.get("step_size", 1.0)))
+        except ValueError as error:
+            raise ValueError(f"direction: {path}: {error}") from error
 
     def save(self, path) -> None:
         """Writes what `load` reads."""
         from safetensors.torch import save_file
 
-        tensors = {name: v.contiguous().cpu() for name, v in self.tensors.items()}
+        # copies: aliases of a tied tensor share memory, which the format refuses
+        tensors = {name: v.cpu().clone(memory_format=torch.contiguous_format) for name, v in self.tensors.items()}
         save_file(tensors, path, metadata={"step_size": repr(self.step_size)})
 
     def on(self, model: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:
@@ -148,11 +158,20 @@ class Direction:
                     raise ValueError(f"direction: {other} and {name} are one tied parameter of the policy, "
                                      "expected equal tensors")
             moving[id(parameter)] = (name, parameter, v)
-        return [(p, v.to(p.device, p.dtype)) for _, p, v in moving.values()]
+        return [(p, _cast(name, v, p)) for name, p, v in moving.values()]
+
+
+def _cast(name: str, v: Tensor, parameter: nn.Parameter) -> Tensor:
+    """v as the parameter's tangent; ValueError where its dtype cannot hold v."""
+    cast = v.to(parameter.device, parameter.dtype)
+    if not torch.isfinite(cast).all() or (v.any() and not cast.any()):
+        raise ValueError(f"direction: {name} reaches from {v[v != 0].abs().min():.1e} to {v.abs().max():.1e}, which "
+                         f"{parameter.dtype} cannot hold; scale the direction or load the policy in float32")
+    return cast
 
 
 def _step_size(step_size) -> float:
-    if not isinstance(step_size, (int, float)) or not 0 < step_size < float("inf"):
+    if not isinstance(step_size, Real) or not 0 < step_size < float("inf"):
         raise ValueError(f"step_size: {step_size!r}, expected a positive number")
     return float(step_size)
 
@@ -205,11 +224,24 @@ def _warn_if_rounded_away(before: dict[str, Tensor], after: dict[str, Tensor], n
                       stacklevel=3)
 
 
-def _refuse_closure(optimizer: torch.optim.Optimizer) -> None:
+def _learning_rate(optimizer: torch.optim.Optimizer) -> float:
+    rates = sorted({float(group["lr"]) for group in optimizer.param_groups})
+    if len(rates) > 1:
+        raise ValueError(f"step_size: not given, and the parameter groups differ in learning rate ({rates}); "
+                         "expected the η that stands for the whole step")
+    if rates[0] <= 0:
+        raise ValueError(f"optimizer: its learning rate is {rates[0]} (warm-up?), expected a positive one or a step_size")
+    return rates[0]
+
+
+def _refuse_unforeseeable(optimizer: torch.optim.Optimizer) -> None:
     closure = inspect.signature(type(optimizer).step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise ValueError(f"optimizer: {type(optimizer).__name__}.step needs a closure, expected an optimizer whose "
                          "step() follows from the gradients alone")
+    if getattr(optimizer, "_optimizer_step_pre_hooks", None):
+        raise ValueError("optimizer: it has step pre-hooks, which may change gradients; do what they do (clipping, say) "
+                         "before, and remove them")
 
 
 def _stepped_copies(optimizer: torch.optim.Optimizer) -> dict[int, Tensor]:
@@ -217,7 +249,7 @@ def _stepped_copies(optimizer: torch.optim.Optimizer) -> dict[int, Tensor]:
 
     The whole __dict__ is copied, not what pickling keeps, since optimizers outside PyTorch hold settings of their own
     there. Not copied: a `step` that a learning-rate scheduler put on the instance, which is bound to the original,
-    and hooks, whose side effects belong to real steps.
+    and the instance's hooks, whose side effects belong to real steps.
     """
     memo: dict[int, object] = {}
     copies: dict[int, Tensor] = {}

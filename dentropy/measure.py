@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from numbers import Real
 
 import numpy as np
 import torch
@@ -88,7 +89,7 @@ def _with_second_order(at: TokenStats, plus: TokenStats, minus: TokenStats, step
 
 
 def _check_request(policy, batch, direction, eta, order, token_budget, second_order) -> None:
-    if not math.isfinite(eta):
+    if not isinstance(eta, Real) or not math.isfinite(eta):
         raise ValueError(f"eta: {eta}, expected a finite number")
     if order not in (0, 1, 2):
         raise ValueError(f"order: {order!r}, expected 0, 1 or 2")
@@ -104,8 +105,8 @@ def _check_request(policy, batch, direction, eta, order, token_budget, second_or
     if policy.max_positions is not None and length > policy.max_positions:
         raise ValueError(f"rollout {longest}: {length} tokens, the policy has {policy.max_positions} positions")
     half = torch.finfo(policy.dtype).bits < 32
-    if order == 2 and second_order == "difference" and half:
-        raise ValueError(f"order: 2 with weights in {policy.dtype}, where a central difference drowns in rounding; load the "
+    if order == 2 and half:
+        raise ValueError(f"order: 2 with weights in {policy.dtype}, where second derivatives drown in rounding; load the "
                          "policy with dtype=torch.float32")
     if eta != 0 and half:
         warnings.warn(f"policy: weights are {policy.dtype}, in which updates below 1/256 of a weight vanish; load the "

@@ -36,7 +36,11 @@ def _score(policy, batch, first, last, moving, eta) -> TokenStats:
             return policy.logits(tokens, cu_seqlens)[rows]
 
     at, one = (torch.full((), x, dtype=torch.float64, device=policy.device) for x in (eta, 1.0))
-    (z, dz), (_, ddz) = jvp(lambda at: jvp(logits, (at,), (one,)), (at,), (one,))
+    try:
+        (z, dz), (_, ddz) = jvp(lambda at: jvp(logits, (at,), (one,)), (at,), (one,))
+    except NotImplementedError as error:
+        raise ValueError(f"second_order: 'nested' finds an operation without it ({str(error).splitlines()[0]}), expected "
+                         "'difference' for this policy") from error
     return reference.token_stats(z, targets, dz, ddz, temperature=batch.temperature)
 
 
@@ -44,12 +48,12 @@ class _NestableLayerNorm(TorchFunctionMode):
     """Nested forward mode through F.layer_norm is wrong without a word; through its arithmetic it is exact."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is torch.nn.functional.layer_norm:
+        if func in (torch.nn.functional.layer_norm, torch.layer_norm):
             return _layer_norm(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
-def _layer_norm(x, normalized_shape, weight=None, bias=None, eps=1e-5):
+def _layer_norm(x, normalized_shape, weight=None, bias=None, eps=1e-5, _cudnn=True):
     dims = tuple(range(-len(normalized_shape), 0))
     centred = x - x.mean(dims, keepdim=True)
     out = centred * torch.rsqrt(centred.square().mean(dims, keepdim=True) + eps)

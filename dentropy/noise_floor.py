@@ -25,9 +25,13 @@ def noise_floor(policy: Policy, batch: PackedBatch, direction: Direction, base: 
     Measures ΔH at ±ε, ε = eta/100, the two under different packing. Their half difference is ε·R' with R' the "exact"
     slope of `base`, up to terms of order ε³; what is left is rounding, half of the sum of two roundings.
 
+    Raises ValueError for eta = 0.
+
     >>> noise_floor(policy, batch, direction, base, eta=1e-6)      # doctest: +SKIP
     3.1e-08
     """
+    if eta == 0:
+        raise ValueError("eta: 0, expected the smallest η that is measured")
     epsilon = FRACTION * abs(eta)
     plus = measure(policy, batch, direction, eta=epsilon, order=0, token_budget=token_budget, progress=progress)
     minus = measure(policy, batch, direction, eta=-epsilon, order=0, token_budget=max(1, token_budget // 2),

@@ -53,11 +53,17 @@ class Policy:
         self._causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._backbone = self._causal_lm.base_model
         self._config = self._causal_lm.config.get_text_config()
-        self.device = next(model.parameters()).device
-        self.dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
         self.max_positions = getattr(self._config, "max_position_embeddings", None)
         self.vocab_size = int(self._causal_lm.get_input_embeddings().weight.shape[0])
         self.packs, self.splits_head = self._find_exact_pass()
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
 
     @classmethod
     def from_pretrained(cls, name_or_dir, dtype=torch.float32, device=None) -> "Policy":
@@ -92,6 +98,9 @@ class Policy:
     def head(self) -> Head:
         """The head as it is now: inside a pass its weights may be moved, or dual tensors."""
         module = self._causal_lm.get_output_embeddings()
+        if type(module) is not nn.Linear:
+            raise ValueError(f"policy: its head became a {type(module).__name__}; make the Policy again, it was checked "
+                             "with a plain matrix")
         scale = getattr(self._config, "logit_scale", None) or 1.0  # cohere
         scale *= getattr(self._config, "lm_head_multiplier", None) or 1.0  # falcon_h1
         scale /= getattr(self._config, "logits_scaling", None) or 1.0  # granite
@@ -110,7 +119,8 @@ class Policy:
                 model.set_attn_implementation(attn_implementation)
             if experts not in (None, "eager"):
                 model.set_experts_implementation("eager")
-            with full_float32():
+            # Inside autocast products would be half precision; inside inference_mode tangents would be dropped.
+            with torch.inference_mode(False), torch.autocast(self.device.type, enabled=False), full_float32():
                 yield
         finally:
             if attn != attn_implementation:
@@ -149,24 +159,41 @@ class Policy:
         self.vocab_size = min(self.vocab_size, own.shape[-1])
         tried = []
         for packs in (True, False):
+            for splits_head in (True, False):
+                difference = self._difference(own, tokens, cu_seqlens, packs, splits_head)
+                if isinstance(difference, float) and difference <= _tolerance(self.dtype):
+                    if not splits_head and torch.finfo(self.dtype).bits < 32:
+                        raise ValueError(f"policy: this model's logits come from its own head and would be rounded to "
+                                         f"{self.dtype}; load it with dtype=torch.float32")
+                    _say_fallback(packs, splits_head, tried)
+                    return packs, splits_head
+                tried.append(difference if isinstance(difference, str) else f"relative difference {difference:.1e}")
+        raise ValueError(f"policy: no pass reproduces the model's own logits ({'; '.join(tried)}); expected a causal "
+                         "model of transformers whose logits depend on input_ids alone")
+
+    def _difference(self, own: Tensor, tokens: Tensor, cu_seqlens: Tensor, packs: bool, splits_head: bool) -> float | str:
+        """The largest difference of the logits to the model's `own`, over their largest; or why there are none."""
+        if packs and _scales_rope_by_longest(self._config):
+            return "its rotary embedding depends on the longest sequence of a packed row"
+        if splits_head and (self._backbone is self._causal_lm
+                            or type(self._causal_lm.get_output_embeddings()) is not nn.Linear):
+            return "its head is not a plain matrix behind a backbone"  # the tangent is more than that of one weight
+        try:
             with self._ready(attention.register() if packs else "eager"):
-                for splits_head in (True, False):
-                    if splits_head and type(self._causal_lm.get_output_embeddings()) is not nn.Linear:
-                        continue  # an adapted or unusual head: its tangent is more than that of one weight
-                    module = self._backbone if splits_head else self._causal_lm
-                    out = self._run(module, tokens, cu_seqlens, packs)[0]
-                    logits = _project(out, self.head()) if splits_head else out
-                    difference = float((logits - own).abs().max() / own.abs().max())
-                    if difference <= _tolerance(self.dtype):
-                        if not splits_head and torch.finfo(self.dtype).bits < 32:
-                            raise ValueError(f"policy: this model's logits come from its own head and would be rounded "
-                                             f"to {self.dtype}; load it with dtype=torch.float32")
-                        _say_fallback(packs, splits_head, tried)
-                        return packs, splits_head
-                    tried.append(f"{difference:.1e}")
-        raise ValueError("policy: no pass reproduces the model's own logits (largest differences, relative: "
-                         f"{', '.join(tried)}); expected a causal model of transformers whose logits depend on "
-                         "input_ids alone")
+                out = self._run(self._backbone if splits_head else self._causal_lm, tokens, cu_seqlens, packs)[0]
+                logits = _project(out, self.head()) if splits_head else out
+        except (attention.UnseenMask, ValueError, TypeError) as error:
+            if not packs:
+                raise
+            return f"packed rows are refused: {' '.join(str(error).split())[:120]}"
+        return float((logits - own).abs().max() / own.abs().max().clamp(min=torch.finfo(own.dtype).tiny))
+
+
+def _scales_rope_by_longest(config) -> bool:
+    """longrope takes its short or long factors by the largest position in the row, whichever sequence has it."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kinds = [rope, *(part for part in rope.values() if isinstance(part, dict))]
+    return any(kind.get("rope_type", kind.get("type")) in ("longrope", "dynamic") for kind in kinds)
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -195,8 +222,7 @@ def _say_fallback(packs: bool, splits_head: bool, differences: list[str]) -> Non
         said.append("packed rows do not reproduce this model's logits: sequences run one at a time, eager attention")
     if not splits_head:
         said.append("its head is not a plain matrix: logits come from the model's own head, all positions at once")
-    warnings.warn(f"policy: {'; '.join(said)} (relative differences seen: {', '.join(differences) or 'none tried'})",
-                  stacklevel=4)
+    warnings.warn(f"policy: {'; '.join(said)} (tried before: {'; '.join(differences)})", stacklevel=4)
 
 
 def _check_usable(model: nn.Module) -> None:
@@ -209,6 +235,8 @@ def _check_usable(model: nn.Module) -> None:
         raise ValueError(f"model: {kind}, expected a causal language model of transformers (AutoModelForCausalLM)")
     if getattr(model, "is_quantized", False) or any(not p.is_floating_point() for p in model.parameters()):
         raise ValueError("model: quantized weights have no tangent; load it without quantization_config")
+    if any(p.is_inference() for p in model.parameters()):
+        raise ValueError("model: weights made under torch.inference_mode lose their tangents; load it outside")
     if any(type(p.data).__name__ == "DTensor" for p in model.parameters()):
         raise ValueError("model: sharded weights (DTensor), expected whole ones: gather them first "
                          "(torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True)")

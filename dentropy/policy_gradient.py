@@ -41,6 +41,8 @@ def policy_gradient_direction(policy: Policy, batch: PackedBatch, *, step_size: 
     batch.check_vocabulary(policy.vocab_size)
     named = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
     parameters = list(named.values())
+    if not parameters:
+        raise ValueError("policy: no parameter requires a gradient, expected some that an update would move")
     token_advantage = np.repeat(advantage, batch.response_lens) / batch.n_tokens
     ascent = gradient(policy, batch, parameters, np.zeros(batch.n_tokens), token_advantage, token_budget=token_budget,
                       progress=progress)
@@ -50,7 +52,7 @@ def policy_gradient_direction(policy: Policy, batch: PackedBatch, *, step_size: 
     found = [p.grad for p in parameters]
     try:
         for p, g in zip(parameters, ascent, strict=True):
-            p.grad = -g
+            p.grad = -g.to(p.dtype)
         # AdamW's step, weight decay included, is linear in the learning rate. At 1 the difference of weights keeps
         # its digits; at 1e-6 float32 would round away a thousandth of it.
         return Direction(Direction.from_optimizer_step(policy.model, adamw, 1.0).tensors, step_size)
@@ -87,6 +89,8 @@ def _adamw(parameters: list[nn.Parameter], state: dict | None) -> torch.optim.Ad
     for size in sizes:
         groups.append({"params": ordered[start : start + size]})
         start += size
+    if any(group.get("decoupled_weight_decay") is False and group["weight_decay"] for group in state["param_groups"]):
+        raise ValueError("optimizer_state: of an Adam with coupled weight decay, expected an AdamW's")
     _check_moments(state, ordered)
     adamw = torch.optim.AdamW(groups, lr=1.0)
     adamw.load_state_dict(state)

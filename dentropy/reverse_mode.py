@@ -27,9 +27,9 @@ def gradient(policy: Policy, batch: PackedBatch, parameters: Sequence[nn.Paramet
     """∂/∂θ of Σ_k (a_k h_k + b_k logp_k) over the batch's response tokens, one tensor per parameter.
 
     entropy_weight (a), logp_weight (b): float [n_tokens], packed in rollout order. Frozen parameters are fine; the
-    model and its .grad are left as found. token_budget and progress as in `measure`.
+    model and its .grad are left as found. token_budget and progress as in `measure`. The result is float32 or better.
     """
-    total = [torch.zeros_like(p) for p in parameters]
+    total = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
     frozen = [p for p in parameters if not p.requires_grad]
     bounds = np.concatenate([[0], np.cumsum(batch.response_lens)])
     try:
@@ -57,8 +57,8 @@ def _weighted_sum(policy, batch, first, last, entropy_weight, logp_weight) -> Te
     """Σ (a h + b logp) over the response tokens of rollouts first..last-1, differentiable in the weights."""
     tokens, cu_seqlens, rows, targets = packed_inputs(batch, first, last, policy.device)
     x = (policy.hidden if policy.splits_head else policy.logits)(tokens, cu_seqlens)[rows]
-    a, b = (torch.from_numpy(np.ascontiguousarray(w)).to(x.device, at_least_float32(x).dtype)
-            for w in (entropy_weight, logp_weight))
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    a, b = (torch.from_numpy(np.ascontiguousarray(w)).to(x.device, dtype) for w in (entropy_weight, logp_weight))
     if not policy.splits_head:
         logp = torch.log_softmax(at_least_float32(x) / batch.temperature, -1)
         entropy = -torch.where(logp == -torch.inf, 0.0, logp.exp() * logp).sum(-1)

@@ -63,10 +63,13 @@ def test_padded_layout_equals_lists():
     (dict(prompt_lens=[3, 3]), "prompt_lens"),
     (dict(gen_lens=[[1]]), "gen_lens"),
     (dict(gen_lens=[[1, 4]]), "gen_lens"),
+    (dict(gen_lens=[[1, 1]]), r"attention_masks\[0\]\[1\]: expected 1 in the response .3 to 4. and 0 after it"),
+    (dict(attention_masks=np.array([[[1, 0, 1, 1, 0, 0], [0, 1, 1, 1, 1, 0]]])), "padding on the left"),
 ])
 def test_padded_layout_refuses_what_does_not_fit(change, named):
-    good = dict(sequences=np.ones((1, 2, 6), int), attention_masks=np.ones((1, 2, 6), int), prompt_lens=[3],
-                gen_lens=[[1, 2]])
+    good = dict(sequences=np.ones((1, 2, 6), int), prompt_lens=[3], gen_lens=[[1, 2]],
+                attention_masks=np.array([[[0, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 0]]]))
+    assert len(PackedBatch.from_padded(**good)) == 2
     with pytest.raises(ValueError, match=named):
         PackedBatch.from_padded(**(good | change))
 
@@ -83,6 +86,7 @@ def test_padded_layout_refuses_what_does_not_fit(change, named):
     (dict(prompts=[[1]], responses=[[1]], group=[[0]]), "group"),
     (dict(prompts=[[1]], responses=[[1]], reward=[float("nan")]), r"reward\[0\]: nan"),
     (dict(prompts=[[1]], responses=[[1]], reward=[1, 2]), "reward: shape"),
+    (dict(prompts=[[1]], responses=[[1]], reward=["high"]), "reward: could not convert"),
     (dict(prompts=[[1]], responses=[[1]], temperature=0), "temperature: 0"),
 ])
 def test_lists_refuse_bad_input_by_name(arguments, named):

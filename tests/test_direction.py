@@ -35,7 +35,7 @@ def test_optimizer_step_is_foreseen_and_nothing_is_touched(name, steps):
     optimizer = OPTIMIZERS[name](model.parameters())
     torch.optim.lr_scheduler.LinearLR(optimizer)  # patches optimizer.step on the instance
     calls = []
-    optimizer.register_step_pre_hook(lambda *_: calls.append("hook"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("hook"))
     train_a_little(model, optimizer, steps)
     calls.clear()
     found = copy.deepcopy((model.state_dict(), optimizer.state_dict(), [p.grad for p in model.parameters()]))
@@ -122,6 +122,43 @@ def test_optimizers_that_do_not_fit_are_refused():
         Direction.from_optimizer_step(model, _with_grads(torch.optim.SGD([*model.parameters(), value_head], lr=0.1)))
 
 
+def test_steps_that_gradients_alone_do_not_tell_are_refused():
+    model = random_model("llama")
+    clipped = _with_grads(torch.optim.SGD(model.parameters(), lr=0.1))
+    clipped.register_step_pre_hook(lambda *_: torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3))
+    with pytest.raises(ValueError, match="step pre-hooks"):
+        Direction.from_optimizer_step(model, clipped)
+    with pytest.raises(ValueError, match="learning rate is 0.0"):
+        Direction.from_optimizer_step(model, _with_grads(torch.optim.SGD(model.parameters(), lr=0.0)))
+
+
+def test_a_step_that_bf16_rounds_away_is_told():
+    model = random_model("llama").to(torch.bfloat16)
+    with pytest.warns(UserWarning, match="vanish in bf16"):
+        Direction.from_optimizer_step(model, _with_grads(torch.optim.AdamW(model.parameters(), lr=1e-4)))
+
+
+def test_values_the_policy_cannot_hold_name_the_parameter():
+    model = random_model("llama").half()
+    for scale in (1e-12, 1e7):
+        direction = Direction({"model.norm.weight": torch.full((32,), scale)})
+        with pytest.raises(ValueError, match="model.norm.weight reaches from .* torch.float16 cannot hold"):
+            direction.on(model)
+
+
+def test_differences_keep_the_wider_side():
+    before = {"w": torch.tensor([1.0, 2.0])}
+    after = {"w": before["w"].double() + 1e-9}
+    torch.testing.assert_close(Direction.between(before, after, 1e-9).tensors["w"], torch.ones(2).double(), rtol=1e-6,
+                               atol=0)
+
+
+def test_aliases_of_one_tensor_are_saved(tmp_path):
+    v = torch.ones(3, 2)
+    Direction({"a": v, "b": v}).save(tmp_path / "v.safetensors")
+    assert torch.equal(Direction.load(tmp_path / "v.safetensors").tensors["b"], v)
+
+
 def _with_grads(optimizer):
     for p in optimizer.param_groups[0]["params"]:
         p.grad = torch.ones_like(p)
@@ -185,6 +222,7 @@ def test_save_and_load_keep_every_bit(tmp_path):
     ({"a": torch.zeros(2), "b": torch.zeros(3)}, 1.0, "all 2 tensors are zero"),
     ({"a": torch.tensor([1.0, float("nan")])}, 1.0, "a has values that are not finite"),
     ({"a": torch.ones(2, dtype=torch.int64)}, 1.0, "a is torch.int64"),
+    ({}, 1.0, "no tensors"),
     ({"a": torch.ones(2)}, 0.0, "step_size: 0.0"),
     ({"a": torch.ones(2)}, float("inf"), "step_size: inf"),
 ])

@@ -2,10 +2,10 @@ import warnings
 
 import pytest
 import torch
-from models import CONFIGS, random_batch, random_direction, random_model
+from models import CONFIGS, LLAMA_LIKE, random_batch, random_direction, random_model
 from torch import nn
 
-from dentropy import Policy, measure
+from dentropy import PackedBatch, Policy, measure
 
 
 @pytest.mark.parametrize("name", [n for n in CONFIGS if n != "mamba2"])
@@ -128,3 +128,49 @@ def test_checkpoints_load_in_float32_and_missing_ones_are_bad_input(tmp_path):
     assert Policy.from_pretrained(tmp_path / "policy", device="cpu").dtype == torch.float32
     with pytest.raises(ValueError, match="could not be loaded"):
         Policy.from_pretrained(tmp_path / "nowhere")
+
+
+def test_autocast_and_inference_mode_around_a_pass_change_nothing():
+    model = random_model("llama")
+    policy, batch, direction = Policy(model), random_batch(), random_direction(model)
+    plain = measure(policy, batch, direction)
+    for surroundings in (torch.autocast("cpu", torch.bfloat16), torch.inference_mode()):
+        with surroundings:
+            assert (measure(policy, batch, direction).dentropy == plain.dentropy).all()
+    with torch.inference_mode():
+        sealed = random_model("llama")
+    with pytest.raises(ValueError, match="inference_mode"):
+        Policy(sealed)
+
+
+@pytest.mark.parametrize("config, settings", [
+    ("PhimoeConfig", dict(sliding_window=16, num_local_experts=4)),
+    ("Phi3Config", dict(original_max_position_embeddings=20, rope_parameters=dict(
+        rope_type="longrope", rope_theta=1e4, short_factor=[1.0] * 4, long_factor=[4.0] * 4))),
+], ids=["a window in the mask alone", "rope by the longest of the row"])
+def test_models_packing_would_change_run_one_sequence_at_a_time(config, settings):
+    import transformers
+
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, config)(**(LLAMA_LIKE | settings)))
+    with pytest.warns(UserWarning, match="one at a time"):
+        policy = Policy(model)
+    batch = PackedBatch.from_lists([[5], [6]], [[7, 9, 4] * 13, [8, 9, 10]])
+    whole, alone = (measure(policy, batch, token_budget=budget) for budget in (4096, 1))
+    assert abs(whole.logp - alone.logp).max() < 1e-4
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        ids = torch.tensor([batch.prompt(0) + batch.response(0)[:-1]])
+        logp = torch.log_softmax(model.eval()(input_ids=ids, use_cache=False).logits[0], -1)
+    expected = logp.gather(-1, torch.tensor(batch.response(0))[:, None]).sum()
+    assert whole.logp[0] == pytest.approx(float(expected), abs=1e-3)
+
+
+def test_a_policy_follows_its_model():
+    model = random_model("llama")
+    policy = Policy(model)
+    model.double()
+    assert policy.dtype == torch.float64
+    model.lm_head.__class__ = NoisyHead
+    with pytest.raises(ValueError, match="make the Policy again"):
+        measure(policy, random_batch())

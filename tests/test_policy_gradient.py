@@ -97,12 +97,14 @@ def test_bad_requests_are_refused():
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     reordered.step()
+    coupled = torch.optim.Adam(model.parameters(), weight_decay=0.1)
     for arguments, named in [
         (dict(batch=random_batch()), "no rewards"), (dict(batch=flat), "do not differ"),
         (dict(optimizer="lion"), "optimizer: 'lion'"), (dict(optimizer="sgd", optimizer_state=other), "optimizer_state"),
         (dict(optimizer_state=other), "optimizer_state: for"),
         (dict(optimizer_state=reordered.state_dict()), "optimizer_state: first moment"),
         (dict(step_size=-1), "step_size"),
+        (dict(optimizer_state=coupled.state_dict()), "coupled weight decay"),
     ]:
         with pytest.raises(ValueError, match=named):
             policy_gradient_direction(policy, **(dict(batch=good, step_size=1e-3) | arguments))
