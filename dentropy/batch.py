@@ -5,6 +5,7 @@ responses, the prompt group of each rollout, the temperature they were sampled a
 """
 
 import json
+import warnings
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -15,6 +16,9 @@ import torch
 from torch import Tensor
 
 from dentropy.json_lines import column_of, json_lines, tokens_of
+
+
+RESPONSE_IDS = ("response_ids", "completion_ids")
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +116,7 @@ class PackedBatch:
         rows, per_prompt, width = sequences.shape
         if len(prompt_lens) != rows:
             raise ValueError(f"prompt_lens: {len(prompt_lens)} of them, expected B = {rows}")
-        if len(gen_lens) != rows or any(len(lens) != per_prompt for lens in gen_lens):
+        if len(gen_lens) != rows or any(np.shape(lens) != (per_prompt,) for lens in gen_lens):
             raise ValueError(f"gen_lens: expected B = {rows} lists of G = {per_prompt} lengths")
         prompts, responses = [], []
         for b, g in np.ndindex(rows, per_prompt):
@@ -141,8 +145,8 @@ class PackedBatch:
         completions logs and verl rollout dumps, saved as JSON lines, are read as they are.
 
         Text needs the `tokenizer`. Token ids are exact and text may not be: dumps leave out special tokens, so the
-        end token is missing from their responses. `append_eos=True` puts one behind every text response; the
-        on-policy audit tells when tokens and policy do not fit. Raises ValueError naming the file and the line.
+        end token is missing from their responses (a warning says so). `append_eos=True` puts one behind every text
+        response. Raises ValueError naming the file and the line.
         """
         rows = list(json_lines(Path(path)))
         if not rows:
@@ -150,8 +154,10 @@ class PackedBatch:
         prompts, responses = [], []
         for where, row in rows:
             prompts.append(tokens_of(where, row, ("prompt_ids",), ("prompt", "input"), tokenizer, True, False))
-            responses.append(tokens_of(where, row, ("response_ids", "completion_ids"),
+            responses.append(tokens_of(where, row, RESPONSE_IDS,
                                      ("response", "completion", "output"), tokenizer, False, append_eos))
+        if not any(name in rows[0][1] for name in RESPONSE_IDS):
+            _warn_without_end_tokens(path, responses, tokenizer.eos_token_id)
         temperature = rows[0][1].get("temperature", 1.0)
         for where, row in rows:
             if row.get("temperature", 1.0) != temperature:
@@ -187,6 +193,12 @@ class PackedBatch:
             rollout = int(np.searchsorted(self.offsets, at, side="right")) - 1
             raise ValueError(f"rollout {rollout}: token id {int(self.tokens[at])} is outside the vocabulary, "
                              f"expected ids below {vocab_size}")
+
+
+def _warn_without_end_tokens(path, responses: list[list[int]], eos: int | None) -> None:
+    if eos is not None and not any(len(ids) and ids[-1] == eos for ids in responses):
+        warnings.warn(f"{path}: no response ends with the end token, which text dumps leave out; entropy and slope then miss "
+                      "every decision to stop: use append_eos (--append-eos)", stacklevel=3)
 
 
 def _array(values) -> np.ndarray:

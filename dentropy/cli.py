@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import pickle
 import sys
 import warnings
 from collections.abc import Sequence
@@ -63,7 +64,8 @@ class _LazyTokenizer:
         try:
             return self.load()
         except (OSError, ValueError) as error:
-            warnings.warn(f"--policy: no tokenizer there, report.html shows token ids ({error})", stacklevel=2)
+            reason = str(error).strip().splitlines()[0]
+            warnings.warn(f"--policy: no tokenizer there, report.html shows token ids ({reason})", stacklevel=2)
             return None
 
     def __getattr__(self, name: str):
@@ -215,18 +217,18 @@ def _direction(options, policy, tokenizer):
 
 
 def _load_state(path: str) -> dict:
-    import pickle
+    import zipfile
 
     import torch
 
+    if not zipfile.is_zipfile(path):  # the unpickler raises almost anything on other files
+        raise ValueError(f"--optimizer-state: {path} is not a file of torch.save")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(f"--optimizer-state: {path} is not a file of torch.save") from error
     if not isinstance(state, dict):
-        raise ValueError(
-            f"--optimizer-state: {path} holds a {type(state).__name__}, expected an optimizer's state_dict()"
-        )
+        raise ValueError(f"--optimizer-state: {path} holds a {type(state).__name__}, expected an optimizer's state_dict()")
     return state
 
 
@@ -331,6 +333,8 @@ def _placement(options) -> dict:
         device = None if options.device is None else torch.device(options.device)
     except RuntimeError as error:
         raise ValueError(f"--device: {options.device!r} is not a device") from error
+    if device is not None and device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device: {options.device}, expected cpu or cuda")
     if device is not None and device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(
             f"--device: no {options.device} here, {torch.cuda.device_count()} CUDA devices were found"

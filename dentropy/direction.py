@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from dentropy.checkpoint import load_checkpoint
+
 # A difference of two bf16 checkpoints with more zeros than this has lost most of the update to rounding.
 MOSTLY_ZERO = 0.5
 
@@ -188,12 +190,7 @@ def _tensors(side, argument: str) -> dict[str, Tensor]:
         return {name: x.detach() for name, x in side.items() if isinstance(x, Tensor)}
     if not Path(side).is_dir():
         raise ValueError(f"{argument}: {side}: no such folder, expected a model, a state dict or a checkpoint folder")
-    from transformers import AutoModelForCausalLM
-
-    try:
-        return _tensors(AutoModelForCausalLM.from_pretrained(side, dtype="auto"), argument)
-    except OSError as error:
-        raise ValueError(f"{argument}: {side} could not be loaded: {str(error).splitlines()[0]}") from error
+    return _tensors(load_checkpoint(side, argument, "auto"), argument)
 
 
 def _common_names(before: dict[str, Tensor], after: dict[str, Tensor]) -> list[str]:

@@ -12,8 +12,12 @@ def json_lines(path: Path) -> Iterator[tuple[str, dict]]:
     if path.suffix == ".parquet":
         raise ValueError(f"{path}: a Parquet file, expected JSON lines; "
                          "pandas.read_parquet(...).to_json(..., orient='records', lines=True) makes them")
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
+    with open(path, "rb") as file:
+        for number, raw in enumerate(file, 1):
+            try:
+                line = raw.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}: line {number}: not UTF-8 text ({error})") from error
             if not line.strip():
                 continue
             where = f"{path}: line {number}"
@@ -44,7 +48,10 @@ def tokens_of(where, row, id_names, text_names, tokenizer, is_prompt, append_eos
 def _encode(where: str, text, tokenizer, is_prompt: bool, append_eos: bool) -> list[int]:
     """Token ids of a prompt (text or chat messages, with start tokens) or of a response (text, without)."""
     if is_prompt and isinstance(text, list):
-        return tokenizer.apply_chat_template(text, add_generation_prompt=True, return_dict=False)
+        try:
+            return tokenizer.apply_chat_template(text, add_generation_prompt=True, return_dict=False)
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{where}: the chat template refuses it: {error} (token ids go in prompt_ids)") from error
     if not isinstance(text, str):
         raise ValueError(f"{where} is {type(text).__name__}, expected text")
     starts = is_prompt and not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))

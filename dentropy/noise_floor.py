@@ -7,6 +7,8 @@ error bars do not see that: both sides use the same rollouts.
 import math
 from collections.abc import Callable
 
+import torch
+
 from dentropy.batch import PackedBatch
 from dentropy.direction import Direction
 from dentropy.estimators import importance, slope
@@ -14,28 +16,36 @@ from dentropy.measure import measure
 from dentropy.policy import Policy
 from dentropy.tables import SequenceSums
 
-# Of the smallest η: near enough for odd terms beyond the linear one to vanish, far enough for weights to move.
-FRACTION = 0.01
+# Steps in units of the last place of a typical weight: enough for most weights to move and to round on their own,
+# too little for anything but the linear term of ΔH.
+STEPS = (30.0, 60.0)
+PASSES = 2 * len(STEPS)
 
 
-def noise_floor(policy: Policy, batch: PackedBatch, direction: Direction, base: SequenceSums, eta: float, *,
+def noise_floor(policy: Policy, batch: PackedBatch, direction: Direction, base: SequenceSums, *,
                 token_budget: int = 4096, progress: Callable[[int], None] | None = None) -> float:
-    """Two standard deviations of the rounding in a measured ΔH, in nats per token, from a single draw of it.
+    """Two standard deviations of the rounding in a measured ΔH, in nats per token.
 
-    Measures ΔH at ±ε, ε = eta/100, the two under different packing. Their half difference is ε·R' with R' the "exact"
-    slope of `base`, up to terms of order ε³; what is left is rounding, half of the sum of two roundings.
+    Measures ΔH at ±ε for two small ε that follow from the sizes of θ and v alone, + and − under different packing. The
+    half difference is ε·R' with R' the "exact" slope of `base`; what is left is rounding, of half the variance of one
+    measurement. Never below the rounding of the sums themselves, ε_dtype · H̄ / sqrt(tokens).
 
-    Raises ValueError for eta = 0.
-
-    >>> noise_floor(policy, batch, direction, base, eta=1e-6)      # doctest: +SKIP
+    >>> noise_floor(policy, batch, direction, base)                # doctest: +SKIP
     3.1e-08
     """
-    if eta == 0:
-        raise ValueError("eta: 0, expected the smallest η that is measured")
-    epsilon = FRACTION * abs(eta)
-    plus = measure(policy, batch, direction, eta=epsilon, order=0, token_budget=token_budget, progress=progress)
-    minus = measure(policy, batch, direction, eta=-epsilon, order=0, token_budget=max(1, token_budget // 2),
-                    progress=progress)
-    half_difference = (importance(base, plus).delta - importance(base, minus).delta) / 2
-    rounding = half_difference - epsilon * slope(base, estimator="exact").value
-    return 2 * math.sqrt(2) * abs(rounding)
+    moving = direction.on(policy.model)
+    weights = math.sqrt(sum(float(p.detach().double().square().sum()) for p, _ in moving))
+    tangent = math.sqrt(sum(float(v.double().square().sum()) for _, v in moving))
+    unit = torch.finfo(policy.dtype).eps * (weights / tangent if weights else 1.0)
+    exact = slope(base, estimator="exact").value
+    packings = ((1, token_budget), (-1, max(1, token_budget // 2)))
+
+    def rounding(epsilon: float) -> float:
+        plus, minus = (importance(base, measure(policy, batch, direction, eta=sign * epsilon, order=0, token_budget=budget,
+                                                progress=progress)).delta for sign, budget in packings)
+        return (plus - minus) / 2 - epsilon * exact
+
+    mean_square = sum(rounding(step * unit) ** 2 for step in STEPS) / len(STEPS)
+    n_tokens = float(base.n_tokens.sum())
+    of_the_sums = torch.finfo(policy.dtype).eps * float(base.entropy.sum()) / n_tokens / math.sqrt(n_tokens)
+    return 2 * max(math.sqrt(2 * mean_square), of_the_sums)

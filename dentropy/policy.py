@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dentropy import attention
+from dentropy.checkpoint import load_checkpoint
 from dentropy.precision import full_float32
 
 
@@ -69,16 +70,10 @@ class Policy:
     def from_pretrained(cls, name_or_dir, dtype=torch.float32, device=None) -> "Policy":
         """Loads a model folder or hub id. dtype: float32 unless you say otherwise, whatever the checkpoint holds:
         entropy differences of small updates vanish in bf16 weights. device: CUDA where there is one, else the CPU.
+        ValueError for what cannot be loaded, and for checkpoints with tensors missing or left over.
         """
-        from transformers import AutoModelForCausalLM
-
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            model = AutoModelForCausalLM.from_pretrained(name_or_dir, dtype=dtype)
-        except OSError as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ValueError(f"policy: {str(name_or_dir)!r} could not be loaded: {reason}") from error
-        return cls(model.to(device))
+        return cls(load_checkpoint(name_or_dir, "policy", dtype).to(device))
 
     @contextmanager
     def ready(self, attention_name: str = attention.NAME):

@@ -43,12 +43,12 @@ def policy_gradient_direction(policy: Policy, batch: PackedBatch, *, step_size: 
     parameters = list(named.values())
     if not parameters:
         raise ValueError("policy: no parameter requires a gradient, expected some that an update would move")
+    adamw = None if optimizer == "sgd" else _adamw(parameters, optimizer_state)
     token_advantage = np.repeat(advantage, batch.response_lens) / batch.n_tokens
     ascent = gradient(policy, batch, parameters, np.zeros(batch.n_tokens), token_advantage, token_budget=token_budget,
                       progress=progress)
-    if optimizer == "sgd":
+    if adamw is None:
         return Direction(dict(zip(named, ascent, strict=True)), step_size)
-    adamw = _adamw(parameters, optimizer_state)
     found = [p.grad for p in parameters]
     try:
         for p, g in zip(parameters, ascent, strict=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +30,7 @@ from dentropy.estimators import (
     trust_range,
 )
 from dentropy.measure import measure
+from dentropy.noise_floor import PASSES as NOISE_PASSES
 from dentropy.noise_floor import noise_floor
 from dentropy.parameter_attribution import parameter_attribution
 from dentropy.policy import Policy
@@ -154,7 +155,7 @@ def probe(
     """Slope and curvature of the entropy along `direction`, and the measured ΔH(η) at each of `etas`.
 
     Passes with tangents at the base weights give slope and curvature; a plain pass at θ + η·v per η gives the
-    measurement (importance sampling on the same rollouts); two more give the noise floor of the arithmetic; one
+    measurement (importance sampling on the same rollouts); four more give the noise floor of the arithmetic; one
     reverse pass gives each parameter's share, unless `parameters` is False (it needs a gradient's memory). `prompts`
     says what the standard errors are for: prompts drawn at "random", or this "fixed" set. `progress` is called with
     the number of tokens just finished, `n_passes` times those of the batch in all.
@@ -177,7 +178,7 @@ def probe(
     etas = check_etas(etas)
     settings = {"token_budget": token_budget, "progress": progress}
     base = measure(policy, batch, direction, order=_order(policy), keep_tokens=True, **settings)
-    floor = noise_floor(policy, batch, direction, base, min(abs(eta) for eta in etas if eta), **settings)
+    floor = noise_floor(policy, batch, direction, base, **settings)
     slopes = {name: slope(base, estimator=name, prompts=prompts) for name in ESTIMATORS}
     second = None if base.d2logp is None else curvature(base, prompts=prompts)
     changes = []
@@ -208,21 +209,25 @@ def probe(
 def n_passes(policy: Policy, etas: Sequence[float], parameters: bool = True) -> int:
     """How many times `probe` goes through the batch."""
     at_base = 3 if _order(policy) == 2 else 1
-    return at_base + 2 + len(etas) + parameters
+    return at_base + NOISE_PASSES + len(etas) + parameters
 
 
 def change(base: SequenceSums, moved: SequenceSums, eta: float, prompts: str, noise_floor: float) -> Change:
     """Prediction against measurement at one η, from the two tables."""
     measured = importance(base, moved, prompts=prompts)
+    diagnostics, below_noise = importance_diagnostics(measured), eta != 0 and abs(measured.delta) < noise_floor
+    if below_noise:
+        reason = f"|ΔH| is {abs(measured.delta):.1e}, below the noise floor of the arithmetic, {noise_floor:.1e}"
+        diagnostics = replace(diagnostics, verdict="unusable", reason=reason)
     return Change(
         eta=eta,
         moved=moved,
         measured=measured,
-        diagnostics=importance_diagnostics(measured),
+        diagnostics=diagnostics,
         linear=predict(base, eta, prompts=prompts),
         quadratic=None if base.d2logp is None else predict(base, eta, order=2, prompts=prompts),
         error=prediction_error(base, moved, eta, prompts=prompts),
-        below_noise=abs(measured.delta) < noise_floor,
+        below_noise=below_noise,
     )
 
 

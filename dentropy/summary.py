@@ -37,7 +37,7 @@ def _slopes(content: dict) -> str:
     )
     head = ("estimator", "slope ± SE", "pathwise", "score", "length correction")
     title = "Slope of the entropy at η = 0, in nats per token per unit of η"
-    doubts = dict.fromkeys(f"warning: {s['estimator']}: {w}" for s in slopes for w in s["warnings"])
+    doubts = dict.fromkeys(f"warning: {w}" for s in slopes for w in s["warnings"])
     return "\n".join([title, *_aligned(head, rows), *_reach(content), *_reasons(slopes), *doubts])
 
 
@@ -46,13 +46,14 @@ def _reach(content: dict) -> list[str]:
         return []
     curvature, trust = content["curvature"], content["trust"]
     value = _with_error(curvature["value"], curvature["stderr"]).strip()
+    if curvature["stderr"] is None or abs(curvature["value"]) < 2 * curvature["stderr"]:
+        return [f"curvature {value} per unit of η²: not told apart from 0"]
     limit = "at no η" if trust["linear_until"] is None else f"beyond η = {trust['linear_until']:.2g}"
     return [f"curvature {value} per unit of η²; it changes the linear prediction by a tenth {limit}"]
 
 
 def _verdicts(content: dict) -> str:
-    lines = [f"  {m['eta']: .3g}  {m['verdict']}: {m['verdict_reason']}"
-             + ("; below the noise floor" if m["below_noise_floor"] else "") for m in content["measured"]]
+    lines = [f"  {m['eta']: .3g}  {m['verdict']}: {m['verdict_reason']}" for m in content["measured"]]
     floor = f"Rounding alone can make a ΔH of {content['noise_floor']:.1e} nats per token (the noise floor)."
     return "\n".join(["Can the measurements be believed?", *lines, floor])
 

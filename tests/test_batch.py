@@ -114,7 +114,8 @@ def test_json_lines_round_trip(tmp_path):
 def test_trl_and_verl_dumps_are_read_and_equal_prompts_are_one_group(tmp_path):
     trl = write(tmp_path / "trl.jsonl", {"step": 3, "prompt": "a", "completion": "bc", "accuracy": 1.0, "advantage": 0.5},
                 {"step": 3, "prompt": "<s>a", "completion": "d", "accuracy": 0.0, "advantage": -0.5}, "")
-    batch = PackedBatch.from_jsonl(trl, Tokenizer())
+    with pytest.warns(UserWarning, match="no response ends with the end token"):
+        batch = PackedBatch.from_jsonl(trl, Tokenizer())
     assert batch.prompt(0) == batch.prompt(1) == [1, 97]  # one start token, whether or not the text has it
     assert batch.response(0) == [98, 99] and batch.reward.tolist() == [0.5, -0.5] and batch.n_groups == 1
     verl = write(tmp_path / "verl.jsonl", {"input": "a", "output": "b", "gts": "b", "score": 1.0, "step": 1},
@@ -155,6 +156,12 @@ def test_text_the_tokenizer_refuses_names_the_line(tmp_path):
     path = write(tmp_path / "e.jsonl", {"prompt": "a", "response": "b"}, {"prompt": "a", "response": "\N{SNOWMAN}"})
     with pytest.raises(ValueError, match="line 2: response: the tokenizer refuses it: Missing"):
         PackedBatch.from_jsonl(path, Tokenizer())
+
+
+def test_bytes_that_are_no_text_name_the_line(tmp_path):
+    (tmp_path / "e.jsonl").write_bytes(b'{"prompt_ids": [1], "response_ids": [2]}\n\xff\xfe\n')
+    with pytest.raises(ValueError, match="line 2: not UTF-8"):
+        PackedBatch.from_jsonl(tmp_path / "e.jsonl")
 
 
 def test_files_that_are_not_there_or_not_json_lines(tmp_path):

@@ -13,7 +13,7 @@ def test_it_is_the_size_of_the_error_float32_makes():
         batch, direction, eta = random_batch(seed, rollouts=12), random_direction(model, seed), 1e-4
         policy = Policy(model)
         base = measure(policy, batch, direction)
-        floors.append(noise_floor(policy, batch, direction, base, eta, token_budget=40))
+        floors.append(noise_floor(policy, batch, direction, base, token_budget=40))
         single = importance(base, measure(policy, batch, direction, eta=eta)).delta
         wide = Direction({name: v.double() for name, v in direction.tensors.items()})
         model.double()
@@ -21,7 +21,7 @@ def test_it_is_the_size_of_the_error_float32_makes():
             policy = Policy(model)
             exact_base = measure(policy, batch, wide)
             exact = importance(exact_base, measure(policy, batch, wide, eta=eta)).delta
-            double_floor = noise_floor(policy, batch, wide, exact_base, eta, token_budget=40)
+            double_floor = noise_floor(policy, batch, wide, exact_base, token_budget=40)
         errors.append(abs(single - exact))
         assert double_floor < 0.1 * abs(exact)
     sigma, typical = np.sqrt(np.mean(np.square(floors))) / 2, np.sqrt(np.mean(np.square(errors)))
@@ -32,9 +32,20 @@ def test_in_float64_it_is_far_below_float32():
     model = random_model("llama")
     batch, direction = random_batch(), random_direction(model)
     policy = Policy(model)
-    single = noise_floor(policy, batch, direction, measure(policy, batch, direction), 1e-6)
+    single = noise_floor(policy, batch, direction, measure(policy, batch, direction))
     wide = Direction({name: v.double() for name, v in direction.tensors.items()})
     with InFloat64():
         policy = Policy(model.double())
-        double = noise_floor(policy, batch, wide, measure(policy, batch, wide), 1e-6)
+        double = noise_floor(policy, batch, wide, measure(policy, batch, wide))
     assert 0 < double < 1e-5 * single
+
+
+def test_a_step_too_small_for_float32_is_below_it():
+    for seed in range(5):
+        model = random_model("llama", seed)
+        batch, direction = random_batch(seed, rollouts=12), random_direction(model, seed)
+        policy = Policy(model)
+        base = measure(policy, batch, direction)
+        floor = noise_floor(policy, batch, direction, base)
+        for eta in (1e-12, -1e-11):
+            assert abs(importance(base, measure(policy, batch, direction, eta=eta)).delta) < floor

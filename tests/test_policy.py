@@ -174,3 +174,22 @@ def test_a_policy_follows_its_model():
     model.lm_head.__class__ = NoisyHead
     with pytest.raises(ValueError, match="make the Policy again"):
         measure(policy, random_batch())
+
+
+def test_checkpoints_with_tensors_missing_or_left_over_are_refused(tmp_path):
+    """transformers would fill the one with random numbers and drop the other."""
+    from safetensors.torch import load_file, save_file
+
+    random_model("llama").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    taken = tensors.pop("model.layers.0.mlp.gate_proj.weight")
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="1 missing tensors .model.layers.0.mlp.gate_proj.weight"):
+        Policy.from_pretrained(tmp_path)
+    left_over = {"model.layers.0.mlp.gate_proj.weight": taken, "model.layers.0.extra.weight": taken.clone()}
+    save_file(tensors | left_over, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="1 unexpected tensors .model.layers.0.extra.weight"):
+        Policy.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"garbage")
+    with pytest.raises(ValueError, match="policy: .* could not be loaded"):
+        Policy.from_pretrained(tmp_path)

@@ -76,7 +76,14 @@ def test_zero_among_the_etas_is_measured_as_nothing(policy, batch, direction):
     at_zero, at_step = found.changes
     assert abs(at_zero.measured.delta) < 1e-5 < abs(at_step.measured.delta)
     assert at_zero.measured.ess_fraction == pytest.approx(1.0, abs=1e-6)
-    assert at_zero.below_noise and not at_step.below_noise
+    assert not at_zero.below_noise and not at_step.below_noise
+
+
+def test_a_change_below_the_noise_floor_is_no_measurement(policy, batch, direction):
+    found = probe(policy, batch, direction, [1e-12, STEP], parameters=False)
+    tiny, step = found.changes
+    assert tiny.below_noise and tiny.diagnostics.verdict == "unusable" and "noise floor" in tiny.diagnostics.reason
+    assert not step.below_noise
 
 
 @pytest.mark.parametrize("parameters", [True, False])
