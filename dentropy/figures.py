@@ -56,18 +56,21 @@ def delta_entropy(content: dict):
     axes.fill_between(*bow, color=CORRECTED, alpha=0.15, lw=0)
     reach = [corrected - band, corrected + band]
     noise = np.array([entry["below_noise_floor"] for entry in measured])
-    for chosen, color, label in (
-        (~noise, MEASURED, "measured (importance sampling)"),
-        (noise, NOISE, "below the noise floor: rounding, not data"),
+    doubtful = np.array([entry["verdict"] != "reliable" for entry in measured]) & ~noise
+    for chosen, color, fill, label in (
+        (~noise & ~doubtful, MEASURED, MEASURED, "measured (importance sampling) ± 2 SE"),
+        (doubtful, MEASURED, "white", "measured, strained or unusable ± 2 SE"),
+        (noise, NOISE, NOISE, "below the noise floor: rounding, not data"),
     ):
         if chosen.any():
-            reach += _points(axes, steps[chosen], delta[chosen] * scale, 2 * bars[chosen] * scale, "o", color, label)
+            points = steps[chosen], delta[chosen] * scale, 2 * bars[chosen] * scale
+            reach += _points(axes, *points, "o", color, fill, label)
     fresh = content["fresh_check"]
     if fresh is not None:
         aside = 0.015 * (x[1] - x[0])  # beside the measurement at the same η, not on top of it
         at, value = fresh["eta"] / content["step_size"] + aside, fresh["delta"] * scale
         bar = 2 * (fresh["stderr"] or 0.0) * scale
-        reach += _points(axes, [at], [value], [bar], "D", FRESH, "fresh rollouts of the moved policy")
+        reach += _points(axes, [at], [value], [bar], "D", FRESH, "white", "fresh rollouts of the moved policy ± 2 SE")
     _limit(axes, np.concatenate(reach), line)
     axes.set_xlabel(_steps_label(content))
     axes.set_ylabel(f"change of entropy ΔH ({unit}nats per token)")
@@ -109,17 +112,17 @@ def contributions(content: dict, columns: dict[str, np.ndarray]):
         axes.set_yscale("log")
         axes.set_ylabel("rollouts")
         note = f"{name}: sum {values.sum():.3g} nats per token"
-        if values is not measured:
+        if values is not measured and math.isfinite(_correlation(values, measured)):
             note += f", correlation with measured {_correlation(values, measured):.2f}"
         axes.set_title(_signed(note), fontsize=9, loc="left")
     rows[-1].set_xlabel(
         f"contribution of one rollout to ΔH ({unit}nats per token); end bars hold what lies beyond"
     )
     exact, plain = (_correlation(values, measured) for values in (panels[1][1], panels[0][1]))
-    finding = (
-        f"Rollout by rollout at η = {eta:g}: the corrected slope correlates {exact:.2f}\n"
-        f"with the measurement, the uncorrected one {plain:.2f}"
-    )
+    finding = f"Rollout by rollout at η = {eta:g}"
+    if math.isfinite(exact) and math.isfinite(plain):
+        finding += (f": the corrected slope correlates {exact:.2f}\n"
+                    f"with the measurement, the uncorrected one {plain:.2f}")
     figure.suptitle(_signed(finding), fontsize=11, x=0.01, ha="left")
     return figure
 
@@ -179,10 +182,9 @@ def _figure(rows: int, *, height: float, sharey: bool = False):
     return figure, axes
 
 
-def _points(axes, x, y, bars, marker: str, color: str, label: str) -> list[np.ndarray]:
+def _points(axes, x, y, bars, marker: str, color: str, fill: str, label: str) -> list[np.ndarray]:
     """Draw points with error bars; returns the lower and the upper ends of the bars."""
-    style = dict(fmt=marker, color=color, mfc="white" if marker == "D" else color, ms=5, lw=1.2, capsize=3)
-    axes.errorbar(x, y, bars, label=f"{label} ± 2 SE", **style)
+    axes.errorbar(x, y, bars, label=label, fmt=marker, color=color, mfc=fill, ms=5, lw=1.2, capsize=3)
     return [np.subtract(y, bars), np.add(y, bars)]
 
 

@@ -29,6 +29,7 @@ def run(etas=(-1e-6, 0.5e-6, 1e-6, 2e-6), *, slope=-3e3, uncorrected=1e3, stderr
                 "delta": columns[f"delta_contribution_{k}"].sum(),
                 "stderr": stderr,
                 "below_noise_floor": False,
+                "verdict": "reliable",
                 "predicted_linear": eta * slope,
                 "predicted_linear_stderr": stderr,
                 "predicted_uncorrected": eta * uncorrected,
