@@ -172,7 +172,7 @@ def probe(
         >>> direction = policy_gradient_direction(policy, update, step_size=1e-4)
         >>> result = probe(policy, rollouts, direction, [1e-4])
         >>> measured = result.changes[0].measured
-        >>> abs(measured.contributions.sum() - measured.delta) < 1e-12
+        >>> bool(abs(measured.contributions.sum() - measured.delta) < 1e-12)
         True
     """
     etas = check_etas(etas)
