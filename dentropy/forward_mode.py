@@ -4,7 +4,7 @@ Weights are moved to θ + η·v by putting other tensors in the parameters' plac
 whose tangent is v, and every operation of the model carries d/dη along. The parameters themselves are never written.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
 import numpy as np
@@ -21,12 +21,18 @@ from dentropy.token_stats import linear_token_stats, token_stats
 
 def response_stats(policy, batch, direction, eta, *, tangent, token_budget, progress) -> TokenStats:
     """Statistics of every response token, in rollout order, in one walk over the batch."""
-    parts = []
     with policy.ready(), moved_weights(policy, direction, eta, tangent=tangent), torch.no_grad():
-        for first, last in microbatches(batch, token_budget):
-            parts.append(_score(policy, batch, first, last, tangent))
-            if progress is not None:
-                progress(int(batch.response_lens[first:last].sum()))
+        return over_microbatches(batch, token_budget, progress,
+                                 lambda first, last: _score(policy, batch, first, last, tangent))
+
+
+def over_microbatches(batch, token_budget, progress, score: Callable[[int, int], TokenStats]) -> TokenStats:
+    """What `score` gives for the rollouts first..last-1 of each microbatch, in rollout order."""
+    parts = []
+    for first, last in microbatches(batch, token_budget):
+        parts.append(score(first, last))
+        if progress is not None:
+            progress(int(batch.response_lens[first:last].sum()))
     return TokenStats(*(None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)))
 
 

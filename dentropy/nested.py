@@ -10,20 +10,17 @@ from torch.func import jvp
 from torch.overrides import TorchFunctionMode
 
 from dentropy import attention, reference
-from dentropy.forward_mode import in_place_of_parameters, microbatches, packed_inputs
+from dentropy.forward_mode import in_place_of_parameters, over_microbatches, packed_inputs
 from dentropy.tables import TokenStats
 
 
 def nested_response_stats(policy, batch, direction, eta, *, token_budget, progress) -> TokenStats:
     """Statistics of every response token with both derivatives along `direction`, in rollout order."""
-    parts, moving = [], direction.on(policy.model)
+    moving = direction.on(policy.model)
     # Some derivatives (silu's) are differentiable again only while gradients are enabled; no weight asks for one.
     with policy.ready(attention.NESTABLE), torch.enable_grad(), _NestableLayerNorm():
-        for first, last in microbatches(batch, token_budget):
-            parts.append(_score(policy, batch, first, last, moving, eta))
-            if progress is not None:
-                progress(int(batch.response_lens[first:last].sum()))
-    return TokenStats(*(torch.cat(column) for column in zip(*parts, strict=True)))
+        return over_microbatches(batch, token_budget, progress,
+                                 lambda first, last: _score(policy, batch, first, last, moving, eta))
 
 
 def _score(policy, batch, first, last, moving, eta) -> TokenStats:
