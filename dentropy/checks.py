@@ -32,7 +32,7 @@ def check_tensor(name: str, value, shape: tuple[int | None, ...], expected: str,
         raise ValueError(f"{name} is on {value.device}, expected {device}, where the other inputs are")
 
 
-def check_targets(targets, rows: int, vocabulary: int, device: torch.device, validate: bool) -> None:
+def check_targets(targets, rows: int, vocabulary: int | Tensor, device: torch.device, validate: bool) -> None:
     """Shape, dtype and device always; values on the CPU, elsewhere only with `validate` (it synchronizes)."""
     check_tensor("targets", targets, (rows,), f"[{rows}], one token id per row", INTEGERS, device)
     if not (validate or device.type == "cpu"):
@@ -40,7 +40,7 @@ def check_targets(targets, rows: int, vocabulary: int, device: torch.device, val
     outside = (targets < 0) | (targets >= vocabulary)
     if outside.any():
         row = int(outside.nonzero()[0, 0])
-        raise ValueError(f"targets[{row}] is {int(targets[row])}, expected a token id in [0, {vocabulary})")
+        raise ValueError(f"targets[{row}] is {int(targets[row])}, expected a token id in [0, {int(vocabulary)})")
 
 
 def check_transform(temperature: float, softcap: float | None) -> None:
@@ -70,9 +70,8 @@ def check_logits(logits, targets, dlogits, d2logits, temperature, softcap, valid
     check_targets(targets, rows, vocabulary, logits.device, validate)
 
 
-def check_linear(hidden, weight, targets, dhidden, dweight, bias, dbias, temperature, softcap,
-                 validate: bool) -> None:
-    """The arguments of `linear_token_stats`."""
+def check_linear(hidden, weight, dhidden, dweight, bias, dbias, temperature, softcap) -> None:
+    """The arguments of `linear_token_stats` but for targets."""
     check_tensor("hidden", hidden, (None, None), "[N, D], one row per token")
     rows, width = hidden.shape
     check_tensor("weight", weight, (None, width), f"[V, {width}], the width of hidden", device=hidden.device)
@@ -86,7 +85,6 @@ def check_linear(hidden, weight, targets, dhidden, dweight, bias, dbias, tempera
         if value is not None:
             check_tensor(name, value, shape, f"{list(shape)} as {like}", device=hidden.device)
     check_transform(temperature, softcap)
-    check_targets(targets, rows, vocabulary, hidden.device, validate)
 
 
 def checked_cu_seqlens(cu_seqlens, tokens: int) -> np.ndarray:

@@ -14,9 +14,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dentropy.checks import check_linear, check_logits
-from dentropy.sequence_sums import sequence_sums  # plain on every device, so public and reference are one
+from dentropy.checks import check_logits
+from dentropy.sequence_sums import plain_sequence_sums as sequence_sums
 from dentropy.tables import TokenStats
+from dentropy.vocabulary_parallel import checked_linear
 
 __all__ = ["token_stats", "linear_token_stats", "sequence_sums"]
 
@@ -40,42 +41,54 @@ def token_stats(logits: Tensor, targets: Tensor, dlogits: Tensor | None = None,
 def linear_token_stats(hidden: Tensor, weight: Tensor, targets: Tensor, dhidden: Tensor | None = None,
                        dweight: Tensor | None = None, *, bias: Tensor | None = None,
                        dbias: Tensor | None = None, temperature: float = 1.0, softcap: float | None = None,
-                       validate: bool = False) -> TokenStats:
+                       process_group=None, validate: bool = False) -> TokenStats:
     """`dentropy.linear_token_stats` in plain PyTorch; the same arguments, results and errors."""
-    check_linear(hidden, weight, targets, dhidden, dweight, bias, dbias, temperature, softcap, validate)
-    return stats_of_hidden(stats_of_logits, hidden, weight, targets, dhidden, dweight, bias, dbias,
-                           temperature=temperature, softcap=softcap)
+    targets, gather = checked_linear(hidden, weight, targets, dhidden, dweight, bias, dbias, temperature, softcap,
+                                     process_group, validate)
+    return stats_of_hidden(hidden, weight, targets, dhidden, dweight, bias, dbias, temperature=temperature,
+                           softcap=softcap, gather=gather)
 
 
 @torch.no_grad()
 def stats_of_logits(logits: Tensor, targets: Tensor, dlogits: Tensor | None = None,
-                    d2logits: Tensor | None = None, *, temperature: float,
-                    softcap: float | None) -> TokenStats:
-    """The body of `token_stats`, without its checks."""
+                    d2logits: Tensor | None = None, *, temperature: float, softcap: float | None,
+                    gather: Callable[[Tensor], Tensor] | None = None) -> TokenStats:
+    """The body of `token_stats`, without its checks.
+
+    Where the logits are those of one of several shards of the vocabulary, targets count from its first token, and
+    `gather` takes a tensor of this shard, [fields, N], to those of all shards, [shards, fields, N].
+    """
     given = [tensor for tensor in (logits, dlogits, d2logits) if tensor is not None]
     dtype = working_dtype(*given)
     rows, vocabulary = logits.shape
     chunk = max(1, min(rows, (CPU_CHUNK if logits.is_cpu else DEVICE_CHUNK) // vocabulary))
     buffers = torch.empty(len(given) + 2, chunk, vocabulary, dtype=dtype, device=logits.device)
-    out = torch.empty(2 * len(given), rows, dtype=dtype, device=logits.device)
-    # Only unchecked targets can be out of range: their rows are read at a valid place, then made NaN.
-    valid = (targets >= 0) & (targets < vocabulary)
+    state = torch.empty(sum(STATE_FIELDS[:len(given)]), rows, dtype=dtype, device=logits.device)
+    # A target outside is read at a valid place, and not counted as found.
+    found = (targets >= 0) & (targets < vocabulary)
     columns = targets.long().clamp(0, vocabulary - 1).unsqueeze(1)
     for start in range(0, rows, chunk):
         part = slice(start, min(start + chunk, rows))
         views = buffers[:, :part.stop - start]
         for view, tensor in zip(views, given):
             view.copy_(tensor[part])
-        moments = _chunk_stats(*views[:len(given)], scratch=views[len(given):], columns=columns[part],
-                               temperature=temperature, softcap=softcap)
-        for row, moment in zip(out, moments):
-            row[part] = moment
-    return TokenStats(*out.masked_fill_(~valid, math.nan))
+        fields = _chunk_state(*views[:len(given)], scratch=views[len(given):], columns=columns[part],
+                              found=found[part].unsqueeze(1), temperature=temperature, softcap=softcap)
+        for row, field in zip(state, fields):
+            row[part] = field.squeeze(1)
+    return _stats_of_states(state.unsqueeze(0) if gather is None else gather(state),
+                            (softcap or 1.0) / temperature)
 
 
-def _chunk_stats(u: Tensor, du: Tensor | None = None, ddu: Tensor | None = None, *, scratch: Tensor,
-                 columns: Tensor, temperature: float, softcap: float | None) -> list[Tensor]:
-    """The fields of TokenStats [n] for n rows of logits and tangents [n, V], all of which are overwritten.
+# What an order adds to the state: 1 where the target was found and u there, max u, Σ w, E x; then d at the target,
+# E d in two parts, Σ w (x − E x)(d − E d); then e at the target, E e in two parts and the sums of (d − E d)²,
+# (x − E x)(e − E e) and (x − E x)(d − E d)². Weights are w = eˣ with x = z − max z.
+STATE_FIELDS = (5, 4, 6)
+
+
+def _chunk_state(u: Tensor, du: Tensor | None = None, ddu: Tensor | None = None, *, scratch: Tensor,
+                 columns: Tensor, found: Tensor, temperature: float, softcap: float | None) -> list[Tensor]:
+    """The fields of the state, each [n, 1], for n rows of logits and tangents [n, V], all of which are overwritten.
 
     Works in units in which z = scale · u, so that temperature and softcap cost no pass of their own. Only u
     minus its maximum is ever scaled: that keeps it at or below 0, and with it logp, whatever the rounding.
@@ -85,40 +98,84 @@ def _chunk_stats(u: Tensor, du: Tensor | None = None, ddu: Tensor | None = None,
     if softcap is not None:
         _apply_softcap(u, du, ddu, softcap, weight)
     scale = (softcap or 1.0) / temperature
-    at_target = [tensor.gather(1, columns) for tensor in (u, *tangents)]
+    at_target = [torch.where(found, tensor.gather(1, columns), 0.0) for tensor in (u, *tangents)]
     top = u.amax(1, keepdim=True)
-    x_target = (at_target[0] - top) * scale
     u.sub_(top).mul_(scale / math.log(2))  # PyTorch's exp2 is several times faster than its exp on a CPU
     # Boolean passes cost as much as exponentials on a CPU, so they run only where a −inf is there; on other
     # devices asking would synchronize.
-    masked = torch.isneginf(u) if not u.is_cpu or u.amin(1).isneginf().any() else None
+    masked = torch.isneginf(u) if not u.is_cpu or not u.amin(1).gt(-math.inf).all() else None
+    if masked is not None:
+        masked |= torch.isneginf(top)  # a row of −inf alone: −inf − (−inf) is NaN
+        u.masked_fill_(masked, -math.inf)
     torch.exp2(u, out=weight)
     if masked is not None:
         for tensor in (u, *tangents):
             tensor.masked_fill_(masked, 0.0)
     total = weight.sum(1, keepdim=True)
+    share = total.masked_fill(total == 0.0, 1.0).reciprocal_()
 
-    def mean(first: Tensor, *others: Tensor) -> Tensor:
+    def moment(first: Tensor, *others: Tensor) -> Tensor:
         torch.mul(weight, first, out=product)
         for factor in others:
             product.mul_(factor)
-        return product.sum(1, keepdim=True).div_(total)
+        return product.sum(1, keepdim=True)
 
-    mean_u, log_total = mean(u), total.log()
-    out = [x_target - log_total, log_total - mean_u * math.log(2)]
+    mean_u = moment(u) * share
+    fields = [found.to(u.dtype), at_target[0], top, total, mean_u * math.log(2)]
     u.sub_(mean_u).mul_(math.log(2))  # from here on z − E z
-    for tangent, value in zip(tangents, at_target[1:]):
-        centre = mean(tangent)
-        tangent.sub_(centre)
+    means = []
+    for tangent in tangents:
+        base = moment(tangent) * share
+        tangent.sub_(base)
         # The second mean is what rounding left of a first one that is large beside the spread of ż.
-        value.sub_(centre).sub_(mean(tangent))
+        means.append((base, moment(tangent) * share))
     if du is not None:
-        out += [scale * at_target[1], -scale * mean(du, u)]
+        fields += [at_target[1], *means[0], moment(du, u)]
     if ddu is not None:
-        variance = scale**2 * mean(du, du)
-        out += [scale * at_target[2] - variance,
-                -(variance + scale * mean(ddu, u) + scale**2 * mean(du, du, u))]
-    return [value.squeeze(1) for value in out]
+        fields += [at_target[2], *means[1], moment(du, du), moment(ddu, u), moment(du, du, u)]
+    return fields
+
+
+def _stats_of_states(states: Tensor, scale: float) -> TokenStats:
+    """From the states of all shards of a vocabulary, [shards, fields, N], merged about their common means.
+
+    The formulas are those of `dentropy.kernels.moments`.
+    """
+    fields = iter(states.unbind(1))
+    found, u_target, top, total, mean_x = (next(fields) for _ in range(STATE_FIELDS[0]))
+    highest = top.amax(0)
+    shift = torch.where(top == highest, 0.0, ((top - highest) * scale).clamp(min=-1e4))  # finite: 0 · shift is 0
+    rescale = shift.exp()
+    total = total * rescale
+    everything = total.sum(0).masked_fill(found.sum(0) != 1, math.nan)  # a target that nobody has: a row of NaN
+    everything = everything.masked_fill(everything == 0, math.nan)
+    share = total / everything
+    x = mean_x + shift
+    mean_x = (share * x).sum(0)
+    x = x - mean_x
+    log_total = everything.log()
+    out = [(u_target.sum(0) - highest) * scale - log_total, log_total - mean_x]
+
+    def common_mean() -> tuple[Tensor, Tensor]:
+        """The next tangent at the target less its mean, and what the shards' means are apart from that."""
+        target, base, rest = (next(fields) for _ in range(3))
+        centre = (share * base).sum(0)
+        apart = base - centre + rest
+        rest = (share * apart).sum(0)
+        return target.sum(0) - centre - rest, apart - rest
+
+    if states.shape[1] > STATE_FIELDS[0]:
+        target, d = common_mean()
+        c_xd = next(fields) * rescale
+        out += [scale * target, -scale * (c_xd + total * x * d).sum(0) / everything]
+    if states.shape[1] > sum(STATE_FIELDS[:2]):
+        target, e = common_mean()
+        c_dd, c_xe, c_xdd = (next(fields) * rescale for _ in range(3))
+        variance = scale**2 * (c_dd + total * d * d).sum(0) / everything
+        third = c_xdd + 2 * d * c_xd + x * c_dd + total * x * d * d
+        out += [scale * target - variance,
+                -(variance + (scale * (c_xe + total * x * e) + scale**2 * third).sum(0) / everything)]
+    return TokenStats(*out)
 
 
 def _apply_softcap(u: Tensor, du: Tensor | None, ddu: Tensor | None, softcap: float, scratch: Tensor) -> None:
@@ -137,13 +194,10 @@ def _apply_softcap(u: Tensor, du: Tensor | None, ddu: Tensor | None, softcap: fl
 
 
 @torch.no_grad()
-def stats_of_hidden(stats: Callable[..., TokenStats], hidden: Tensor, weight: Tensor, targets: Tensor,
-                    dhidden: Tensor | None, dweight: Tensor | None, bias: Tensor | None, dbias: Tensor | None,
-                    *, temperature: float, softcap: float | None) -> TokenStats:
-    """The body of `linear_token_stats`: makes the logits of a few rows at a time and hands them to `stats`.
-
-    `stats` has the signature of `stats_of_logits`.
-    """
+def stats_of_hidden(hidden: Tensor, weight: Tensor, targets: Tensor, dhidden: Tensor | None,
+                    dweight: Tensor | None, bias: Tensor | None, dbias: Tensor | None, *, temperature: float,
+                    softcap: float | None, gather: Callable[[Tensor], Tensor] | None = None) -> TokenStats:
+    """The body of `linear_token_stats`: makes the logits of a few rows at a time. `gather` as in `stats_of_logits`."""
     factors = (hidden, weight, dhidden, dweight)
     dtype = working_dtype(*factors, bias, dbias)
     if dtype == torch.float64 or not _products_in_float32(*factors):
@@ -160,7 +214,8 @@ def stats_of_hidden(stats: Callable[..., TokenStats], hidden: Tensor, weight: Te
         if moving:
             moved = None if dhidden is None else dhidden[part]
             _write_products(tangent[0], dbias, (moved, weight), (hidden[part], dweight))
-        parts.append(stats(logits, targets[part], *tangent, temperature=temperature, softcap=softcap))
+        parts.append(stats_of_logits(logits, targets[part], *tangent, temperature=temperature, softcap=softcap,
+                                     gather=gather))
     return TokenStats(*(None if field[0] is None else torch.cat(field) for field in zip(*parts)))
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
+import torch
 
 from dentropy.checks import check_tensor, checked_cu_seqlens, checked_group
+from dentropy.dispatch import kernels_serve
 from dentropy.tables import SequenceSums, TokenStats
 
 
@@ -12,7 +16,7 @@ def sequence_sums(stats: TokenStats, cu_seqlens, *, group=None) -> SequenceSums:
     """The columns of `SequenceSums`, summed over the tokens of each sequence in float64.
 
     Args:
-        stats: packed per-token values, [N] floating tensors on any device: the sequences one after the other.
+        stats: packed per-token values, [N] floating tensors on one device: the sequences one after the other.
         cu_seqlens: [S + 1], int32 or int64 (tensor, array or list): where each sequence starts, and N at the
             end; it starts at 0 and never decreases. A sequence without tokens gives a row of zeros.
         group: [S] integers: the prompt of each sequence, for the standard errors; None: each its own group.
@@ -23,7 +27,10 @@ def sequence_sums(stats: TokenStats, cu_seqlens, *, group=None) -> SequenceSums:
 
     Raises:
         ValueError: cu_seqlens or group that do not fit; fields of `stats` that do not belong together; a
-            value that is not finite, with its name, rollout and place in the rollout.
+            value that is not finite, with its name, rollout and place in the rollout; a sum of finite values
+            that leaves the range of float64, with its name and rollout.
+
+    On CUDA one kernel makes all columns, which are then copied to the host once.
 
     Example:
         >>> import torch
@@ -34,30 +41,58 @@ def sequence_sums(stats: TokenStats, cu_seqlens, *, group=None) -> SequenceSums:
         [-3.0, -3.0]
     """
     check_stats(stats)
+    return _table(_kernel_columns if kernels_serve(stats.logp, float64=True) else _plain_columns,
+                  stats, cu_seqlens, group)
+
+
+def plain_sequence_sums(stats: TokenStats, cu_seqlens, *, group=None) -> SequenceSums:
+    """`sequence_sums` in NumPy whatever the device: the reference; the same arguments, results and errors."""
+    check_stats(stats)
+    return _table(_plain_columns, stats, cu_seqlens, group)
+
+
+def _table(columns_of: Callable[[TokenStats, np.ndarray], dict[str, np.ndarray]], stats: TokenStats,
+           cu_seqlens, group) -> SequenceSums:
     ends = checked_cu_seqlens(cu_seqlens, len(stats.logp))
     sequences = len(ends) - 1
     group = checked_group(group, sequences)
+    columns = columns_of(stats, ends)
+    _raise_if_not_finite(columns, stats, ends)
+    return SequenceSums(**columns, group=group, rollout=np.arange(sequences))
+
+
+def _kernel_columns(stats: TokenStats, ends: np.ndarray) -> dict[str, np.ndarray]:
+    from dentropy.kernels import sequence_sums as kernel  # Triton loads on first use
+
+    columns = kernel.sequence_sums(*stats, cu_seqlens=torch.tensor(ends, device=stats.logp.device))
+    return dict(zip(kernel.COLUMNS, columns.cpu().numpy()))
+
+
+def _plain_columns(stats: TokenStats, ends: np.ndarray) -> dict[str, np.ndarray]:
     tokens = {name: value.detach().cpu().double().numpy() for name, value in stats._asdict().items()
               if value is not None}
-    for name, values in tokens.items():
-        _raise_if_not_finite(name, values, ends)
-
     lengths = np.diff(ends)
-    columns = {name: _segment_sum(values, ends) for name, values in tokens.items()}
-    if "dlogp" in tokens:
-        dlogp, entropy = tokens["dlogp"], tokens["entropy"]
-        tokens_left = np.repeat(ends[1:], lengths) - 1.0 - np.arange(len(dlogp))
-        columns["entropy_dlogp"] = _segment_sum(entropy * dlogp, ends)
-        columns["length_to_go"] = _segment_sum(tokens_left * dlogp, ends)
-        # What is left of the entropy is what is left of its deviation from the sequence's mean, plus that
-        # mean for each token left. The running sum of the deviations returns to 0 at the end of every
-        # sequence, so one sum over all tokens is exact to rounding within each.
-        means = columns["entropy"] / np.maximum(lengths, 1)
-        running = np.cumsum(entropy - np.repeat(means, lengths))
-        at_end = np.repeat(running[ends[1:] - 1], lengths) if len(running) else running
-        columns["entropy_to_go"] = (means * columns["length_to_go"]
-                                    + _segment_sum((at_end - running) * dlogp, ends))
-    return SequenceSums(n_tokens=lengths, **columns, group=group, rollout=np.arange(sequences))
+    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused by name afterwards
+        columns = {"n_tokens": lengths}
+        columns |= {name: _segment_sum(values, ends) for name, values in tokens.items()}
+        if "dlogp" in tokens:
+            columns |= _to_go_columns(tokens["entropy"], tokens["dlogp"], columns["entropy"], lengths, ends)
+    return columns
+
+
+def _to_go_columns(entropy: np.ndarray, dlogp: np.ndarray, sums: np.ndarray, lengths: np.ndarray,
+                   ends: np.ndarray) -> dict[str, np.ndarray]:
+    tokens_left = np.repeat(ends[1:], lengths) - 1.0 - np.arange(len(dlogp))
+    length_to_go = _segment_sum(tokens_left * dlogp, ends)
+    # What is left of the entropy is what is left of its deviation from the sequence's mean, plus that mean
+    # for each token left. The running sum of the deviations returns to 0 at the end of every sequence, so one
+    # sum over all tokens is exact to rounding within each.
+    means = sums / np.maximum(lengths, 1)
+    running = np.cumsum(entropy - np.repeat(means, lengths))
+    at_end = np.repeat(running[ends[1:] - 1], lengths) if len(running) else running
+    return {"entropy_dlogp": _segment_sum(entropy * dlogp, ends),
+            "entropy_to_go": means * length_to_go + _segment_sum((at_end - running) * dlogp, ends),
+            "length_to_go": length_to_go}
 
 
 def check_stats(stats) -> None:
@@ -69,7 +104,8 @@ def check_stats(stats) -> None:
             check_tensor("stats.logp", value, (None,), "[N], one value per token")
         elif name == "entropy" or value is not None:
             shape = list(stats.logp.shape)
-            check_tensor(f"stats.{name}", value, tuple(shape), f"{shape} as stats.logp")
+            check_tensor(f"stats.{name}", value, tuple(shape), f"{shape} as stats.logp",
+                         device=stats.logp.device)
     for first, second in (("dlogp", "dentropy"), ("d2logp", "d2entropy")):
         if (getattr(stats, first) is None) != (getattr(stats, second) is None):
             raise ValueError(f"stats.{first} and stats.{second}: one is None, expected both or neither")
@@ -86,9 +122,17 @@ def _segment_sum(values: np.ndarray, ends: np.ndarray) -> np.ndarray:
     return out
 
 
-def _raise_if_not_finite(name: str, values: np.ndarray, ends: np.ndarray) -> None:
-    bad = np.flatnonzero(~np.isfinite(values))
-    if len(bad):
-        rollout = int(np.searchsorted(ends, bad[0], side="right")) - 1
-        raise ValueError(f"{name} of rollout {rollout} is not finite (token {bad[0] - ends[rollout]}: "
-                         f"{values[bad[0]]})")
+def _raise_if_not_finite(columns: dict[str, np.ndarray], stats: TokenStats, ends: np.ndarray) -> None:
+    """Looks at tokens only where a sum is not finite, which it is where any of its tokens is not."""
+    for name, column in columns.items():
+        bad = np.flatnonzero(~np.isfinite(column))
+        if len(bad) == 0:
+            continue
+        rollout = int(bad[0])
+        where = f"its sum over the tokens: {column[rollout]}"
+        if name in stats._fields:
+            values = getattr(stats, name)[ends[rollout]:ends[rollout + 1]].detach().cpu().double().numpy()
+            tokens = np.flatnonzero(~np.isfinite(values))
+            if len(tokens):
+                where = f"token {tokens[0]}: {values[tokens[0]]}"
+        raise ValueError(f"{name} of rollout {rollout} is not finite ({where})")

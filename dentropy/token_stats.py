@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
-from functools import cache
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
 
 from dentropy import reference
-from dentropy.checks import check_linear, check_logits
+from dentropy.checks import check_logits
+from dentropy.dispatch import kernels_serve
 from dentropy.tables import TokenStats
+from dentropy.vocabulary_parallel import checked_linear
 
 
 def token_stats(logits: Tensor, targets: Tensor, dlogits: Tensor | None = None,
@@ -52,8 +50,10 @@ def token_stats(logits: Tensor, targets: Tensor, dlogits: Tensor | None = None,
         (1.3863, 0.75)
     """
     check_logits(logits, targets, dlogits, d2logits, temperature, softcap, validate)
-    if d2logits is None and _kernels_serve(logits, dlogits):
-        return _kernel_stats(logits, targets, dlogits, temperature=temperature, softcap=softcap)
+    if kernels_serve(logits, dlogits, d2logits):
+        from dentropy.kernels.token_stats import token_stats as kernel  # Triton loads on first use
+
+        return TokenStats(*kernel(logits, targets, dlogits, d2logits, temperature=temperature, softcap=softcap))
     return reference.stats_of_logits(logits, targets, dlogits, d2logits,
                                      temperature=temperature, softcap=softcap)
 
@@ -61,13 +61,14 @@ def token_stats(logits: Tensor, targets: Tensor, dlogits: Tensor | None = None,
 def linear_token_stats(hidden: Tensor, weight: Tensor, targets: Tensor, dhidden: Tensor | None = None,
                        dweight: Tensor | None = None, *, bias: Tensor | None = None,
                        dbias: Tensor | None = None, temperature: float = 1.0, softcap: float | None = None,
-                       validate: bool = False) -> TokenStats:
-    """`token_stats` from hidden states and the head: logits = hidden · weightᵀ + bias, a few rows at a time.
+                       process_group=None, validate: bool = False) -> TokenStats:
+    """`token_stats` from hidden states and the head: logits = hidden · weightᵀ + bias, which are never stored.
 
     The derivative of the logits is dhidden · weightᵀ + hidden · dweightᵀ + dbias, where a tangent that is
     None is zero; with no tangent at all there are no derivatives. Logits are float32 (float64 where any input
     is float64), never rounded to half precision; whether products of float32 factors use TF32 is the caller's
-    PyTorch setting.
+    PyTorch setting (`torch.backends.cuda.matmul.fp32_precision`). Factors of different dtypes are multiplied as
+    float32 ones, of which copies are made.
 
     Args:
         hidden: [N, D], float16, bfloat16, float32 or float64: the head's input.
@@ -78,6 +79,9 @@ def linear_token_stats(hidden: Tensor, weight: Tensor, targets: Tensor, dhidden:
         bias: [V], or None.
         dbias: [V], derivative of `bias`, or None.
         temperature, softcap, validate: as in `token_stats`.
+        process_group: a torch.distributed group over whose ranks the rows of the head are sharded, in the order of
+            the ranks: weight, dweight, bias and dbias hold this rank's rows, their number may differ. Every rank
+            calls with the same hidden, dhidden and targets (in the whole vocabulary) and gets the same result.
 
     Returns:
         TokenStats of [N] tensors, up to first order; float32, or float64 where any input is.
@@ -93,28 +97,17 @@ def linear_token_stats(hidden: Tensor, weight: Tensor, targets: Tensor, dhidden:
         >>> round(stats.entropy.item(), 4), stats.dlogp
         (1.3863, None)
     """
-    check_linear(hidden, weight, targets, dhidden, dweight, bias, dbias, temperature, softcap, validate)
-    kernels = _kernels_serve(hidden, weight, dhidden, dweight, bias, dbias)
-    return reference.stats_of_hidden(_kernel_stats if kernels else reference.stats_of_logits,
-                                     hidden, weight, targets, dhidden, dweight, bias, dbias,
-                                     temperature=temperature, softcap=softcap)
+    targets, gather = checked_linear(hidden, weight, targets, dhidden, dweight, bias, dbias, temperature, softcap,
+                                     process_group, validate)
+    factors = [hidden, weight, dhidden, dweight]
+    if not kernels_serve(*factors, bias, dbias):
+        return reference.stats_of_hidden(hidden, weight, targets, dhidden, dweight, bias, dbias,
+                                         temperature=temperature, softcap=softcap, gather=gather)
+    from dentropy.kernels.linear_token_stats import linear_token_stats as kernel
 
-
-def _kernels_serve(*tensors: Tensor | None) -> bool:
-    """Whether the Triton kernels take these: no float64, on CUDA or, under Triton's interpreter, the CPU."""
-    given = [tensor for tensor in tensors if tensor is not None]
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    device = given[0].is_cuda or (given[0].is_cpu and interpreted)
-    return device and reference.working_dtype(*given) == torch.float32 and _triton_is_installed()
-
-
-@cache
-def _triton_is_installed() -> bool:
-    return find_spec("triton") is not None
-
-
-def _kernel_stats(logits: Tensor, targets: Tensor, dlogits: Tensor | None = None, *, temperature: float,
-                  softcap: float | None) -> TokenStats:
-    from dentropy.kernels.token_stats import token_stats as kernel  # Triton loads on first use
-
-    return TokenStats(*kernel(logits, targets, dlogits, temperature=temperature, softcap=softcap))
+    if len({factor.dtype for factor in factors if factor is not None}) > 1:
+        factors = [None if factor is None else factor.float() for factor in factors]
+    hidden, weight, dhidden, dweight = factors
+    allow_tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return TokenStats(*kernel(hidden, weight, targets, dhidden, dweight, bias=bias, dbias=dbias, temperature=temperature,
+                              softcap=softcap, allow_tf32=allow_tf32, gather=gather))

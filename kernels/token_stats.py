@@ -1,8 +1,10 @@
-"""Token statistics from logits: one program per row, one pass over the vocabulary.
+"""Token statistics from logits: one program per row and segment of the vocabulary, one pass over the logits.
 
-A row's tiles go through the online softmax of `moments` one after the other. The tiles depend on V alone, so
-a row's bits do not depend on the rows around it. Softcap and temperature need no pass of their own: the
-program works on u = logits, or u = tanh(logits / softcap), and z = scale · u with scale = 1 / temperature or
+Each lane takes its part of every tile of a segment through the online softmax of `moments`, on its own: the
+loop waits for memory alone. Lanes are merged at the end of a segment, the segments of a row by `segments`.
+All this depends on V alone, so a row's bits do not depend on the rows around it, and a few rows still make
+enough programs to fill a device. Softcap and temperature need no pass of their own: a program
+works on u = logits, or u = tanh(logits / softcap), and z = scale · u with scale = 1 / temperature or
 softcap / temperature.
 """
 
@@ -10,106 +12,109 @@ import torch
 import triton
 import triton.language as tl
 
-from .moments import empty_state, first_order_stats, merge, tile_state
+from .moments import empty_state, merge, merge_lanes, n_parts, store_state, tile_state
+from .segments import new_states, stats_of_states
+from .softcap import softcapped
 
-BLOCK = 4096  # logits in a tile
+BLOCK = 2048  # logits in a tile: 16 to a thread, so that some 7 programs of a multiprocessor hide each other's waits
+SEGMENT = 32768  # logits in a segment, about
 NUM_WARPS = 4
+LANES = 32 * NUM_WARPS
 
 
-@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["Targets", "Out"])
-def _token_stats_kernel(
+@triton.jit(do_not_specialize=["N", "segments"], do_not_specialize_on_alignment=["Targets", "States", "AtTarget"])
+def _token_states_kernel(
     Logits,  # [N, V], any floating dtype
-    DLogits,  # [N, V], any floating dtype; not read unless FIRST_ORDER
+    DLogits,  # [N, V], any floating dtype; not read below order 1
+    D2Logits,  # [N, V], any floating dtype; not read below order 2
     Targets,  # [N] int32 or int64
-    Out,  # [2 or 4, N] float32: logp, entropy and, with FIRST_ORDER, dlogp, dentropy
-    N, V, logits_row, logits_column, dlogits_row, dlogits_column, targets_stride,  # strides in elements
+    States,  # [segments, parts, N] float32
+    AtTarget,  # [2 + ORDER, N] float32
+    N, V, segments, tiles,  # tiles of a segment
+    logits_row, logits_column, dlogits_row, dlogits_column, d2logits_row, d2logits_column, targets_stride,
     scale, inverse_cap,  # float32; inverse_cap = 1 / softcap, not read unless SOFTCAP
-    FIRST_ORDER: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
+    ORDER: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    Logits += row * logits_row
-    DLogits += row * dlogits_row
-    one = tl.arange(0, 1)  # the states of a row are tensors of one element
+    # The segments of a row run side by side: what is read together lies together.
+    row = (tl.program_id(0) // segments).to(tl.int64)
+    segment = tl.program_id(0) % segments
+    Logits += tl.multiple_of(row * logits_row, VECTOR)
+    DLogits += tl.multiple_of(row * dlogits_row, VECTOR)
+    D2Logits += tl.multiple_of(row * d2logits_row, VECTOR)
+    first = segment * tiles * BLOCK
+    last = tl.minimum(first + tiles * BLOCK, V)
+
+    width: tl.constexpr = LANES * VECTOR
+    repeats: tl.constexpr = BLOCK // width
+    columns = tl.arange(0, repeats)[:, None] * width + tl.arange(0, width)[None, :]
+    state = empty_state(tl.zeros([1, LANES, 1], dtype=tl.float32))
+    for start in range(first, last, BLOCK):
+        column = start + columns.to(tl.int64)
+        u, d, e = _load(Logits, DLogits, D2Logits, column, column < V, logits_column, dlogits_column,
+                        d2logits_column, inverse_cap, ORDER, SOFTCAP)
+        # As loaded, a thread has VECTOR neighbours of each repeat; as reshaped, they are those of one lane.
+        shape: tl.constexpr = [repeats, LANES, VECTOR]
+        tile = tile_state(tl.reshape(u, shape), tl.reshape(d, shape), tl.reshape(e, shape), scale, ORDER)
+        state = merge(state, tile, scale, ORDER)
+    state = merge_lanes(state, scale, ORDER)
+    one = tl.zeros([1, 1, 1], dtype=tl.int64)  # what there is of a row are tensors of one element
+    rows = N.to(tl.int64)
+    store_state(States + segment * n_parts(ORDER) * rows + row + one, rows, state, one == 0, ORDER)
+
+    # A target outside the vocabulary lies in no segment: nothing is read there.
     target = tl.load(Targets + row * targets_stride + one).to(tl.int64)
-    valid = (target >= 0) & (target < V)  # nothing is read at an invalid target, and its row becomes NaN
-    u_target, d_target = _load(Logits, DLogits, target, valid, logits_column, dlogits_column, inverse_cap,
-                               FIRST_ORDER, SOFTCAP)
-
-    # ż is taken relative to its mean over the first tile, or where that is all masked to ż at the target: a
-    # part common to the whole row then costs no digits.
-    columns = tl.arange(0, BLOCK).to(tl.int64)
-    u, d = _load(Logits, DLogits, columns, columns < V, logits_column, dlogits_column, inverse_cap,
-                 FIRST_ORDER, SOFTCAP)
-    _, first_total, _, reference, _ = tile_state(u, d, scale, 0, FIRST_ORDER)
-    otherwise = tl.where(u_target == float("-inf"), 0.0, d_target)
-    reference = tl.where(first_total == 0.0, otherwise, reference)
-
-    top, total, mean_x, mean_d, moment = empty_state(u_target)
-    for start in range(0, V, BLOCK):
-        u, d = _load(Logits, DLogits, start + columns, start + columns < V, logits_column, dlogits_column,
-                     inverse_cap, FIRST_ORDER, SOFTCAP)
-        top_b, total_b, mean_x_b, mean_d_b, moment_b = tile_state(u, d - reference, scale, 0, FIRST_ORDER)
-        top, total, mean_x, mean_d, moment = merge(top, total, mean_x, mean_d, moment,
-                                                   top_b, total_b, mean_x_b, mean_d_b, moment_b, scale)
-
-    logp, entropy, dlogp, dentropy = first_order_stats(u_target, d_target - reference, top, total, mean_x,
-                                                       mean_d, moment, scale)
-    place = Out + row + one
-    nan = float("nan")
-    tl.store(place, tl.where(valid, logp, nan))
-    tl.store(place + N.to(tl.int64), tl.where(valid, entropy, nan))
-    if FIRST_ORDER:
-        tl.store(place + 2 * N.to(tl.int64), tl.where(valid, dlogp, nan))
-        tl.store(place + 3 * N.to(tl.int64), tl.where(valid, dentropy, nan))
+    mine = (target >= first) & (target < last)
+    u, d, e = _load(Logits, DLogits, D2Logits, target, mine, logits_column, dlogits_column, d2logits_column,
+                    inverse_cap, ORDER, SOFTCAP)
+    place = AtTarget + row + one
+    tl.store(place, tl.full([1, 1, 1], 1.0, tl.float32), mask=mine)
+    tl.store(place + rows, u, mask=mine)
+    if ORDER >= 1:
+        tl.store(place + 2 * rows, d, mask=mine)
+    if ORDER == 2:
+        tl.store(place + 3 * rows, e, mask=mine)
 
 
 @triton.jit
-def _load(Logits, DLogits, columns, mask, logits_column, dlogits_column, inverse_cap,
-          FIRST_ORDER: tl.constexpr, SOFTCAP: tl.constexpr):
-    """u and its derivative at `columns` of a row; −inf and 0 where `mask` is false."""
+def _load(Logits, DLogits, D2Logits, columns, mask, logits_column, dlogits_column, d2logits_column, inverse_cap,
+          ORDER: tl.constexpr, SOFTCAP: tl.constexpr):
+    """u and its derivatives d and e at `columns` of a row; −inf, 0 and 0 where `mask` is false."""
     u = tl.load(Logits + columns * logits_column, mask=mask, other=float("-inf")).to(tl.float32)
-    d = tl.zeros_like(u)
-    if FIRST_ORDER:
+    d, e = tl.zeros_like(u), tl.zeros_like(u)
+    if ORDER >= 1:
         d = tl.load(DLogits + columns * dlogits_column, mask=mask, other=0.0).to(tl.float32)
+    if ORDER == 2:
+        e = tl.load(D2Logits + columns * d2logits_column, mask=mask, other=0.0).to(tl.float32)
     if SOFTCAP:
-        t = _tanh(u * inverse_cap)
-        d = d * (1.0 - t * t) * inverse_cap
-        u = tl.where(u == float("-inf"), u, t)  # a masked logit stays masked
-    return u, d
+        u, d, e = softcapped(u, d, e, inverse_cap)
+    return u, d, e
 
 
-@triton.jit
-def _tanh(a):
-    """tanh to 2 units of its own last place: a polynomial (least-maximum fit) up to 0.8, then exp."""
-    w = a * a
-    p = 0.0015847289
-    p = p * w - 0.00740950985
-    p = p * w + 0.0213029605
-    p = p * w - 0.0538523228
-    p = p * w + 0.133322209
-    p = p * w - 0.333332974
-    q = tl.exp(-2.0 * tl.abs(a))
-    large = 1.0 - 2.0 * q / (1.0 + q)
-    return tl.where(w < 0.64, a + a * (w * p), tl.where(a < 0.0, -large, large))
+def token_stats(logits: torch.Tensor, targets: torch.Tensor, dlogits: torch.Tensor | None = None,
+                d2logits: torch.Tensor | None = None, *, temperature: float = 1.0,
+                softcap: float | None = None) -> tuple[torch.Tensor, ...]:
+    """logp and entropy, with `dlogits` also dlogp and dentropy, with `d2logits` also d2logp and d2entropy.
 
-
-def token_stats(logits: torch.Tensor, targets: torch.Tensor, dlogits: torch.Tensor | None = None, *,
-                temperature: float = 1.0, softcap: float | None = None) -> tuple[torch.Tensor, ...]:
-    """logp and entropy, and with `dlogits` also dlogp and dentropy: float32 tensors [N].
-
-    logits and dlogits are [N, V] in float16, bfloat16 or float32 with any strides, targets [N] int32 or
-    int64, all on one device. Nothing is checked and nothing synchronizes; a target outside [0, V) makes its
-    row NaN.
+    Returns a tuple of 2, 4 or 6 float32 tensors [N]. logits, dlogits and d2logits are [N, V] in float16,
+    bfloat16 or float32 with any strides, targets [N] int32 or int64, all on one device. Nothing is checked
+    and nothing synchronizes; a target outside [0, V) makes its row NaN.
     """
     N, V = logits.shape
-    out = torch.empty(2 if dlogits is None else 4, N, dtype=torch.float32, device=logits.device)
-    if N == 0:
-        return tuple(out)
-    tangent = logits if dlogits is None else dlogits
-    with torch.cuda.device_of(logits):
-        _token_stats_kernel[(N,)](
-            logits, tangent, targets, out, N, V, *logits.stride(), *tangent.stride(), targets.stride(0),
-            (softcap or 1.0) / temperature, 1.0 / (softcap or 1.0),
-            FIRST_ORDER=dlogits is not None, SOFTCAP=softcap is not None,
-            BLOCK=min(BLOCK, max(128, triton.next_power_of_2(V))), num_warps=NUM_WARPS)
-    return tuple(out)
+    order = 0 if dlogits is None else 1 if d2logits is None else 2
+    dlogits, d2logits = (logits if tangent is None else tangent for tangent in (dlogits, d2logits))
+    scale, inverse_cap = (softcap or 1.0) / temperature, 1.0 / (softcap or 1.0)
+    vector = 1
+    if all(t.stride(1) == 1 and t.data_ptr() % 16 == 0 and t.stride(0) % 8 == 0 for t in (logits, dlogits, d2logits)):
+        vector = 16 // logits.element_size()
+    block = min(BLOCK, max(LANES * vector, triton.next_power_of_2(V)))
+    # Segments of equal size, so that none is left with the work of a moment.
+    segments = triton.cdiv(V, SEGMENT)
+    tiles = triton.cdiv(triton.cdiv(V, block), segments)
+    states, at_target = new_states(segments, N, order, logits.device)
+    if N:
+        with torch.cuda.device_of(logits):
+            _token_states_kernel[(N * segments,)](
+                logits, dlogits, d2logits, targets, states, at_target, N, V, segments, tiles,
+                *logits.stride(), *dlogits.stride(), *d2logits.stride(), targets.stride(0), scale, inverse_cap,
+                ORDER=order, SOFTCAP=softcap is not None, BLOCK=block, LANES=LANES, VECTOR=vector, num_warps=NUM_WARPS)
+    return tuple(stats_of_states(states, at_target, order, scale))

@@ -1,6 +1,8 @@
 """Set up before any test module is imported."""
 
+from importlib import import_module
 from importlib.util import find_spec
+from pkgutil import iter_modules
 
 import pytest
 import torch
@@ -14,4 +16,5 @@ if find_spec("triton") is not None and not torch.cuda.is_available():
     # and the others see dentropy as users do.
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
-        import dentropy.kernels.token_stats  # noqa: F401
+        for module in iter_modules(find_spec("dentropy.kernels").submodule_search_locations):
+            import_module(f"dentropy.kernels.{module.name}")

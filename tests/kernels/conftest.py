@@ -30,6 +30,7 @@ def kernels_in_use(request, monkeypatch):
     if INTERPRETED:
         from dentropy.kernels import token_stats
         monkeypatch.setenv("TRITON_INTERPRET", "1")
-        monkeypatch.setattr(token_stats, "BLOCK", 64)
+        for name, size in dict(BLOCK=64, LANES=8, SEGMENT=128).items():
+            monkeypatch.setattr(token_stats, name, size)
         if interpreter_fails() and "[reference" not in request.node.name:
             pytest.skip("the interpreter of Triton 3.6 cannot run loops with NumPy 2.4; Triton 3.7 can")

@@ -1,0 +1,98 @@
+"""From the states of a vocabulary's segments to the statistics of each row.
+
+The kernels that read logits, or make them, cut the vocabulary into segments that depend on its size alone,
+give each segment of each row to one program, and leave here
+
+    states     [segments, parts, N] float32: the online softmax of `moments`, its parts in order
+    at_target  [2 + order, N] float32: 1 and the target's u, d, e, written by the segment that has the target;
+               a column that nobody wrote stays 0 and makes its row NaN
+
+Segments are merged one after the other, so a row's bits do not depend on who computed them, or on the rows
+around it. Shards of a vocabulary are merged the same way, in the order of their ranks.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .moments import empty_state, load_state, merge, n_parts, stats_of_state, store_state
+
+ROWS = 128  # of a program
+
+
+@triton.jit
+def _merged(States, n_segments, segment_stride, part_stride, scale, row, mask, ORDER: tl.constexpr):
+    state = empty_state(tl.zeros_like(row).to(tl.float32))
+    place = States + row
+    for _ in range(n_segments):
+        state = merge(state, load_state(place, part_stride, mask, ORDER), scale, ORDER)
+        place += segment_stride
+    return state
+
+
+@triton.jit(do_not_specialize=["N", "n_segments", "segment_stride", "part_stride", "target_stride"])
+def _stats_kernel(
+    States,  # [n_segments, parts, N] float32
+    AtTarget,  # [2 + ORDER, N] float32
+    Out,  # [2 (1 + ORDER), N] float32
+    N, n_segments, segment_stride, part_stride, target_stride, scale,
+    ORDER: tl.constexpr, ROWS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    mask = row < N
+    state = _merged(States, n_segments, segment_stride, part_stride, scale, row, mask, ORDER)
+    found = tl.load(AtTarget + row, mask=mask, other=0.0) == 1.0
+    u = tl.load(AtTarget + target_stride + row, mask=mask, other=0.0)
+    d, e = tl.zeros_like(u), tl.zeros_like(u)
+    if ORDER >= 1:
+        d = tl.load(AtTarget + 2 * target_stride + row, mask=mask, other=0.0)
+    if ORDER == 2:
+        e = tl.load(AtTarget + 3 * target_stride + row, mask=mask, other=0.0)
+    stats = stats_of_state(state, u, d, e, scale, ORDER)
+    for field in tl.static_range(2 + 2 * ORDER):
+        tl.store(Out + field * N.to(tl.int64) + row, tl.where(found, stats[field], float("nan")), mask=mask)
+
+
+@triton.jit(do_not_specialize=["N", "n_segments", "segment_stride", "part_stride"])
+def _merge_kernel(
+    States,  # [n_segments, parts, N] float32
+    Out,  # [parts, N] float32
+    N, n_segments, segment_stride, part_stride, scale,
+    ORDER: tl.constexpr, ROWS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    mask = row < N
+    state = _merged(States, n_segments, segment_stride, part_stride, scale, row, mask, ORDER)
+    store_state(Out + row, N.to(tl.int64), state, mask, ORDER)
+
+
+def new_states(segments: int, rows: int, order: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Room for `states`, and `at_target` filled with zeros."""
+    return (torch.empty(segments, n_parts(order), rows, dtype=torch.float32, device=device),
+            torch.zeros(2 + order, rows, dtype=torch.float32, device=device))
+
+
+def merge_states(states: torch.Tensor, order: int, scale: float) -> torch.Tensor:
+    """The state [parts, N] of all segments together, from `states` [segments, parts, N]."""
+    segments, parts, rows = states.shape
+    out = torch.empty(parts, rows, dtype=torch.float32, device=states.device)
+    if rows:
+        with torch.cuda.device_of(states):
+            _merge_kernel[(triton.cdiv(rows, ROWS),)](
+                states, out, rows, segments, states.stride(0), states.stride(1), scale, ORDER=order, ROWS=ROWS)
+    return out
+
+
+def stats_of_states(states: torch.Tensor, at_target: torch.Tensor, order: int, scale: float) -> torch.Tensor:
+    """logp, entropy, dlogp, dentropy, d2logp, d2entropy, as far as `order` goes: [2 (1 + order), N] float32.
+
+    The strides of the last dimension of both inputs are 1.
+    """
+    segments, _, rows = states.shape
+    out = torch.empty(2 + 2 * order, rows, dtype=torch.float32, device=states.device)
+    if rows:
+        with torch.cuda.device_of(states):
+            _stats_kernel[(triton.cdiv(rows, ROWS),)](
+                states, at_target, out, rows, segments, states.stride(0), states.stride(1), at_target.stride(0),
+                scale, ORDER=order, ROWS=ROWS)
+    return out
