@@ -19,10 +19,14 @@ from dentropy import __version__
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 DEFAULT_STEPS = (-1.0, -0.5, 0.5, 1.0, 2.0)
+MAX_NEW_TOKENS = 512
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, or 2 for bad input. `argv` None means the command line's."""
+    """Run one command; returns the exit code: 0, or 2 for bad input and for rollouts too long for the memory there is.
+
+    `argv` None means the command line's.
+    """
     arguments = sys.argv[1:] if argv is None else argv
     # argparse takes -1e-6 for an option; behind a space it is a value, and float() does not mind the space.
     arguments = [f" {argument}" if _is_negative_number(argument) else argument for argument in arguments]
@@ -31,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             options = _parser().parse_args(arguments)
             options.run(options)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, MemoryError) as error:
             print(f"dentropy: {_one_line(error)}", file=sys.stderr)
             return 2
     return 0
@@ -149,13 +153,26 @@ def _add_probe(commands) -> None:
     )
     command.add_argument("--prompt-set", choices=("random", "fixed"), default="random",
                          help="what error bars are for: prompts drawn at random, or this fixed set (default: %(default)s)")
-    command.add_argument("--token-budget", type=int, default=4096, metavar="N",
-                         help="tokens run at a time; memory follows it, results do not (default: %(default)s)")
+    command.add_argument("--token-budget", type=_token_budget, default="auto", metavar="auto|N",
+                         help="prompt and response tokens run at a time; memory follows it, results do not (default: auto, "
+                         "what fits on a GPU, 4096 on a CPU)")
     command.add_argument("--skip-parameters", action="store_true",
                          help="leave out the parameters' shares, which need a gradient's memory")
     command.add_argument("--out", required=True, metavar="DIR", help="run folder, new or empty")
     _add_model_options(command)
     command.set_defaults(run=_probe)
+
+
+def _token_budget(text: str) -> int | str:
+    if text == "auto":
+        return text
+    try:
+        budget = int(text)
+    except ValueError:
+        budget = 0
+    if budget < 1:
+        raise argparse.ArgumentTypeError(f"{text.strip()!r}, expected auto or a whole number of at least 1")
+    return budget
 
 
 def _probe(options) -> None:
@@ -210,6 +227,7 @@ def _direction(options, policy, tokenizer):
             policy,
             batch,
             step_size=options.step_size,
+            token_budget=options.token_budget,
             progress=progress,
             optimizer=options.optimizer or "adamw",
             optimizer_state=state,
@@ -245,7 +263,8 @@ def _add_sample(commands) -> None:
         "--per-prompt", type=int, default=8, metavar="N", help="responses (default: %(default)s)"
     )
     command.add_argument(
-        "--max-new-tokens", type=int, default=512, metavar="N", help="(default: %(default)s)"
+        "--max-new-tokens", type=int, metavar="N",
+        help=f"(default: {MAX_NEW_TOKENS}, or what the policy's positions leave behind the longest prompt)"
     )
     command.add_argument("--temperature", type=float, default=1.0, metavar="X", help="(default: %(default)s)")
     command.add_argument("--top-p", type=float, default=1.0, help="off (1.0) is all that is accepted")
@@ -271,12 +290,15 @@ def _sample(options) -> None:
     tokenizer = _LazyTokenizer(options.policy)
     prompts = read_prompts(options.prompts, tokenizer)
     policy = Policy.from_pretrained(options.policy, **_placement(options))
+    max_new_tokens = options.max_new_tokens
+    if max_new_tokens is None:
+        max_new_tokens = _what_fits(policy, prompts)
     with rollout_bar("sampling", len(prompts) * options.per_prompt) as progress:
         batch = sample(
             policy,
             prompts,
             per_prompt=options.per_prompt,
-            max_new_tokens=options.max_new_tokens,
+            max_new_tokens=max_new_tokens,
             temperature=options.temperature,
             seed=options.seed,
             progress=progress,
@@ -288,6 +310,13 @@ def _sample(options) -> None:
     finally:
         unfinished.unlink(missing_ok=True)
     print(f"{len(batch):,} rollouts of {batch.n_groups:,} prompts, {batch.n_tokens:,} tokens: {out}")
+
+
+def _what_fits(policy, prompts: list[list[int]]) -> int:
+    """MAX_NEW_TOKENS, or what the policy's positions leave; 1 where they leave none, for `sample` to refuse by name."""
+    if policy.max_positions is None:
+        return MAX_NEW_TOKENS
+    return max(1, min(MAX_NEW_TOKENS, policy.max_positions - max(map(len, prompts))))
 
 
 def _new_file(path: str) -> Path:

@@ -4,7 +4,7 @@ Weights are moved to θ + η·v by putting other tensors in the parameters' plac
 whose tangent is v, and every operation of the model carries d/dη along. The parameters themselves are never written.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 import numpy as np
@@ -14,26 +14,16 @@ from torch.autograd import forward_ad
 
 from dentropy.batch import PackedBatch
 from dentropy.direction import Direction
+from dentropy.microbatches import packed_inputs, stats_in_rollout_order
 from dentropy.policy import Policy
 from dentropy.tables import TokenStats
 from dentropy.token_stats import linear_token_stats, token_stats
 
 
-def response_stats(policy, batch, direction, eta, *, tangent, token_budget, progress) -> TokenStats:
+def response_stats(policy, batch, direction, eta, *, tangent, budget, progress) -> TokenStats:
     """Statistics of every response token, in rollout order, in one walk over the batch."""
     with policy.ready(), moved_weights(policy, direction, eta, tangent=tangent), torch.no_grad():
-        return over_microbatches(batch, token_budget, progress,
-                                 lambda first, last: _score(policy, batch, first, last, tangent))
-
-
-def over_microbatches(batch, token_budget, progress, score: Callable[[int, int], TokenStats]) -> TokenStats:
-    """What `score` gives for the rollouts first..last-1 of each microbatch, in rollout order."""
-    parts = []
-    for first, last in microbatches(batch, token_budget):
-        parts.append(score(first, last))
-        if progress is not None:
-            progress(int(batch.response_lens[first:last].sum()))
-    return TokenStats(*(None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)))
+        return stats_in_rollout_order(batch, budget, lambda rollouts: _score(policy, batch, rollouts, tangent), progress)
 
 
 @contextmanager
@@ -73,37 +63,9 @@ def in_place_of_parameters(model: nn.Module, tensors: dict[int, Tensor]) -> Iter
             parameters[name] = parameter
 
 
-def microbatches(batch: PackedBatch, token_budget: int) -> Iterator[tuple[int, int]]:
-    """(first, last) of consecutive rollouts that fit into the budget together."""
-    first, used = 0, 0
-    for i, n in enumerate(batch.prompt_lens + batch.response_lens):
-        if i > first and used + n > token_budget:
-            yield first, i
-            first, used = i, 0
-        used += n
-    yield first, len(batch)
-
-
-def packed_inputs(batch: PackedBatch, first: int, last: int, device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """tokens, cu_seqlens, rows, targets of rollouts first..last-1: logits at `rows` of the packed row predict
-    `targets`, the response tokens. The last token of a response predicts nothing and is left out."""
-    offsets = batch.offsets[first : last + 1]
-    prompts, responses = batch.prompt_lens[first:last], batch.response_lens[first:last]
-    tokens = batch.tokens[offsets[0] : offsets[-1]]
-    position = np.arange(len(tokens)) - np.repeat(offsets[:-1] - offsets[0], prompts + responses)
-    is_response = position >= np.repeat(prompts, prompts + responses)
-    is_input = position < np.repeat(prompts + np.maximum(responses, 1) - 1, prompts + responses)
-    lengths = prompts + np.maximum(responses - 1, 0)
-    cu_seqlens = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    first_rows = cu_seqlens[:-1] + prompts - 1
-    rows = np.repeat(first_rows - np.cumsum(responses) + responses, responses) + np.arange(responses.sum())
-    return (tokens[torch.from_numpy(is_input)].to(device), torch.from_numpy(cu_seqlens).to(device),
-            torch.from_numpy(rows).to(device), tokens[torch.from_numpy(is_response)].to(device))
-
-
-def _score(policy: Policy, batch: PackedBatch, first: int, last: int, tangent: bool) -> TokenStats:
-    """Token statistics of the response tokens of rollouts first..last-1."""
-    tokens, cu_seqlens, rows, targets = packed_inputs(batch, first, last, policy.device)
+def _score(policy: Policy, batch: PackedBatch, rollouts: np.ndarray, tangent: bool) -> TokenStats:
+    """Token statistics of the response tokens of `rollouts`, one microbatch."""
+    tokens, cu_seqlens, rows, targets = packed_inputs(batch, rollouts, policy.device)
     try:
         outputs = (policy.hidden if policy.splits_head else policy.logits)(tokens, cu_seqlens)
     except NotImplementedError as error:

@@ -8,7 +8,7 @@ from pathlib import Path
 def json_lines(path: Path) -> Iterator[tuple[str, dict]]:
     """(where, row) for every line that is not blank."""
     if not path.is_file():
-        raise ValueError(f"{path}: no such file")
+        raise ValueError(f"{path}: {'is a folder, expected a file' if path.is_dir() else 'no such file'}")
     if path.suffix == ".parquet":
         raise ValueError(f"{path}: a Parquet file, expected JSON lines; "
                          "pandas.read_parquet(...).to_json(..., orient='records', lines=True) makes them")

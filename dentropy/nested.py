@@ -10,21 +10,22 @@ from torch.func import jvp
 from torch.overrides import TorchFunctionMode
 
 from dentropy import attention, reference
-from dentropy.forward_mode import in_place_of_parameters, over_microbatches, packed_inputs
+from dentropy.forward_mode import in_place_of_parameters
+from dentropy.microbatches import packed_inputs, stats_in_rollout_order
 from dentropy.tables import TokenStats
 
 
-def nested_response_stats(policy, batch, direction, eta, *, token_budget, progress) -> TokenStats:
+def nested_response_stats(policy, batch, direction, eta, *, budget, progress) -> TokenStats:
     """Statistics of every response token with both derivatives along `direction`, in rollout order."""
     moving = direction.on(policy.model)
     # Some derivatives (silu's) are differentiable again only while gradients are enabled; no weight asks for one.
     with policy.ready(attention.NESTABLE), torch.enable_grad(), _NestableLayerNorm():
-        return over_microbatches(batch, token_budget, progress,
-                                 lambda first, last: _score(policy, batch, first, last, moving, eta))
+        return stats_in_rollout_order(batch, budget, lambda rollouts: _score(policy, batch, rollouts, moving, eta),
+                                      progress)
 
 
-def _score(policy, batch, first, last, moving, eta) -> TokenStats:
-    tokens, cu_seqlens, rows, targets = packed_inputs(batch, first, last, policy.device)
+def _score(policy, batch, rollouts, moving, eta) -> TokenStats:
+    tokens, cu_seqlens, rows, targets = packed_inputs(batch, rollouts, policy.device)
 
     def logits(at: Tensor) -> Tensor:
         moved = {id(p): p.detach() for p in policy.model.parameters()}

@@ -13,6 +13,7 @@ from dentropy.batch import PackedBatch
 from dentropy.direction import Direction
 from dentropy.estimators import importance, slope
 from dentropy.measure import measure
+from dentropy.microbatches import AUTO, TokenBudget
 from dentropy.policy import Policy
 from dentropy.tables import SequenceSums
 
@@ -23,12 +24,13 @@ PASSES = 2 * len(STEPS)
 
 
 def noise_floor(policy: Policy, batch: PackedBatch, direction: Direction, base: SequenceSums, *,
-                token_budget: int = 4096, progress: Callable[[int], None] | None = None) -> float:
+                token_budget: int | str = AUTO, progress: Callable[[int], None] | None = None) -> float:
     """Two standard deviations of the rounding in a measured ΔH, in nats per token.
 
     Measures ΔH at ±ε for two small ε that follow from the sizes of θ and v alone, + and − under different packing. The
     half difference is ε·R' with R' the "exact" slope of `base`; what is left is rounding, of half the variance of one
-    measurement. Never below the rounding of the sums themselves, ε_dtype · H̄ / sqrt(tokens).
+    measurement. Never below the rounding of the sums themselves, ε_dtype · H̄ / sqrt(tokens). token_budget and progress
+    as in `measure`.
 
     >>> noise_floor(policy, batch, direction, base)                # doctest: +SKIP
     3.1e-08
@@ -38,7 +40,9 @@ def noise_floor(policy: Policy, batch: PackedBatch, direction: Direction, base: 
     tangent = math.sqrt(sum(float(v.double().square().sum()) for _, v in moving))
     unit = torch.finfo(policy.dtype).eps * (weights / tangent if weights else 1.0)
     exact = slope(base, estimator="exact").value
-    packings = ((1, token_budget), (-1, max(1, token_budget // 2)))
+    # Half of what one microbatch would hold: another packing, also where the whole batch fits into one.
+    held = min(TokenBudget(token_budget, policy.device).tokens, int(batch.offsets[-1]))
+    packings = ((1, token_budget), (-1, max(1, held // 2)))
 
     def rounding(epsilon: float) -> float:
         plus, minus = (importance(base, measure(policy, batch, direction, eta=sign * epsilon, order=0, token_budget=budget,

@@ -14,13 +14,14 @@ from torch import nn
 from dentropy.batch import PackedBatch
 from dentropy.direction import Direction
 from dentropy.estimators.attribution import score_coefficients
+from dentropy.microbatches import AUTO
 from dentropy.policy import Policy
 from dentropy.reverse_mode import gradient
 from dentropy.tables import SequenceSums
 
 
 def parameter_attribution(policy: Policy, batch: PackedBatch, direction: Direction, sums: SequenceSums, *,
-                          estimator: str = "causal", per: str = "token", token_budget: int = 4096,
+                          estimator: str = "causal", per: str = "token", token_budget: int | str = AUTO,
                           progress: Callable[[int], None] | None = None) -> dict[str, float]:
     """Name of each parameter that moves -> its contribution to the slope; together they are the slope, to rounding.
 

@@ -5,11 +5,12 @@ nothing is padded. Whether a model allows both is not read off its name but trie
 """
 
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from dentropy import attention
 from dentropy.checkpoint import load_checkpoint
@@ -31,13 +32,14 @@ class Policy:
     At construction a few short sequences are run both through the model's own forward and through the pass that
     dentropy will use (packed row, hidden states, head); where they differ the pass falls back, says so once, and stays
     exact: `packs` is False for models that are run one sequence at a time with their eager attention, `splits_head`
-    is False where logits come from the model's own head.
+    is False where logits come from the model's own head. Of a PEFT model's adapters the active ones count, as in its
+    forward; parameters of the others have no effect.
 
     Attributes: model; dtype, device (of the weights); vocab_size (token ids are below it); max_positions
     (longest sequence, None where the model sets no limit); packs; splits_head.
 
-    Raises ValueError, naming the fix, for wrapped, sharded or quantized models, for weights that are not finite, and
-    where no pass reproduces the model's logits.
+    Raises ValueError, naming the fix, for wrapped, sharded or quantized models, for weights that are not finite, for
+    models whose logits depend on later tokens, and where no pass reproduces the model's logits.
 
     >>> from transformers import AutoModelForCausalLM, LlamaConfig
     >>> config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
@@ -92,35 +94,45 @@ class Policy:
 
     def head(self) -> Head:
         """The head as it is now: inside a pass its weights may be moved, or dual tensors."""
-        module = self._causal_lm.get_output_embeddings()
+        module = self._output_layer()
         if type(module) is not nn.Linear:
-            raise ValueError(f"policy: its head became a {type(module).__name__}; make the Policy again, it was checked "
-                             "with a plain matrix")
+            raise ValueError(f"policy: its head became a {type(module).__name__}; make the Policy again, it was "
+                             "checked with a plain matrix")
         scale = getattr(self._config, "logit_scale", None) or 1.0  # cohere
         scale *= getattr(self._config, "lm_head_multiplier", None) or 1.0  # falcon_h1
         scale /= getattr(self._config, "logits_scaling", None) or 1.0  # granite
         softcap = getattr(self._config, "final_logit_softcapping", None)  # gemma
         return Head(module.weight, module.bias, scale, softcap)
 
+    def _output_layer(self) -> nn.Module:
+        """The layer that makes the logits; where PEFT trains copies of it (modules_to_save), the active one."""
+        layer = self._causal_lm.get_output_embeddings()
+        copies = getattr(layer, "modules_to_save", None)
+        if copies is None:
+            return layer
+        active = [] if layer.disable_adapters else [name for name in layer.active_adapters if name in copies]
+        return copies[active[0]] if active else layer.original_module
+
     @contextmanager
     def _ready(self, attn_implementation: str):
         model = self._causal_lm
         training = {module: module.training for module in model.modules()}
-        attn = model.config._attn_implementation
-        experts = getattr(model.config, "_experts_implementation", None)
+        attn, experts = (_by_config(model.config, f"_{kind}_implementation") for kind in ("attn", "experts"))
+        set_attn, set_experts = set(attn.values()) != {attn_implementation}, bool(set(experts.values()) - {"eager"})
         try:
             model.eval()
-            if attn != attn_implementation:
+            if set_attn:
                 model.set_attn_implementation(attn_implementation)
-            if experts not in (None, "eager"):
+            if set_experts:
                 model.set_experts_implementation("eager")
             # Inside autocast products would be half precision; inside inference_mode tangents would be dropped.
-            with torch.inference_mode(False), torch.autocast(self.device.type, enabled=False), full_float32():
+            with (torch.inference_mode(False), torch.autocast(self.device.type, enabled=False), full_float32(),
+                  _NothingDetached() if _is_dora(model) else nullcontext()):
                 yield
         finally:
-            if attn != attn_implementation:
+            if set_attn:
                 model.set_attn_implementation(attn)
-            if experts not in (None, "eager"):
+            if set_experts:
                 model.set_experts_implementation(experts)
             for module, mode in training.items():
                 module.training = mode
@@ -136,7 +148,8 @@ class Policy:
         lengths = cu_seqlens.diff()
         starts = torch.repeat_interleave(cu_seqlens[:-1], lengths)
         longest = int(lengths.max())
-        return module(input_ids=tokens[None], position_ids=(torch.arange(len(tokens), device=tokens.device) - starts)[None],
+        positions = torch.arange(len(tokens), device=tokens.device) - starts
+        return module(input_ids=tokens[None], position_ids=positions[None],
                       cu_seq_lens_q=cu_seqlens, cu_seq_lens_k=cu_seqlens, max_length_q=longest, max_length_k=longest,
                       use_cache=False)[0]
 
@@ -151,6 +164,7 @@ class Policy:
             own = self._run(self.model, tokens, cu_seqlens, packed=False)[0].float()
         if not torch.isfinite(own).all():
             raise ValueError(f"policy: {_not_finite(self.model)}, expected finite weights and logits")
+        self._check_causal(own, tokens)
         self.vocab_size = min(self.vocab_size, own.shape[-1])
         tried = []
         for packs in (True, False):
@@ -166,12 +180,30 @@ class Policy:
         raise ValueError(f"policy: no pass reproduces the model's own logits ({'; '.join(tried)}); expected a causal "
                          "model of transformers whose logits depend on input_ids alone")
 
-    def _difference(self, own: Tensor, tokens: Tensor, cu_seqlens: Tensor, packs: bool, splits_head: bool) -> float | str:
+    def _check_causal(self, own: Tensor, tokens: Tensor) -> None:
+        """ValueError where the logits of a position change with the tokens after it: other tokens stand there, not
+        fewer, so that a causal model computes the same products. (Doge's experts are routed so.) In half precision a
+        warning, since there the order of a sum can change which experts a token visits."""
+        last, kept = tokens[-7:], 4
+        changed = torch.cat([last[:kept], (last[kept:] + 1) % self.vocab_size])
+        with self._ready("eager"):
+            logits = self._run(self.model, changed, torch.tensor([0, len(last)]), packed=False)[0].float()
+        difference = _relative(logits[:kept], own[-7:][:kept])
+        if difference <= _tolerance(self.dtype):
+            return
+        said = (f"policy: {self._config.model_type}: logits of a position change with the tokens after it (relative "
+                f"difference {difference:.1e}), so that sampling and scoring see different policies")
+        if torch.finfo(self.dtype).bits >= 32:
+            raise ValueError(f"{said}; expected a causal model")
+        warnings.warn(f"{said}, unless {self.dtype} is to blame; dtype=torch.float32 would tell", stacklevel=5)
+
+    def _difference(self, own: Tensor, tokens: Tensor, cu_seqlens: Tensor, packs: bool,
+                    splits_head: bool) -> float | str:
         """The largest difference of the logits to the model's `own`, over their largest; or why there are none."""
         if packs and _scales_rope_by_longest(self._config):
             return "its rotary embedding depends on the longest sequence of a packed row"
         if splits_head and (self._backbone is self._causal_lm
-                            or type(self._causal_lm.get_output_embeddings()) is not nn.Linear):
+                            or type(self._output_layer()) is not nn.Linear):
             return "its head is not a plain matrix behind a backbone"  # the tangent is more than that of one weight
         try:
             with self._ready(attention.register() if packs else "eager"):
@@ -181,7 +213,31 @@ class Policy:
             if not packs:
                 raise
             return f"packed rows are refused: {' '.join(str(error).split())[:120]}"
-        return float((logits - own).abs().max() / own.abs().max().clamp(min=torch.finfo(own.dtype).tiny))
+        return _relative(logits, own)
+
+
+class _NothingDetached(TorchFunctionMode):
+    """DoRA detaches its norm, which training may do and a derivative may not: the norm moves with the weights."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return args[0] if func is Tensor.detach else func(*args, **(kwargs or {}))
+
+
+def _is_dora(model: nn.Module) -> bool:
+    return any(len(getattr(module, "lora_magnitude_vector", ())) for module in model.modules())
+
+
+def _by_config(config, attribute: str) -> dict[str, str]:
+    """The attribute of a model's config, under "", and of the configs of its parts (vision, text), by name: the form
+    in which transformers takes it back. Left out where it is not set."""
+    parts = {"": config} | {name: getattr(config, name, None) for name in config.sub_configs}
+    found = {name: getattr(part, attribute, None) for name, part in parts.items()}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _relative(logits: Tensor, own: Tensor) -> float:
+    """The largest difference, over the largest logit."""
+    return float((logits - own).abs().max() / own.abs().max().clamp(min=torch.finfo(own.dtype).tiny))
 
 
 def _scales_rope_by_longest(config) -> bool:
@@ -217,7 +273,7 @@ def _say_fallback(packs: bool, splits_head: bool, differences: list[str]) -> Non
         said.append("packed rows do not reproduce this model's logits: sequences run one at a time, eager attention")
     if not splits_head:
         said.append("its head is not a plain matrix: logits come from the model's own head, all positions at once")
-    warnings.warn(f"policy: {'; '.join(said)} (tried before: {'; '.join(differences)})", stacklevel=4)
+    warnings.warn(f"policy: {'; '.join(said)} (tried before: {'; '.join(differences)})", stacklevel=5)
 
 
 def _check_usable(model: nn.Module) -> None:

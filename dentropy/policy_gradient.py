@@ -12,6 +12,7 @@ from torch import nn
 
 from dentropy.batch import PackedBatch
 from dentropy.direction import Direction
+from dentropy.microbatches import AUTO
 from dentropy.policy import Policy
 from dentropy.reverse_mode import gradient
 
@@ -20,14 +21,15 @@ ADVANTAGE_EPSILON = 1e-4  # the constant GRPO adds to a group's standard deviati
 
 
 def policy_gradient_direction(policy: Policy, batch: PackedBatch, *, step_size: float, optimizer: str = "adamw",
-                              optimizer_state: dict | None = None, token_budget: int = 4096,
+                              optimizer_state: dict | None = None, token_budget: int | str = AUTO,
                               progress=None) -> Direction:
     """The direction of one policy-gradient step on `batch`, which needs rewards and groups of several rollouts.
 
     optimizer: "sgd" (v is minus the gradient) or "adamw" (without weight decay unless the state says otherwise).
     optimizer_state: the state_dict of an AdamW optimizer of this policy, saved in training; its moments, betas, eps
     and weight decay are used, its learning rate is not: v does not depend on one. None means a fresh AdamW.
-    step_size: the learning rate, kept as the direction's step_size. The model and its gradients are left as found.
+    step_size: the learning rate, kept as the direction's step_size. token_budget and progress as in `measure`. The
+    model and its gradients are left as found.
 
     Raises ValueError without rewards, where rewards differ within no group, and for a state that does not fit.
 

@@ -30,6 +30,7 @@ from dentropy.estimators import (
     trust_range,
 )
 from dentropy.measure import measure
+from dentropy.microbatches import AUTO
 from dentropy.noise_floor import PASSES as NOISE_PASSES
 from dentropy.noise_floor import noise_floor
 from dentropy.parameter_attribution import parameter_attribution
@@ -147,7 +148,7 @@ def probe(
     direction: Direction,
     etas: Sequence[float],
     *,
-    token_budget: int = 4096,
+    token_budget: int | str = AUTO,
     prompts: str = "random",
     parameters: bool = True,
     progress: Callable[[int], None] | None = None,
@@ -157,8 +158,9 @@ def probe(
     Passes with tangents at the base weights give slope and curvature; a plain pass at θ + η·v per η gives the
     measurement (importance sampling on the same rollouts); four more give the noise floor of the arithmetic; one
     reverse pass gives each parameter's share, unless `parameters` is False (it needs a gradient's memory). `prompts`
-    says what the standard errors are for: prompts drawn at "random", or this "fixed" set. `progress` is called with
-    the number of tokens just finished, `n_passes` times those of the batch in all.
+    says what the standard errors are for: prompts drawn at "random", or this "fixed" set. `token_budget` is that of
+    `measure`, for every pass by itself: they differ in what a token needs. `progress` is called with the number of
+    tokens just finished, `n_passes` times those of the batch in all.
 
     Raises ValueError, before any work, for etas that are empty, not finite, repeated, or 0 only; see `measure` for
     what it refuses.

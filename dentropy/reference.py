@@ -51,14 +51,16 @@ def linear_token_stats(hidden: Tensor, weight: Tensor, targets: Tensor, dhidden:
 
 @torch.no_grad()
 def stats_of_logits(logits: Tensor, targets: Tensor, dlogits: Tensor | None = None,
-                    d2logits: Tensor | None = None, *, temperature: float, softcap: float | None,
-                    gather: Callable[[Tensor], Tensor] | None = None) -> TokenStats:
-    """The body of `token_stats`, without its checks.
+                    d2logits: Tensor | None = None, *, temperature: float, softcap: float | None) -> TokenStats:
+    """The body of `token_stats`, without its checks."""
+    state = _state_of_logits(logits, targets, dlogits, d2logits, temperature=temperature, softcap=softcap)
+    return _stats_of_states(state.unsqueeze(0), (softcap or 1.0) / temperature)
 
-    Where the logits are those of one of several shards of the vocabulary, targets count from its first token, and
-    `gather` takes a tensor of this shard, [fields, N], to those of all shards, [shards, fields, N].
-    """
-    given = [tensor for tensor in (logits, dlogits, d2logits) if tensor is not None]
+
+def _state_of_logits(logits: Tensor, targets: Tensor, *tangents: Tensor | None, temperature: float,
+                     softcap: float | None) -> Tensor:
+    """The state [fields, N] of a vocabulary, or of one of its shards, from whose first token the targets count."""
+    given = [tensor for tensor in (logits, *tangents) if tensor is not None]
     dtype = working_dtype(*given)
     rows, vocabulary = logits.shape
     chunk = max(1, min(rows, (CPU_CHUNK if logits.is_cpu else DEVICE_CHUNK) // vocabulary))
@@ -76,8 +78,7 @@ def stats_of_logits(logits: Tensor, targets: Tensor, dlogits: Tensor | None = No
                               found=found[part].unsqueeze(1), temperature=temperature, softcap=softcap)
         for row, field in zip(state, fields):
             row[part] = field.squeeze(1)
-    return _stats_of_states(state.unsqueeze(0) if gather is None else gather(state),
-                            (softcap or 1.0) / temperature)
+    return state
 
 
 # What an order adds to the state: 1 where the target was found and u there, max u, Σ w, E x; then d at the target,
@@ -197,7 +198,11 @@ def _apply_softcap(u: Tensor, du: Tensor | None, ddu: Tensor | None, softcap: fl
 def stats_of_hidden(hidden: Tensor, weight: Tensor, targets: Tensor, dhidden: Tensor | None,
                     dweight: Tensor | None, bias: Tensor | None, dbias: Tensor | None, *, temperature: float,
                     softcap: float | None, gather: Callable[[Tensor], Tensor] | None = None) -> TokenStats:
-    """The body of `linear_token_stats`: makes the logits of a few rows at a time. `gather` as in `stats_of_logits`."""
+    """The body of `linear_token_stats`: makes the logits of a few rows at a time.
+
+    Where weight is one of several shards of the vocabulary, targets count from its first row and `gather` takes a
+    tensor of this shard, [fields, N], to those of all shards in order, [shards, fields, N].
+    """
     factors = (hidden, weight, dhidden, dweight)
     dtype = working_dtype(*factors, bias, dbias)
     if dtype == torch.float64 or not _products_in_float32(*factors):
@@ -214,23 +219,29 @@ def stats_of_hidden(hidden: Tensor, weight: Tensor, targets: Tensor, dhidden: Te
         if moving:
             moved = None if dhidden is None else dhidden[part]
             _write_products(tangent[0], dbias, (moved, weight), (hidden[part], dweight))
-        parts.append(stats_of_logits(logits, targets[part], *tangent, temperature=temperature, softcap=softcap,
-                                     gather=gather))
-    return TokenStats(*(None if field[0] is None else torch.cat(field) for field in zip(*parts)))
+        parts.append(_state_of_logits(logits, targets[part], *tangent, temperature=temperature, softcap=softcap))
+    state = torch.cat(parts, 1)  # gathered whole: how many rows make a part depends on this shard's size
+    return _stats_of_states(state.unsqueeze(0) if gather is None else gather(state), (softcap or 1.0) / temperature)
 
 
 def _write_products(out: Tensor, bias: Tensor | None, *products: tuple[Tensor | None, Tensor | None]) -> None:
     """out [n, V] = bias + the sum of a bᵀ over the pairs a [n, D], b [V, D] without a None."""
-    out.zero_() if bias is None else out.copy_(bias)
+    written = bias is not None
+    if written:
+        out.copy_(bias)
     for a, b in products:
         if a is None or b is None:
             continue
         if a.dtype == out.dtype:
-            out.addmm_(a, b.T)
+            out.addmm_(a, b.T, beta=float(written))  # with beta = 0 what `out` held is not read
         else:  # in blocks of the vocabulary, because this form of the product cannot accumulate in place
             for start in range(0, len(b), PRODUCT_BLOCK):
                 block = slice(start, start + PRODUCT_BLOCK)
-                out[:, block].add_(torch.mm(a, b[block].T, out_dtype=out.dtype))
+                product = torch.mm(a, b[block].T, out_dtype=out.dtype)
+                out[:, block] = out[:, block].add_(product) if written else product
+        written = True
+    if not written:
+        out.zero_()
 
 
 def _products_in_float32(*factors: Tensor | None) -> bool:

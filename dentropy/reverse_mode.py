@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from dentropy.batch import PackedBatch
-from dentropy.forward_mode import microbatches, packed_inputs
+from dentropy.microbatches import AUTO, TokenBudget, packed_inputs, response_places, walk
 from dentropy.policy import Policy, at_least_float32
 
 # Logits alive at once, in elements: 64 MiB in float32, small beside the activations of a model worth the name.
@@ -22,7 +22,7 @@ CHUNK = 2**24
 
 
 def gradient(policy: Policy, batch: PackedBatch, parameters: Sequence[nn.Parameter], entropy_weight: np.ndarray,
-             logp_weight: np.ndarray, *, token_budget: int = 4096,
+             logp_weight: np.ndarray, *, token_budget: int | str = AUTO,
              progress: Callable[[int], None] | None = None) -> list[Tensor]:
     """∂/∂θ of Σ_k (a_k h_k + b_k logp_k) over the batch's response tokens, one tensor per parameter.
 
@@ -31,34 +31,35 @@ def gradient(policy: Policy, batch: PackedBatch, parameters: Sequence[nn.Paramet
     """
     total = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
     frozen = [p for p in parameters if not p.requires_grad]
-    bounds = np.concatenate([[0], np.cumsum(batch.response_lens)])
+    budget = TokenBudget(token_budget, policy.device)
+
+    def run(rollouts: np.ndarray) -> tuple[Tensor | None, ...]:
+        value = _weighted_sum(policy, batch, rollouts, entropy_weight, logp_weight)
+        return torch.autograd.grad(value, parameters, allow_unused=True)
+
+    def keep(_rollouts: np.ndarray, parts: tuple[Tensor | None, ...]) -> None:
+        for sum_, part in zip(total, parts, strict=True):
+            if part is not None:
+                sum_ += part
+
     try:
         for p in frozen:
             p.requires_grad_(True)
         with policy.ready(), torch.enable_grad():
-            for first, last in microbatches(batch, token_budget):
-                window = slice(bounds[first], bounds[last])
-                if window.start == window.stop:
-                    continue
-                value = _weighted_sum(policy, batch, first, last, entropy_weight[window], logp_weight[window])
-                parts = torch.autograd.grad(value, parameters, allow_unused=True)
-                for sum_, part in zip(total, parts, strict=True):
-                    if part is not None:
-                        sum_ += part
-                if progress is not None:
-                    progress(int(window.stop - window.start))
+            walk(batch, budget, run, keep, progress)
     finally:
         for p in frozen:
             p.requires_grad_(False)
     return total
 
 
-def _weighted_sum(policy, batch, first, last, entropy_weight, logp_weight) -> Tensor:
-    """Σ (a h + b logp) over the response tokens of rollouts first..last-1, differentiable in the weights."""
-    tokens, cu_seqlens, rows, targets = packed_inputs(batch, first, last, policy.device)
+def _weighted_sum(policy, batch, rollouts, entropy_weight, logp_weight) -> Tensor:
+    """Σ (a h + b logp) over the response tokens of `rollouts`, differentiable in the weights."""
+    tokens, cu_seqlens, rows, targets = packed_inputs(batch, rollouts, policy.device)
+    places = response_places(batch, rollouts)
     x = (policy.hidden if policy.splits_head else policy.logits)(tokens, cu_seqlens)[rows]
     dtype = torch.promote_types(x.dtype, torch.float32)
-    a, b = (torch.from_numpy(np.ascontiguousarray(w)).to(x.device, dtype) for w in (entropy_weight, logp_weight))
+    a, b = (torch.from_numpy(w[places]).to(x.device, dtype) for w in (entropy_weight, logp_weight))
     if not policy.splits_head:
         logp = torch.log_softmax(at_least_float32(x) / batch.temperature, -1)
         entropy = -torch.where(logp == -torch.inf, 0.0, logp.exp() * logp).sum(-1)

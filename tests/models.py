@@ -1,5 +1,7 @@
 """Small random policies of the architectures people use, and rollouts for them."""
 
+import warnings
+
 import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
@@ -13,13 +15,24 @@ LLAMA_LIKE = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hi
 CONFIGS = {
     "llama": ("LlamaConfig", LLAMA_LIKE),
     "qwen2": ("Qwen2Config", LLAMA_LIKE | dict(tie_word_embeddings=True)),
+    "qwen3": ("Qwen3Config", LLAMA_LIKE | dict(head_dim=8, tie_word_embeddings=True)),
+    "mistral": ("MistralConfig", LLAMA_LIKE | dict(sliding_window=4)),
+    "phi3": ("Phi3Config", LLAMA_LIKE | dict(sliding_window=4)),
     "gemma2": ("Gemma2Config", LLAMA_LIKE | dict(head_dim=8, sliding_window=4, attn_logit_softcapping=5.0,
                                                  final_logit_softcapping=3.0, query_pre_attn_scalar=8)),
+    "gemma3": ("Gemma3TextConfig", LLAMA_LIKE | dict(head_dim=8, sliding_window=4, query_pre_attn_scalar=8,
+                                                     layer_types=["sliding_attention", "full_attention"])),
     "gpt2": ("GPT2Config", dict(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64,
                                 initializer_range=0.2, bos_token_id=1, eos_token_id=2)),
-    "mixtral": ("MixtralConfig", LLAMA_LIKE | dict(num_local_experts=4)),
+    "gpt_neox": ("GPTNeoXConfig", LLAMA_LIKE | dict(rope_parameters=dict(rope_type="default", rope_theta=10000.0,
+                                                                         partial_rotary_factor=0.5))),
+    "olmo2": ("Olmo2Config", LLAMA_LIKE),
     "granite": ("GraniteConfig", LLAMA_LIKE | dict(logits_scaling=4.0)),
     "cohere": ("CohereConfig", LLAMA_LIKE | dict(logit_scale=0.25)),
+    "starcoder2": ("Starcoder2Config", LLAMA_LIKE | dict(sliding_window=4)),
+    "mixtral": ("MixtralConfig", LLAMA_LIKE | dict(num_local_experts=4)),
+    "qwen3_moe": ("Qwen3MoeConfig", LLAMA_LIKE | dict(head_dim=8, num_experts=4, num_experts_per_tok=2,
+                                                      moe_intermediate_size=24)),
     "gpt_oss": ("GptOssConfig", LLAMA_LIKE | dict(head_dim=8, num_local_experts=4, sliding_window=4,
                                                   rope_parameters=dict(rope_type="default", rope_theta=10000.0))),
     "mamba2": ("Mamba2Config", dict(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_heads=8, head_dim=8,
@@ -39,6 +52,25 @@ def random_model(name: str, seed: int = 0, **changes):
     return model.eval()
 
 
+def with_lora(model, adapter: str = "default", seed: int = 5, **settings):
+    """`model` inside PEFT with one more adapter, active, its factors random: PEFT starts one of them at zero."""
+    import peft
+
+    config = peft.LoraConfig(**dict(r=4, lora_alpha=8, target_modules="all-linear") | settings)
+    if isinstance(model, peft.PeftModel):
+        model.add_adapter(adapter, config)
+        model.set_adapter(adapter)
+    else:
+        with warnings.catch_warnings():  # of what it finds out about gpt2's transposed weights, and of tied heads
+            warnings.simplefilter("ignore")
+            model = peft.get_peft_model(model, config, adapter_name=adapter)
+    torch.manual_seed(seed)
+    for name, p in model.named_parameters():
+        if "lora_" in name and f".{adapter}" in name:
+            torch.nn.init.normal_(p, std=0.05)
+    return model.eval()
+
+
 def random_batch(seed: int = 0, *, rollouts: int = 9, temperature: float = 1.0, reward: bool = False) -> PackedBatch:
     """Ragged rollouts, three to a prompt: among them one without a response and one of a single token."""
     rng = np.random.default_rng(seed)
@@ -53,8 +85,42 @@ def random_batch(seed: int = 0, *, rollouts: int = 9, temperature: float = 1.0, 
 def random_direction(model, seed: int = 1, names=lambda name: True) -> Direction:
     """Every chosen parameter moves, by noise of the size of its own values."""
     generator = torch.Generator().manual_seed(seed)
-    return Direction({name: torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p) * float(p.detach().std() + 0.1)
-                      for name, p in model.named_parameters() if names(name)})
+    noise = {name: torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p)
+             for name, p in model.named_parameters() if names(name)}
+    return Direction({name: v * float(model.get_parameter(name).detach().std() + 0.1) for name, v in noise.items()})
+
+
+def reference_columns(model, batch, direction) -> dict[str, list[float]]:
+    """One rollout at a time, unpacked, by torch.func.jvp through the model's own eager attention and logits."""
+    from torch.func import functional_call, jvp
+
+    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    causal_lm.set_attn_implementation("eager")
+    if getattr(causal_lm.config, "_experts_implementation", None) == "grouped_mm":
+        causal_lm.set_experts_implementation("eager")
+    primals = {name: p.detach() for name, p in model.named_parameters()}
+    tangents = {name: direction.tensors.get(name, torch.zeros_like(p)).to(p) for name, p in primals.items()}
+    columns = {name: [] for name in ("logp", "entropy", "dlogp", "dentropy", "entropy_dlogp", "entropy_to_go",
+                                     "length_to_go")}
+    for i in range(len(batch)):
+        ids, n = torch.tensor([batch.prompt(i) + batch.response(i)]), len(batch.response(i))
+
+        def token_quantities(parameters):
+            logits = functional_call(model, parameters, (), dict(input_ids=ids, use_cache=False)).logits[0]
+            logp = torch.log_softmax(logits[len(batch.prompt(i)) - 1 : -1] / batch.temperature, -1)
+            target = torch.tensor(batch.response(i), dtype=torch.int64)[:, None]
+            return logp.gather(1, target)[:, 0], -(logp.exp() * logp).sum(-1)
+
+        (logp, h), (dlogp, dh) = jvp(token_quantities, (primals,), (tangents,))
+        later = [float(h[k + 1 :].sum()) for k in range(n)]
+        columns["logp"].append(float(logp.sum()))
+        columns["entropy"].append(float(h.sum()))
+        columns["dlogp"].append(float(dlogp.sum()))
+        columns["dentropy"].append(float(dh.sum()))
+        columns["entropy_dlogp"].append(float((h * dlogp).sum()))
+        columns["entropy_to_go"].append(sum(float(dlogp[k]) * later[k] for k in range(n)))
+        columns["length_to_go"].append(sum(float(dlogp[k]) * (n - 1 - k) for k in range(n)))
+    return columns
 
 
 class InFloat64(TorchFunctionMode):

@@ -10,7 +10,7 @@ import torch
 from models import random_model
 from transformers import AutoModelForCausalLM
 
-from dentropy import Direction, PackedBatch, __version__
+from dentropy import Direction, PackedBatch, Policy, __version__
 from dentropy.cli import DEFAULT_STEPS, main
 from dentropy.demo.train import build_tokenizer
 from dentropy.progress import rollout_bar, token_bar
@@ -85,6 +85,19 @@ class TestSample:
         assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1"]
 
 
+    def test_by_default_responses_go_as_far_as_the_positions(self, place, tmp_path):
+        """512 new tokens are more than this policy has positions for."""
+        (tmp_path / "prompts.jsonl").write_text('{"prompt_ids": [4, 5, 13]}\n{"prompt_ids": [4]}\n')
+        files = f"--prompts {tmp_path}/prompts.jsonl --out {tmp_path}/drawn --per-prompt 40"
+        assert main(completed(f"sample {files}")) == 0
+        assert PackedBatch.from_jsonl(tmp_path / "drawn").response_lens.max() == 64 - 3
+
+    def test_a_prompt_that_fills_the_positions_is_refused(self, tmp_path, capsys):
+        (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt_ids": [4] * 64}) + "\n")
+        assert main(completed(f"sample --prompts {tmp_path}/prompts.jsonl --out {tmp_path}/drawn")) == 2
+        assert "after a prompt of 64 tokens" in capsys.readouterr().err
+
+
 class TestProbe:
     def run(self, tmp_path, options):
         assert main(completed(f"probe {options} --out {tmp_path}/run")) == 0
@@ -132,6 +145,31 @@ class TestProbe:
             self.run(tmp_path / "ended", f"{text} --append-eos"),
         )
         assert (plain["n_tokens"], ended["n_tokens"]) == (3, 4)
+
+    def test_the_token_budget_holds_for_every_pass(self, tmp_path, monkeypatch):
+        longest = []
+        hidden = Policy.hidden
+
+        def watched(policy, tokens, cu_seqlens):
+            longest.append(len(tokens))
+            return hidden(policy, tokens, cu_seqlens)
+
+        monkeypatch.setattr(Policy, "hidden", watched)
+        update = "--step-size 1e-4 --update-rollouts rewarded.jsonl"
+        few = self.run(tmp_path / "few", f"{update} --token-budget 30")
+        assert max(longest) <= 30
+        many = self.run(tmp_path / "many", f"{update} --token-budget auto")
+        assert max(longest) > 30
+        assert few["slope"][0]["value"] == pytest.approx(many["slope"][0]["value"], rel=1e-3)
+
+    def test_a_rollout_that_memory_has_no_room_for_is_one_line(self, place, tmp_path, monkeypatch, capsys):
+        def full(policy, tokens, cu_seqlens):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+
+        monkeypatch.setattr(Policy, "hidden", full)
+        assert main(completed(f"{DIRECTION} --out {tmp_path}/run")) == 2
+        err = capsys.readouterr().err
+        assert "do not fit into memory even alone" in err and "9 GiB" in err and err.count("\n") == 1
 
     def test_dtype(self, tmp_path):
         assert self.run(tmp_path, "--direction v.safetensors --dtype float64")["dtype"] == "float64"
@@ -238,6 +276,10 @@ BAD = {
     "two updates": (f"{DIRECTION} --after after", "not allowed with"),
     "no update": ("probe", "one of the arguments"),
     "optimizer without update rollouts": (f"{DIRECTION} --optimizer sgd", "only with --update-rollouts"),
+    "token budget in words": (f"{DIRECTION} --token-budget lots", "--token-budget: 'lots', expected auto or a whole"),
+    "token budget of none": (f"{DIRECTION} --token-budget 0", "--token-budget: '0', expected auto or a whole"),
+    "negative token budget": (f"{DIRECTION} --token-budget -5", "--token-budget: '-5', expected auto or a whole"),
+    "rollouts are a folder": (f"{DIRECTION} --rollouts full", "full: is a folder, expected a file"),
     "dtype": (f"{DIRECTION} --dtype int8", "invalid choice"),
     "device": (f"{DIRECTION} --device toaster", "'toaster' is not a device"),
     "probe: folder with something in it": (f"{DIRECTION} --out full", "exists and is not empty"),

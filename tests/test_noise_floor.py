@@ -49,3 +49,14 @@ def test_a_step_too_small_for_float32_is_below_it():
         floor = noise_floor(policy, batch, direction, base)
         for eta in (1e-12, -1e-11):
             assert abs(importance(base, measure(policy, batch, direction, eta=eta)).delta) < floor
+
+
+def test_both_sides_are_packed_differently_even_where_all_fits_at_once(monkeypatch):
+    model = random_model("llama")
+    batch, direction, policy = random_batch(), random_direction(model), Policy(model)
+    base, packings, hidden = measure(policy, batch, direction), [], policy.hidden
+    monkeypatch.setattr(policy, "hidden",
+                        lambda tokens, cu_seqlens: packings.append(len(cu_seqlens) - 1) or hidden(tokens, cu_seqlens))
+    noise_floor(policy, batch, direction, base)
+    together = int((batch.response_lens > 0).sum())
+    assert packings.count(together) == 2 and sum(packings) == 4 * together

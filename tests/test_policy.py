@@ -51,22 +51,32 @@ def test_an_unusual_head_in_half_precision_is_refused():
         Policy(model)
 
 
-class LooksAhead(nn.Module):
-    """Stands in for a layer that mixes positions in a way packed rows cannot follow."""
+class Mixes(nn.Module):
+    """Stands in for a layer that mixes positions: those before, in a way packed rows cannot follow, or all of them."""
 
-    def __init__(self, inner):
+    def __init__(self, inner, mixed):
         super().__init__()
-        self.inner = inner
+        self.inner, self.mixed = inner, mixed
 
     def forward(self, x):
-        return self.inner(x) + x.mean(1, keepdim=True)
+        return self.inner(x) + self.mixed(x)
 
 
 def test_mixing_across_a_packed_row_is_found():
     model = random_model("llama")
-    model.model.layers[0].mlp = LooksAhead(model.model.layers[0].mlp)
+    model.model.layers[0].mlp = Mixes(model.model.layers[0].mlp, lambda x: x.cumsum(1))
     with pytest.warns(UserWarning, match="one at a time"):
         assert not Policy(model).packs
+
+
+def test_models_that_see_later_tokens_are_refused():
+    """As Doge's mixture of experts does, whose router takes [tokens, 2] for [2, tokens]."""
+    model = random_model("llama")
+    model.model.layers[1].mlp = Mixes(model.model.layers[1].mlp, lambda x: x.mT.reshape(x.shape))
+    with pytest.raises(ValueError, match="policy: llama: logits of a position change with the tokens after it"):
+        Policy(model)
+    with pytest.warns(UserWarning, match="unless torch.bfloat16 is to blame"):
+        Policy(model.to(torch.bfloat16))
 
 
 def test_biases_of_the_head_are_read():
@@ -81,6 +91,28 @@ def test_biases_of_the_head_are_read():
     plus, minus = (measure(policy, random_batch(), direction, eta=eta) for eta in (step, -step))
     difference = (plus.entropy - minus.entropy) / (2 * step)
     assert abs(sums.dentropy - difference).max() < 1e-3 * abs(difference).max()
+
+
+def test_parts_with_attention_of_their_own_get_it_back():
+    """The text of a multimodal model runs eagerly where the rest uses SDPA, and the reverse."""
+    import transformers
+
+    text = LLAMA_LIKE | dict(head_dim=8, sliding_window=4, layer_types=["sliding_attention", "full_attention"])
+    vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28,
+                  patch_size=14)
+    torch.manual_seed(0)
+    model = transformers.Gemma3ForConditionalGeneration(transformers.Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=39, boi_token_index=37,
+        eoi_token_index=38))
+    direction, measured = random_direction(model, names=lambda name: "language_model" in name), []
+    for whole, part in (("sdpa", "eager"), ("eager", "sdpa")):
+        model.set_attn_implementation({"": whole, "vision_config": whole, "text_config": part})
+        policy = Policy(model)
+        measured.append(measure(policy, random_batch(), direction))
+        assert policy.packs and policy.splits_head
+        parts = (model.config, model.config.vision_config, model.config.text_config)
+        assert [config._attn_implementation for config in parts] == [whole, whole, part]
+    assert (measured[0].dentropy == measured[1].dentropy).all() and measured[0].dentropy.any()
 
 
 class Wrapper(nn.Module):
