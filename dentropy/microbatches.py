@@ -117,7 +117,7 @@ def _attempt(budget, n_tokens, rollouts, run, keep) -> str | None:
         with budget.trial(n_tokens):
             result = run(rollouts)
     except RuntimeError as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         message = str(error).strip().partition("\n")[0]
     else:
@@ -130,7 +130,7 @@ def _attempt(budget, n_tokens, rollouts, run, keep) -> str | None:
     return message
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: RuntimeError) -> bool:
     """On CUDA it has a class of its own; on a CPU only the allocator's words tell it from other errors."""
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: " in str(error)
 

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from dentropy import attention
 from dentropy.checkpoint import load_checkpoint
+from dentropy.fused_layers import FusedLayers
 from dentropy.precision import full_float32
 
 
@@ -35,6 +36,10 @@ class Policy:
     is False where logits come from the model's own head. Of a PEFT model's adapters the active ones count, as in its
     forward; parameters of the others have no effect.
 
+    compile_layers: run decoder layers in a compiled form, primal and tangent in one graph (see `fused_layers`). Made at
+    the first pass of each kind, in tens of seconds, and worth it on a GPU for many passes or tokens; a layer that cannot
+    be compiled, or differs beyond rounding, goes on uncompiled, with a warning.
+
     Attributes: model; dtype, device (of the weights); vocab_size (token ids are below it); max_positions
     (longest sequence, None where the model sets no limit); packs; splits_head.
 
@@ -49,8 +54,10 @@ class Policy:
     (True, True, 32)
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, *, compile_layers: bool = False):
         _check_usable(model)
+        if compile_layers and _is_dora(model):
+            raise ValueError("compile_layers: True for a model with DoRA adapters, expected False")
         self.model = model
         # PEFT injects its layers into the model it wraps; that model's forward is the adapted policy.
         self._causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -58,7 +65,10 @@ class Policy:
         self._config = self._causal_lm.config.get_text_config()
         self.max_positions = getattr(self._config, "max_position_embeddings", None)
         self.vocab_size = int(self._causal_lm.get_input_embeddings().weight.shape[0])
+        self._fused_layers = None
         self.packs, self.splits_head = self._find_exact_pass()
+        if compile_layers:
+            self._fused_layers = FusedLayers(self._decoder_layers())
 
     @property
     def device(self) -> torch.device:
@@ -69,19 +79,22 @@ class Policy:
         return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
 
     @classmethod
-    def from_pretrained(cls, name_or_dir, dtype=torch.float32, device=None) -> "Policy":
+    def from_pretrained(cls, name_or_dir, dtype=torch.float32, device=None, *,
+                        compile_layers: bool = False) -> "Policy":
         """Loads a model folder or hub id. dtype: float32 unless you say otherwise, whatever the checkpoint holds:
         entropy differences of small updates vanish in bf16 weights. device: CUDA where there is one, else the CPU.
         ValueError for what cannot be loaded, and for checkpoints with tensors missing or left over.
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return cls(load_checkpoint(name_or_dir, "policy", dtype).to(device))
+        return cls(load_checkpoint(name_or_dir, "policy", dtype).to(device), compile_layers=compile_layers)
 
     @contextmanager
     def ready(self, attention_name: str = attention.NAME):
         """For the time of a pass: eval mode (no dropout, no checkpointing), dentropy's attention, experts without
         grouped products (they have no forward mode), full float32 products. Everything is put back afterwards."""
-        with self._ready(attention.register(attention_name) if self.packs else "eager"):
+        fused = self._fused_layers if attention_name == attention.NAME else None
+        with (self._ready(attention.register(attention_name) if self.packs else "eager"),
+              nullcontext() if fused is None else fused.in_place()):
             yield
 
     def hidden(self, tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -103,6 +116,14 @@ class Policy:
         scale /= getattr(self._config, "logits_scaling", None) or 1.0  # granite
         softcap = getattr(self._config, "final_logit_softcapping", None)  # gemma
         return Head(module.weight, module.bias, scale, softcap)
+
+    def _decoder_layers(self) -> list[nn.Module]:
+        n_layers = self._config.num_hidden_layers
+        for module in self._backbone.modules():
+            if isinstance(module, nn.ModuleList) and len(module) == n_layers:
+                return list(module)
+        raise ValueError(f"compile_layers: True for {type(self.model).__name__}, which has no list of its {n_layers} "
+                         "layers, expected False")
 
     def _output_layer(self) -> nn.Module:
         """The layer that makes the logits; where PEFT trains copies of it (modules_to_save), the active one."""

@@ -133,7 +133,9 @@ def _chunk_state(u: Tensor, du: Tensor | None = None, ddu: Tensor | None = None,
     if du is not None:
         fields += [at_target[1], *means[0], moment(du, u)]
     if ddu is not None:
-        fields += [at_target[2], *means[1], moment(du, du), moment(ddu, u), moment(du, du, u)]
+        rest, c_xd = means[0][1], fields[-1]
+        fields += [at_target[2], *means[1], moment(du, du) - total * rest * rest, moment(ddu, u),
+                   moment(du, du, u) - 2 * rest * c_xd]
     return fields
 
 

@@ -18,10 +18,9 @@ from dentropy.checks import check_linear, check_targets
 
 def gather(tensor: Tensor, process_group) -> Tensor:
     """[ranks, *shape]: what every rank handed in, of one shape and dtype, in the order of the ranks."""
-    ranks = dist.get_world_size(process_group)
-    out = tensor.new_empty(ranks, *tensor.shape)
-    dist.all_gather_into_tensor(out.flatten(0, 1), tensor.contiguous(), group=process_group)
-    return out
+    shards = [torch.empty_like(tensor) for _ in range(dist.get_world_size(process_group))]
+    dist.all_gather(shards, tensor, group=process_group)
+    return torch.stack(shards)
 
 
 def checked_linear(hidden, weight, targets, dhidden, dweight, bias, dbias, temperature, softcap, process_group,

@@ -44,10 +44,11 @@ PRIMAL = Tile(128, 256, 64, 8, 3)
 FIXED_HEAD = Tile(64, 256, 64, 8, 3)
 MOVING_HEAD = Tile(128, 128, 64, 8, 3)
 FLOAT32 = Tile(64, 64, 16, 8, 2)  # full float32 products run on the ordinary cores, from registers
-ELSEWHERE = Tile(64, 128, 32, 4, 2)  # fits the 64 KiB of shared memory that every device has
+ELSEWHERE = Tile(128, 64, 32, 8, 2)  # fits the 64 KiB of shared memory, and registers, that every device has
 
 
-@triton.jit(do_not_specialize=["N", "row_blocks"], do_not_specialize_on_alignment=["Targets", "States", "AtTarget"])
+@triton.jit(do_not_specialize=["N", "row_blocks"],
+            do_not_specialize_on_alignment=["Bias", "DBias", "Targets", "States", "AtTarget"])
 def _linear_states_kernel(
     Hidden, DHidden,  # [N, D]; DHidden is not read unless HAS_DHIDDEN
     Weight, DWeight,  # [V, D]; DWeight is not read unless HAS_DWEIGHT
@@ -142,7 +143,8 @@ def linear_token_stats(hidden: torch.Tensor, weight: torch.Tensor, targets: torc
     Where weight is one of several shards of the vocabulary, targets count from its first row and `gather` takes a
     tensor of this shard, [fields, n], to those of all shards in order, [shards, fields, n].
     """
-    scale, inverse_cap = (softcap or 1.0) / temperature, 1.0 / (softcap or 1.0)
+    # Python's own numbers: compiled kernels do not take NumPy's.
+    scale, inverse_cap = float((softcap or 1.0) / temperature), float(1.0 / (softcap or 1.0))
     order = int(any(tangent is not None for tangent in (dhidden, dweight, dbias)))
     out = torch.empty(2 + 2 * order, len(hidden), dtype=torch.float32, device=hidden.device)
     for rows in _launches(len(hidden)):
@@ -152,6 +154,7 @@ def linear_token_stats(hidden: torch.Tensor, weight: torch.Tensor, targets: torc
             shards = gather(torch.cat([merge_states(states, order, scale), at_target]))
             states, at_target = shards[:, :-len(at_target)], shards[:, -len(at_target):].sum(0)
         out[:, rows] = stats_of_states(states, at_target, order, scale)
+        del states  # before the next launch asks for as much
     return tuple(out)
 
 
@@ -169,7 +172,7 @@ def _states(hidden, weight, targets, dhidden, dweight, bias, dbias, scale, inver
     order = int(any(tangent is not None for tangent in (dhidden, dweight, dbias)))
     matrices = (hidden, hidden if dhidden is None else dhidden, weight, weight if dweight is None else dweight)
     vectors = (targets if bias is None else bias, targets if dbias is None else dbias, targets)
-    tile = _tile(hidden, moving_hidden=dhidden is not None, moving_head=dweight is not None)
+    tile = _tile(hidden, dhidden, dweight, bias, dbias)
     segments = min(SEGMENTS, triton.cdiv(V, tile.columns))
     tiles = triton.cdiv(triton.cdiv(V, tile.columns), segments)
     segments = triton.cdiv(V, tile.columns * tiles)
@@ -185,31 +188,43 @@ def _states(hidden, weight, targets, dhidden, dweight, bias, dbias, scale, inver
             *sources, *vectors, states, at_target, *(stride for matrix in matrices for stride in matrix.stride()),
             *(vector.stride(0) for vector in vectors), N, V, D, row_blocks, segments, tiles, scale, inverse_cap,
             HAS_DHIDDEN=dhidden is not None, HAS_DWEIGHT=dweight is not None, HAS_BIAS=bias is not None,
-            HAS_DBIAS=dbias is not None, SOFTCAP=softcap, PRECISION="tf32" if allow_tf32 else "ieee", TMA=tma,
+            HAS_DBIAS=dbias is not None, SOFTCAP=softcap, PRECISION=_precision(hidden.dtype, allow_tf32), TMA=tma,
             ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, GROUP=GROUP,
             num_warps=tile.num_warps, num_stages=tile.num_stages)
     return states, at_target
 
 
-def _tile(hidden: torch.Tensor, *, moving_hidden: bool, moving_head: bool) -> Tile:
+def _precision(dtype: torch.dtype, allow_tf32: bool) -> str:
+    """TF32 matters to float32 factors alone, and few of AMD's devices have it."""
+    return "tf32" if allow_tf32 and dtype == torch.float32 and torch.version.hip is None else "ieee"
+
+
+def _tile(hidden, dhidden, dweight, bias, dbias) -> Tile:
     if hidden.dtype == torch.float32:
         return FLOAT32
-    if not _is_hopper_or_later(hidden.device):
+    if not _is_like_hopper(hidden.device):
         return ELSEWHERE
-    return MOVING_HEAD if moving_head else FIXED_HEAD if moving_hidden else PRIMAL
+    # Wider tiles have no registers left for a bias: they would spill some kilobytes of a thread's.
+    if any(tensor is not None for tensor in (dweight, bias, dbias)):
+        return MOVING_HEAD
+    return PRIMAL if dhidden is None else FIXED_HEAD
 
 
 @cache
-def _is_hopper_or_later(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
+def _is_like_hopper(device: torch.device) -> bool:
+    """TMA, and 227 KiB of shared memory for a program: later devices of consumers have 99 KiB."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    properties = torch.cuda.get_device_properties(device)
+    return properties.major >= 9 and properties.shared_memory_per_block_optin >= 227 * 1024
 
 
 def _has_tma(device: torch.device) -> bool:
     """Interpreted kernels have descriptors too."""
-    return device.type == "cpu" or _is_hopper_or_later(device)
+    return device.type == "cpu" or _is_like_hopper(device)
 
 
 def _fits_tma(matrix: torch.Tensor) -> bool:
-    """Descriptors want rows that lie whole and start at multiples of 16 bytes."""
-    return (matrix.numel() > 0 and matrix.stride(1) == 1 and matrix.data_ptr() % 16 == 0
-            and matrix.stride(0) * matrix.element_size() % 16 == 0)
+    """Descriptors want rows that lie whole, one after the other, and start at multiples of 16 bytes."""
+    return (matrix.numel() > 0 and matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1]
+            and matrix.data_ptr() % 16 == 0 and matrix.stride(0) * matrix.element_size() % 16 == 0)

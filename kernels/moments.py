@@ -96,13 +96,13 @@ def merge(a, b, scale, ORDER: tl.constexpr):
     shift_b = _shift(top_b, top, scale)
     rescale_a = tl.exp2(shift_a)
     rescale_b = tl.exp2(shift_b)
-    first = total_a == 0.0  # nothing before b
     total_a *= rescale_a
     total_b *= rescale_b
+    first = total_a == 0.0  # nothing of weight before b
     total = total_a + total_b
     share = 1.0 / tl.where(total == 0.0, 1.0, total)
-    share_a = total_a * share
-    share_b = total_b * share
+    share_a = tl.where(total_b == 0.0, 1.0, total_a * share)
+    share_b = tl.where(first, 1.0, total_b * share)
     mean_x_a += shift_a
     mean_x_b += shift_b
     # Weighted sums rather than mean_a + share_b · (mean_b − mean_a): that would round at the size of a mean

@@ -102,7 +102,7 @@ def token_stats(logits: torch.Tensor, targets: torch.Tensor, dlogits: torch.Tens
     N, V = logits.shape
     order = 0 if dlogits is None else 1 if d2logits is None else 2
     dlogits, d2logits = (logits if tangent is None else tangent for tangent in (dlogits, d2logits))
-    scale, inverse_cap = (softcap or 1.0) / temperature, 1.0 / (softcap or 1.0)
+    scale, inverse_cap = float(softcap or 1.0) / float(temperature), 1.0 / float(softcap or 1.0)
     vector = 1
     if all(t.stride(1) == 1 and t.data_ptr() % 16 == 0 and t.stride(0) % 8 == 0 for t in (logits, dlogits, d2logits)):
         vector = 16 // logits.element_size()

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 
-from dentropy import attention
+from dentropy import attention, attention_ops
 
 
 def closed_form(q, k, v, *, scaling, window=None, softcap=None, sinks=None):
@@ -26,10 +26,11 @@ def closed_form(q, k, v, *, scaling, window=None, softcap=None, sinks=None):
 
 @pytest.mark.parametrize("block", [4, 512])
 @pytest.mark.parametrize("settings", [
-    dict(), dict(window=3), dict(window=20), dict(softcap=2.0), dict(sinks=True), dict(window=5, softcap=2.0, sinks=True),
+    dict(), dict(window=3), dict(window=20), dict(softcap=2.0), dict(sinks=True),
+    dict(window=5, softcap=2.0, sinks=True),
 ], ids=str)
 def test_packed_output_and_tangent_equal_the_closed_form(settings, block, monkeypatch):
-    monkeypatch.setattr(attention, "QUERY_BLOCK", block)
+    monkeypatch.setattr(attention_ops, "QUERY_BLOCK", block)
     torch.manual_seed(0)
     lengths, heads, kv_heads, size = [1, 11, 6], 4, 2, 8
     total = sum(lengths)
@@ -69,7 +70,8 @@ def test_a_tangent_on_one_input_alone_is_enough(moving):
         got = forward_ad.unpack_dual(run(forward_ad.make_dual(inputs[moving], tangent))).tangent
     inputs = {name: x.double() for name, x in inputs.items()}
     step = 1e-6
-    expected = (run(inputs[moving] + step * tangent.double()) - run(inputs[moving] - step * tangent.double())) / (2 * step)
+    ahead, behind = (run(inputs[moving] + sign * step * tangent.double()) for sign in (1, -1))
+    expected = (ahead - behind) / (2 * step)
     torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -93,3 +95,35 @@ def test_half_precision_is_as_accurate_as_pytorch_in_that_dtype():
     got = attention.attention_forward(None, q, k, v)[0].transpose(1, 2)
     assert got.dtype == torch.bfloat16
     assert (got.double() - exact).abs().max() <= 1.5 * (peer.double() - exact).abs().max()
+
+
+@pytest.fixture
+def packed():
+    """q, k, v, their tangents and cu_seqlens of two packed sequences."""
+    torch.manual_seed(0)
+    (q, dq), (k, dk), (v, dv) = (torch.randn(2, 9, heads, 8).unbind() for heads in (4, 2, 2))
+    return (q, k, v), (dq.clone(), dk.clone(), dv.clone()), torch.tensor([0, 5, 9], dtype=torch.int32)
+
+
+SINKS = dict(window=3, softcap=2.0, sinks=torch.linspace(-1, 1, 4))
+
+
+@pytest.mark.parametrize("settings", [{}, SINKS], ids=["plain", "window, softcap and sinks"])
+def test_the_operators_keep_pytorchs_rules(packed, settings):
+    primals, (dq, _, dv), cu_seqlens = packed
+    out, lse = attention_ops.attention(*primals, cu_seqlens, 5, 0.3, **settings)
+    torch.library.opcheck(attention_ops.attention, (*primals, cu_seqlens, 5, 0.3), settings)
+    torch.library.opcheck(attention_ops.attention_tangent, (*primals, dq, None, dv, out, lse, cu_seqlens, 0.3), settings)
+
+
+def test_the_adjoint_is_never_run(packed):
+    primals, _, cu_seqlens = packed
+    inputs = [x.requires_grad_() for x in primals]
+    out, _ = attention_ops.attention(*inputs, cu_seqlens, 5, 0.3)
+    with pytest.raises(NotImplementedError, match="with gradients use plain_attention"):
+        out.sum().backward()
+
+
+def test_key_heads_that_do_not_divide_the_queries_are_refused():
+    with pytest.raises(ValueError, match="key has 2 heads, expected a number that divides the query's 3"):
+        attention.attention_forward(None, *(torch.randn(1, heads, 5, 4) for heads in (3, 2, 2)))

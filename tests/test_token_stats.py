@@ -67,8 +67,8 @@ def test_bad_input_for_linear_token_stats(function, message):
 def test_on_the_cpu_the_reference_serves(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     calls = []
-    body = reference.stats_of_logits
-    monkeypatch.setattr(reference, "stats_of_logits", lambda *a, **k: calls.append(1) or body(*a, **k))
+    body = reference._stats_of_states
+    monkeypatch.setattr(reference, "_stats_of_states", lambda *a, **k: calls.append(1) or body(*a, **k))
     token_stats(Z, Y)
     linear_token_stats(H, W, Y)
     assert len(calls) == 2

@@ -8,46 +8,69 @@ from torch.func import jvp
 FIELDS = ("logp", "entropy", "dlogp", "dentropy", "d2logp", "d2entropy")
 
 
-def plain_pytorch(logits, targets, dlogits, d2logits=None, *, temperature=1.0, softcap=None,
-                  dtype=torch.float64):
-    """The six fields by name (four without d2logits), [N] in `dtype`, from the inputs upcast to it."""
-    z, dz = logits.to(dtype), dlogits.to(dtype)
-    d2z = None if d2logits is None else d2logits.to(dtype)
+def along_the_path(eta, logits, dlogits=None, d2logits=None, *, temperature=1.0, softcap=None):
+    """z at eta: the logits moved there along their derivatives, then softcap and temperature."""
+    moved = logits
+    for power, tangent in enumerate((dlogits, d2logits), start=1):
+        if tangent is not None:
+            moved = moved + eta**power / power * tangent
+    if softcap is not None:
+        moved = softcap * torch.tanh(moved / softcap)
+    return moved / temperature
+
+
+def values_and_derivatives(function, order, device):
+    """What function(eta), a tuple, is at eta = 0, and its derivatives up to `order`: a list of tuples."""
+    def first(eta):
+        return jvp(function, (eta,), (torch.ones_like(eta),))
+
+    eta = torch.zeros((), dtype=torch.float64, device=device)
+    if order == 0:
+        return [function(eta)]
+    if order == 1:
+        return list(first(eta))
+    (values, derivatives), (_, second_derivatives) = jvp(first, (eta,), (torch.ones_like(eta),))
+    return [values, derivatives, second_derivatives]
+
+
+def plain_pytorch(logits, targets, *tangents, dtype=torch.float64, **transform):
+    """The fields by name, two for each order of derivatives given, [N] in `dtype`, from inputs upcast to it."""
+    inputs = [tensor.to(dtype) for tensor in (logits, *tangents)]
 
     def log_prob_and_entropy(eta):
-        moved = z + eta * dz if d2z is None else z + eta * dz + eta * eta / 2 * d2z
-        if softcap is not None:
-            moved = softcap * torch.tanh(moved / softcap)
-        logp = torch.log_softmax(moved / temperature, -1)
+        logp = torch.log_softmax(along_the_path(eta.to(dtype), *inputs, **transform), -1)
         return logp.gather(-1, targets.long()[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
 
-    def first(eta):
-        return jvp(log_prob_and_entropy, (eta,), (torch.ones_like(eta),))
-
-    eta = torch.zeros((), dtype=dtype)
-    if d2z is None:
-        values, derivatives = first(eta)
-        return dict(zip(FIELDS, values + derivatives))
-    (values, derivatives), (_, second_derivatives) = jvp(first, (eta,), (torch.ones_like(eta),))
-    return dict(zip(FIELDS, values + derivatives + second_derivatives))
+    orders = values_and_derivatives(log_prob_and_entropy, len(tangents), logits.device)
+    return dict(zip(FIELDS, (field for fields in orders for field in fields)))
 
 
 def spread(values):
     """Root mean square about each row's mean, [N]: the scale on which rounding errors are counted."""
-    values = values.double()
     return (values - values.mean(-1, keepdim=True)).square().mean(-1).sqrt()
 
 
-def assert_as_accurate_as_plain_pytorch(stats, logits, targets, dlogits, *, only=FIELDS, **transform):
+def scales(truth, logits, *tangents, **transform):
+    """The size of the terms that each field is the sum of, [N], from the spreads of z, ż and z̈.
+
+    In dlogp = ż_y − E ż the terms are as large as the spread of ż, in dh = −Cov(z, ż) as that of z times that
+    of ż; d2logp = z̈_y − E z̈ − Var ż and d2h = −[Var ż + Cov(z, z̈) + E (z − E z)(ż − E ż)²] in the same way.
+    """
+    inputs = [tensor.double() for tensor in (logits, *tangents)]
+    orders = values_and_derivatives(lambda eta: (along_the_path(eta, *inputs, **transform),), len(tangents),
+                                    logits.device)
+    z, dz, d2z = ([spread(values) for values, in orders] + [torch.zeros(())] * 2)[:3]
+    return {"logp": truth["logp"].abs(), "entropy": torch.tensor(math.log(logits.shape[-1])),
+            "dlogp": dz, "dentropy": z * dz, "d2logp": d2z + dz**2, "d2entropy": z * d2z + dz**2 * (1 + z)}
+
+
+def assert_as_accurate_as_plain_pytorch(stats, logits, targets, *tangents, **transform):
     """Largest error over the rows: at most twice PyTorch's in float32, plus 4 float32 units of the scale."""
-    truth = plain_pytorch(logits, targets, dlogits, **transform)
-    plain = plain_pytorch(logits, targets, dlogits, dtype=torch.float32, **transform)
+    truth = plain_pytorch(logits, targets, *tangents, **transform)
+    plain = plain_pytorch(logits, targets, *tangents, dtype=torch.float32, **transform)
+    scale = scales(truth, logits, *tangents, **transform)
     unit = torch.finfo(torch.float32).eps
-    temperature = transform.get("temperature", 1.0)
-    z, dz = spread(logits) / temperature, spread(dlogits) / temperature
-    scale = {"logp": truth["logp"].abs(), "entropy": torch.tensor(math.log(logits.shape[-1])),
-             "dlogp": dz, "dentropy": z * dz}
-    for name in (n for n in truth if n in only):
-        error = (getattr(stats, name).double() - truth[name]).abs().max()
-        allowed = 2 * (plain[name].double() - truth[name]).abs().max() + 4 * unit * scale[name].max()
+    for name, want in truth.items():
+        error = (getattr(stats, name).double() - want).abs().max()
+        allowed = 2 * (plain[name].double() - want).abs().max() + 4 * unit * scale[name].max()
         assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
