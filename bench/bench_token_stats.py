@@ -1,143 +1,83 @@
-"""Token statistics from logits, first order: dentropy beside PyTorch's forward mode and closed form.
+"""Token statistics from logits at every order: dentropy beside PyTorch and beside fused kernels.
 
-    pytest bench/bench_token_stats.py --benchmark-columns=median,iqr,rounds
+    pytest bench/bench_token_stats.py --benchmark-json=run.json && python bench/report.py run.json
 
-On a CPU: float32 at [1024, 50257]. With a GPU: bfloat16 at [8192, 151936] and [512, 151936] too, beside a
-device copy. Every provider first has to agree with float64 on a few rows. With each time are recorded the
-bytes that the statistics must read (logits and derivatives once), the rate that makes, and the peak memory
-above inputs.
+float32 at [1024, 50257] on a CPU; with a GPU bfloat16 at [8192, 151936] and [512, 151936]. The rate counts
+the bytes that the statistics must read: logits and each of their derivatives, once. It stands beside that of
+a device copy in the same rounds, which reads and writes the logits. How providers are timed and checked: see
+`interleaved`.
 """
-
-import multiprocessing
-from pathlib import Path
 
 import pytest
 import torch
+from formulas import closed_form, forward_mode, gate_rows
+from interleaved import Provider, compare, largest_error, name_of
 
 from dentropy import token_stats
 
-PROVIDERS = ("dentropy", "torch.func.jvp", "closed form")
-CPU_SHAPE = (1024, 50257)
-GPU_SHAPES = ((8192, 151936), (512, 151936))
-MIB = 2**20
+ORDERS = ("primal", "first order", "second order")
+CASES = (("cpu", 1024, 50257), ("cuda", 8192, 151936), ("cuda", 512, 151936))
+FLOAT32, ROUNDED = 5e-5, 2e-2  # tolerances: float32 throughout; results rounded to the logits' bfloat16
 
 
-def dentropy(logits, targets, dlogits):
-    return token_stats(logits, targets, dlogits)[:4]
+def dentropy(logits, targets, *derivatives):
+    return [x for x in token_stats(logits, targets, *derivatives) if x is not None]
 
 
-def forward_mode(logits, targets, dlogits):
-    """torch.func.jvp of log_softmax and entropy, in float32."""
-    def log_prob_and_entropy(z):
-        logp = torch.log_softmax(z, -1)
-        return logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+def liger(logits, targets):
+    """−logp; its kernel overwrites only logits that require a gradient."""
+    from liger_kernel.transformers.functional import liger_cross_entropy
 
-    values, derivatives = torch.func.jvp(log_prob_and_entropy, (upcast(logits),), (upcast(dlogits),))
-    return *values, *derivatives
+    return [-liger_cross_entropy(logits, targets, reduction="none")]
 
 
-def closed_form(logits, targets, dlogits):
-    """The table's formulas, written down in eager PyTorch, in float32."""
-    z, dz = upcast(logits), upcast(dlogits)
-    logp = torch.log_softmax(z, -1)
-    p = logp.exp()
-    dlogp = dz - (p * dz).sum(-1, keepdim=True)
-    at = targets[:, None]
-    return (logp.gather(1, at)[:, 0], -(p * logp).sum(-1),
-            dlogp.gather(1, at)[:, 0], -(p * dlogp * logp).sum(-1))
+def flash_attn(logits, targets):
+    from flash_attn.ops.triton.cross_entropy import cross_entropy_loss
+
+    return [-cross_entropy_loss(logits, targets)[0]]
 
 
-def upcast(tensor):
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
+def quack(logits, targets):
+    from quack.cross_entropy import cross_entropy_fwd
+
+    return [-cross_entropy_fwd(logits, targets)]
 
 
-FUNCTIONS = {"dentropy": dentropy, "torch.func.jvp": forward_mode, "closed form": closed_form}
+def providers_of(order, logits):
+    torch.compiler.reset()  # one case's compiled form does not count against the limit of the next one's
+    providers = {
+        "dentropy": Provider(dentropy, FLOAT32),
+        "torch.compile, closed form": Provider(torch.compile(closed_form, dynamic=False), FLOAT32),
+        "PyTorch, closed form": Provider(closed_form, FLOAT32),
+    }
+    if order == 0:
+        providers |= {
+            "Liger cross-entropy (logp)": Provider(liger, ROUNDED, "liger_kernel", cuda=True),
+            "flash-attn cross-entropy (logp)": Provider(flash_attn, FLOAT32, "flash_attn", cuda=True),
+            "quack cross-entropy (logp)": Provider(quack, FLOAT32, "quack", cuda=True),
+        }
+    else:
+        providers["torch.func.jvp"] = Provider(forward_mode, FLOAT32)
+    copy = torch.empty_like(logits)
+    return providers | {"device copy": Provider(lambda *_: copy.copy_(logits), work=2 * logits.nbytes)}
 
 
-def make_inputs(rows, vocabulary, dtype, device):
+@pytest.mark.parametrize("order", range(3), ids=ORDERS)
+@pytest.mark.parametrize("device, rows, vocabulary", CASES)
+def test_token_stats(benchmark, device, rows, vocabulary, order):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
     torch.manual_seed(0)
     logits = torch.randn(rows, vocabulary, dtype=dtype, device=device).mul_(2)
-    dlogits = torch.randn(rows, vocabulary, dtype=dtype, device=device)
-    return logits, torch.randint(vocabulary, (rows,), device=device), dlogits
-
-
-def assert_right(function, logits, targets, dlogits, rows=8):
-    """A time is reported for no function whose float32 results are not those of float64."""
-    few = logits[:rows], targets[:rows], dlogits[:rows]
-    truth = forward_mode(few[0].double(), few[1], few[2].double())
-    for got, want in zip(function(*few), truth):
-        torch.testing.assert_close(got.double(), want, rtol=5e-5, atol=5e-5 * want.abs().max().item())
-
-
-def run_and_report_peak(provider, shape, queue):
-    """In a process of its own: peak resident memory above what is there with the inputs, in MiB."""
-    inputs = make_inputs(*shape, torch.float32, "cpu")
-    FUNCTIONS[provider](*(tensor[:2] for tensor in inputs))  # threads and libraries
-    before = peak_resident()
-    FUNCTIONS[provider](*inputs)
-    queue.put(peak_resident() - before)
-
-
-def peak_resident():
-    """MiB; Linux. Not getrusage, whose maximum a child process inherits from its parent."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) / 1024
-
-
-def cpu_peak(provider, shape):
-    context = multiprocessing.get_context("spawn")
-    queue = context.SimpleQueue()
-    process = context.Process(target=run_and_report_peak, args=(provider, shape, queue))
-    process.start()
-    process.join()
-    assert process.exitcode == 0
-    return queue.get()
-
-
-def cuda_peak(provider, inputs):
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    FUNCTIONS[provider](*inputs)
-    return (torch.cuda.max_memory_allocated() - before) / MIB
-
-
-def record(benchmark, bytes_read, peak):
-    seconds = benchmark.stats.stats.median
-    benchmark.extra_info.update(bytes_read=bytes_read, gigabytes_per_second=bytes_read / seconds / 1e9,
-                                peak_mib_above_inputs=peak, threads=torch.get_num_threads(),
-                                torch=torch.__version__)
-
-
-@pytest.mark.parametrize("provider", PROVIDERS)
-def test_cpu_first_order(benchmark, provider):
-    benchmark.group = f"first order, float32, {list(CPU_SHAPE)}, CPU"
-    inputs = make_inputs(*CPU_SHAPE, torch.float32, "cpu")
-    assert_right(FUNCTIONS[provider], *inputs)
-    benchmark.pedantic(FUNCTIONS[provider], inputs, rounds=5, warmup_rounds=1)
-    record(benchmark, 2 * inputs[0].nbytes, cpu_peak(provider, CPU_SHAPE))
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("provider", (*PROVIDERS, "device copy"))
-@pytest.mark.parametrize("shape", GPU_SHAPES, ids=str)
-def test_cuda_first_order(benchmark, shape, provider):
-    benchmark.group = f"first order, bfloat16, {list(shape)}, {torch.cuda.get_device_name()}"
-    inputs = make_inputs(*shape, torch.bfloat16, "cuda")
-    bytes_read = 2 * inputs[0].nbytes
-    if provider == "device copy":
-        target = torch.empty_like(inputs[0])
-        function, peak = (lambda logits, *_: target.copy_(logits)), 0.0  # one tensor read, one written
-    else:
-        function = FUNCTIONS[provider]
-        assert_right(function, *inputs)
-        try:
-            peak = cuda_peak(provider, inputs)
-        except torch.cuda.OutOfMemoryError:
-            pytest.skip(f"{provider} does not fit at {list(shape)}")
-
-    def timed():
-        function(*inputs)
-        torch.cuda.synchronize()
-
-    benchmark.pedantic(timed, rounds=20, warmup_rounds=3)
-    record(benchmark, bytes_read, peak)
+    targets = torch.randint(vocabulary, (rows,), device=device)
+    derivatives = [torch.randn_like(logits) for _ in range(order)]
+    checked = gate_rows(rows).to(device)
+    truth = forward_mode(*(x[checked].double() if x.is_floating_point() else x[checked]
+                           for x in (logits, targets, *derivatives)))
+    compare(benchmark, f"Token statistics from logits, {ORDERS[order]}, [{rows}, {vocabulary}] "
+            f"{name_of(dtype, device)}",
+            providers_of(order, logits), (logits, targets, *derivatives),
+            lambda output: largest_error([x[checked] for x in output], truth), device=device,
+            work=(1 + order) * logits.nbytes, unit="GB/s", reference="device copy",
+            headline=order == 1 and rows != 512)

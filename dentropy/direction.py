@@ -166,6 +166,8 @@ class Direction:
 def _cast(name: str, v: Tensor, parameter: nn.Parameter) -> Tensor:
     """v as the parameter's tangent; ValueError where its dtype cannot hold v."""
     cast = v.to(parameter.device, parameter.dtype)
+    if cast.dtype == v.dtype:  # the Direction has checked it
+        return cast
     if not torch.isfinite(cast).all() or (v.any() and not cast.any()):
         raise ValueError(f"direction: {name} reaches from {v[v != 0].abs().min():.1e} to {v.abs().max():.1e}, which "
                          f"{parameter.dtype} cannot hold; scale the direction or load the policy in float32")

@@ -1,0 +1,152 @@
+"""What the benchmarks share: providers timed in turn, each held against float64 first.
+
+A test is one case, and times all its providers: in a round each of them runs, one after the other, and there
+are ROUNDS rounds. A provider's time in a round is the median of a few calls in a row; what is reported is the
+median over the rounds. Whatever slows the machine for a while slows them all, so ratios are taken within
+rounds.
+
+pytest-benchmark times, and prints, the round as a whole; the figures of the providers are in the case's
+extra_info, from where `report.py` takes them:
+
+    pytest bench/bench_token_stats.py --benchmark-json=run.json && python bench/report.py run.json
+"""
+
+import ctypes
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+ROUNDS = 5
+SECONDS = 0.2  # that a provider runs in a round, about, if one call is shorter
+MIB = 2**20
+
+
+class Provider(NamedTuple):
+    """One way of doing a case's work."""
+
+    call: Callable
+    tolerance: float | None = None  # the largest error; None: it computes something else, a ceiling say
+    package: str | None = None  # must be installed
+    cuda: bool = False  # runs on CUDA alone
+    work: float | None = None  # where it differs from the case's
+
+
+def compare(benchmark, title: str, providers: dict[str, Provider], inputs: tuple, error_of: Callable, *,
+            device: str, work: float | None = None, unit: str | None = None, reference: str,
+            headline: bool = False) -> None:
+    """Times `providers` on `inputs` and leaves in extra_info, by provider: median, least and largest time of
+    the rounds, peak memory above the inputs, error, rate, and the median of its time relative to the
+    `reference` provider's in the same round, with the fraction of the reference's rate that makes.
+
+    error_of: what a provider returned -> its largest error relative to float64; above its tolerance the
+    benchmark fails. work: bytes, for a unit of GB/s, or operations, for TFLOP/s. A provider that cannot run
+    is recorded with the reason. headline: belongs into the chart.
+    """
+    calls = {name: partial(provider.call, *inputs) for name, provider in providers.items()}
+    rows, repeats = {}, {}
+    for name, provider in providers.items():
+        rows[name] = _tried(name, provider, calls[name], error_of, device)
+        if "not_run" not in rows[name]:
+            rows[name]["peak_mib_above_inputs"] = peak_above(calls[name], device)
+            repeats[name] = min(20, 1 + int(SECONDS / seconds_of(calls[name], device, repeats=1)))
+    rounds = {name: [] for name in repeats}
+
+    def one_round():
+        for name, seconds in rounds.items():
+            seconds.append(seconds_of(calls[name], device, repeats[name]))
+
+    benchmark.group = title
+    benchmark.pedantic(one_round, rounds=ROUNDS)
+    for name, seconds in rounds.items():
+        rows[name].update(median_ms=1e3 * statistics.median(seconds), min_ms=1e3 * min(seconds),
+                          max_ms=1e3 * max(seconds), calls_per_round=repeats[name])
+        amount = providers[name].work or work
+        if amount is not None:
+            rows[name]["rate"] = amount / statistics.median(seconds) / {"GB/s": 1e9, "TFLOP/s": 1e12}[unit]
+        if reference in rounds:
+            times = statistics.median(mine / its for mine, its in zip(seconds, rounds[reference]))
+            rows[name]["times_reference"] = times
+            if amount is not None:
+                rows[name]["fraction_of_reference"] = amount / (providers[reference].work or work) / times
+    benchmark.extra_info.update(title=title, device=device, rounds=ROUNDS, work=work, unit=unit,
+                                reference=reference, headline=headline, providers=rows)
+
+
+def _tried(name: str, provider: Provider, call: Callable, error_of: Callable, device: str) -> dict:
+    """The error of a first call's result; or why there is none."""
+    if provider.package is not None and find_spec(provider.package) is None:
+        return {"not_run": f"{provider.package} is not installed"}
+    if provider.cuda and device != "cuda":
+        return {"not_run": "needs a GPU"}
+    try:
+        output = call()
+        if provider.tolerance is None:
+            return {}
+        error = error_of(output)
+    except torch.OutOfMemoryError:
+        return {"not_run": "out of memory"}
+    assert error <= provider.tolerance, f"{name}: error {error:.1e}, above {provider.tolerance:.0e}"
+    return {"error": error}
+
+
+def seconds_of(call: Callable, device: str, repeats: int) -> float:
+    """The median time of `repeats` calls in a row."""
+    if device == "cpu":
+        times = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - start)
+        return statistics.median(times)
+    flush = torch.empty(256 * MIB, dtype=torch.uint8, device=device)
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    for start, end in events:
+        flush.zero_()  # empties the cache, and gives the host time to launch ahead
+        start.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) / 1e3 for start, end in events)
+
+
+def peak_above(call: Callable, device: str) -> float:
+    """Peak memory of a call above what was there, in MiB: PyTorch's on CUDA, resident on a CPU (Linux)."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / MIB
+    ctypes.CDLL(None).malloc_trim(0)  # what is free is given back, so that using it again counts
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is what is resident now
+    before = _resident("VmRSS")
+    call()
+    return _resident("VmHWM") - before
+
+
+def _resident(field: str) -> float:
+    return int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0]) / 1024
+
+
+def largest_error(got, want) -> float:
+    """The largest difference of `got` to `want`, over the largest value of its kind; NaN where one is."""
+    pairs = zip(got, want)  # a provider may know less than the truth: log-probabilities alone
+    return float(torch.stack([(g.double() - w).abs().max() / w.abs().max() for g, w in pairs]).max())
+
+
+def name_of(dtype: torch.dtype, device: str) -> str:
+    """For titles: "float32, CPU"."""
+    return f"{str(dtype).removeprefix('torch.')}, {device_name(device)}"
+
+
+def device_name(device: str) -> str:
+    return torch.cuda.get_device_name() if device == "cuda" else "CPU"
