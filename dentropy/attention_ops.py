@@ -30,9 +30,10 @@ from torch import Tensor
 
 from dentropy.dispatch import kernels_serve
 
-# The plain form takes queries this many at a time: the scores need memory linear in a sequence's length, and short
-# sequences of one length share their operations.
+# The plain form takes a sequence's queries this many at a time, so that scores need memory linear in its length and few
+# are computed to be masked; short sequences of one length share their operations, up to so many tokens.
 QUERY_BLOCK = 128
+TOGETHER = 1024
 
 
 @torch.library.custom_op("dentropy::attention", mutates_args=())
@@ -148,13 +149,13 @@ def plain_attention(primals: Sequence[Tensor], tangents: Sequence[Tensor | None]
 
 
 def _groups_of_one_length(lengths: list[int]) -> Iterator[tuple[list[int], int]]:
-    """(where the sequences begin, their length), at most about QUERY_BLOCK tokens at a time."""
+    """(where the sequences begin, their length), at most about TOGETHER tokens at a time."""
     starts: dict[int, list[int]] = {}
     for start, n in zip(accumulate(lengths, initial=0), lengths):
         if n > 0:
             starts.setdefault(n, []).append(start)
     for n, places in starts.items():
-        together = max(1, QUERY_BLOCK // n)
+        together = max(1, TOGETHER // n)
         for i in range(0, len(places), together):
             yield places[i : i + together], n
 

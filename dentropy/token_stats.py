@@ -81,7 +81,8 @@ def linear_token_stats(hidden: Tensor, weight: Tensor, targets: Tensor, dhidden:
         temperature, softcap, validate: as in `token_stats`.
         process_group: a torch.distributed group over whose ranks the rows of the head are sharded, in the order of
             the ranks: weight, dweight, bias and dbias hold this rank's rows, their number may differ. Every rank
-            calls with the same hidden, dhidden and targets (in the whole vocabulary) and gets the same result.
+            calls with the same hidden, dhidden and targets (in the whole vocabulary) and with its part of the same
+            tangents, and gets the same result; where one rank's arguments are refused, the others wait for it.
 
     Returns:
         TokenStats of [N] tensors, up to first order; float32, or float64 where any input is.
@@ -109,5 +110,5 @@ def linear_token_stats(hidden: Tensor, weight: Tensor, targets: Tensor, dhidden:
         factors = [None if factor is None else factor.float() for factor in factors]
     hidden, weight, dhidden, dweight = factors
     allow_tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return TokenStats(*kernel(hidden, weight, targets, dhidden, dweight, bias=bias, dbias=dbias, temperature=temperature,
-                              softcap=softcap, allow_tf32=allow_tf32, gather=gather))
+    return TokenStats(*kernel(hidden, weight, targets, dhidden, dweight, bias=bias, dbias=dbias,
+                              temperature=temperature, softcap=softcap, allow_tf32=allow_tf32, gather=gather))

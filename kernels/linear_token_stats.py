@@ -181,7 +181,8 @@ def _states(hidden, weight, targets, dhidden, dweight, bias, dbias, scale, inver
     sources = matrices
     if tma:
         heights = (tile.rows, tile.rows, tile.columns, tile.columns)
-        sources = [TensorDescriptor.from_tensor(matrix, [height, tile.depth]) for matrix, height in zip(matrices, heights)]
+        sources = [TensorDescriptor.from_tensor(matrix, [height, tile.depth])
+                   for matrix, height in zip(matrices, heights)]
     states, at_target = new_states(segments, N, order, hidden.device)
     with torch.cuda.device_of(hidden):
         _linear_states_kernel[(row_blocks * segments,)](

@@ -31,6 +31,7 @@ def closed_form(q, k, v, *, scaling, window=None, softcap=None, sinks=None):
 ], ids=str)
 def test_packed_output_and_tangent_equal_the_closed_form(settings, block, monkeypatch):
     monkeypatch.setattr(attention_ops, "QUERY_BLOCK", block)
+    monkeypatch.setattr(attention_ops, "TOGETHER", block)
     torch.manual_seed(0)
     lengths, heads, kv_heads, size = [1, 11, 6], 4, 2, 8
     total = sum(lengths)
