@@ -83,6 +83,8 @@ def _linear_states_kernel(
     for start in range(first, last, COLUMNS):
         u = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
         d = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+        # An accumulator of its own: two products into one would wait for each other in every step.
+        d_of_head = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
         for k in range(0, D, DEPTH):
             hidden = _block(Hidden, first_row, k, N, D, hidden_row, hidden_column, ROWS, DEPTH, TMA)
             weight = _block(Weight, start, k, V, D, weight_row, weight_column, COLUMNS, DEPTH, TMA)
@@ -92,7 +94,8 @@ def _linear_states_kernel(
                 d = dot(dhidden, weight.T, d, PRECISION)
             if HAS_DWEIGHT:
                 dweight = _block(DWeight, start, k, V, D, dweight_row, dweight_column, COLUMNS, DEPTH, TMA)
-                d = dot(hidden, dweight.T, d, PRECISION)
+                d_of_head = dot(hidden, dweight.T, d_of_head, PRECISION)
+        d += d_of_head
         column = start + tl.arange(0, COLUMNS)[None, :]
         if HAS_BIAS:
             u += tl.load(Bias + column.to(tl.int64) * bias_stride, mask=column < V, other=0.0).to(tl.float32)
