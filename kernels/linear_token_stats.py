@@ -64,6 +64,8 @@ def _linear_states_kernel(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
 ):
     ORDER: tl.constexpr = 1 if HAS_DHIDDEN or HAS_DWEIGHT or HAS_DBIAS else 0
+    # Only a bias can mask. Without one, what lies beyond the vocabulary gets a logit that is finite, without weight.
+    BEYOND: tl.constexpr = float("-inf") if HAS_BIAS else -1e30
     # GROUP blocks of rows on segment 0, the same on segment 1, ...; then the next GROUP.
     first_block = tl.program_id(0) // (GROUP * segments) * GROUP
     blocks = tl.minimum(row_blocks - first_block, GROUP)
@@ -77,6 +79,9 @@ def _linear_states_kernel(
     there = row < N
     target = tl.load(Targets + row * targets_stride, mask=there, other=-1)
     mine = (target >= first) & (target < last)  # a target outside the vocabulary lies in no segment
+    # Few tiles have a target of these rows in them: between the least and the greatest of this segment.
+    least = tl.min(tl.where(mine, target, last))
+    greatest = tl.max(tl.where(mine, target, first - 1))
     state = empty_state(tl.zeros([ROWS, 1], dtype=tl.float32))
     u_target = tl.zeros([ROWS, 1], dtype=tl.float32)
     d_target = tl.zeros([ROWS, 1], dtype=tl.float32)
@@ -103,12 +108,14 @@ def _linear_states_kernel(
             d += tl.load(DBias + column.to(tl.int64) * dbias_stride, mask=column < V, other=0.0).to(tl.float32)
         if SOFTCAP:
             u, d, _ = softcapped(u, d, d, inverse_cap)
-        u = tl.where(column < V, u, float("-inf"))
-        hit = column == target
-        u_target += tl.sum(tl.where(hit, u, 0.0), 1, keep_dims=True)
-        if ORDER == 1:
-            d_target += tl.sum(tl.where(hit, d, 0.0), 1, keep_dims=True)
-        state = merge(state, tile_state(u, d, d, scale, ORDER), scale, ORDER)
+        if start + COLUMNS > V:
+            u = tl.where(column < V, u, BEYOND)
+        if (least < start + COLUMNS) & (greatest >= start):
+            hit = column == target
+            u_target += tl.sum(tl.where(hit, u, 0.0), 1, keep_dims=True)
+            if ORDER == 1:
+                d_target += tl.sum(tl.where(hit, d, 0.0), 1, keep_dims=True)
+        state = merge(state, tile_state(u, d, d, scale, ORDER, HAS_BIAS), scale, ORDER)
 
     rows = N.to(tl.int64)
     store_state(States + segment * n_parts(ORDER) * rows + row, rows, state, there, ORDER)

@@ -36,14 +36,23 @@ def empty_state(TEMPLATE):
 
 
 @triton.jit
-def tile_state(u, d, e, scale, ORDER: tl.constexpr):
-    """The states of a tile of logits u and derivatives d and e (float32), over the axes that `_sum` names."""
+def tile_state(u, d, e, scale, ORDER: tl.constexpr, MASKED: tl.constexpr = True):
+    """The states of a tile of logits u and derivatives d and e (float32), over the axes that `_sum` names.
+
+    MASKED: a logit may be −inf; otherwise all of scale · u is finite, and what masks cost is left out.
+    """
     top = _max(u)
-    # Without the guard an empty tile would give −inf − (−inf) = NaN.
-    x = (u - tl.where(top == float("-inf"), 0.0, top)) * (scale * BITS)
-    masked = x == float("-inf")
-    weight = tl.exp2(x)
-    x = tl.maximum(x, -1e4)  # finite, so that 0 · x is 0
+    if MASKED:
+        # Without the guard an empty tile would give −inf − (−inf) = NaN.
+        x = (u - tl.where(top == float("-inf"), 0.0, top)) * (scale * BITS)
+        masked = x == float("-inf")
+        weight = tl.exp2(x)
+        x = tl.maximum(x, -1e4)  # finite, so that 0 · x is 0
+        d = tl.where(masked, 0.0, d)
+        e = tl.where(masked, 0.0, e)
+    else:
+        x = (u - top) * (scale * BITS)
+        weight = tl.exp2(x)
     total = _sum(weight)
     share = 1.0 / tl.where(total == 0.0, 1.0, total)
     mean_x = _sum(weight * x) * share
@@ -51,7 +60,6 @@ def tile_state(u, d, e, scale, ORDER: tl.constexpr):
     base_d, mean_d, c_xd = zero, zero, zero
     base_e, mean_e, c_dd, c_xe, c_xdd = zero, zero, zero, zero, zero
     if ORDER >= 1:
-        d = tl.where(masked, 0.0, d)
         base_d = _sum(weight * d) * share
         x -= mean_x
         d -= base_d
@@ -59,7 +67,6 @@ def tile_state(u, d, e, scale, ORDER: tl.constexpr):
         mean_d = _sum(weighted_d) * share  # what rounding left of the first mean
         c_xd = _sum(weighted_d * x)
         if ORDER == 2:
-            e = tl.where(masked, 0.0, e)
             base_e = _sum(weight * e) * share
             weighted_e = weight * (e - base_e)
             mean_e = _sum(weighted_e) * share
