@@ -117,7 +117,7 @@ def _attend(state, q, queries, source, low, high, scaling, softcap, window, SIZE
     K, V, head, start, length = source
     for n in range(low, high, BLOCK_N):
         k = load_tile(K, head, start, n, length, BLOCK_N, SIZE, PADDED, MASKED)
-        s = dot(q, k.T, tl.zeros([q.shape[0], BLOCK_N], tl.float32))
+        s = dot(q, k.T, tl.zeros([q.shape[0], BLOCK_N], tl.float32), "ieee")
         if softcap is not None:
             s = softcapped(s, s, s, scaling / softcap)[0] * (softcap * LOG2E)
         else:
@@ -132,7 +132,7 @@ def _attend(state, q, queries, source, low, high, scaling, softcap, window, SIZE
         top = new_top
         total = total * rescale + tl.sum(p, 1)
         v = load_tile(V, head, start, n, length, BLOCK_N, SIZE_V, PADDED_V, MASKED)
-        acc = dot(p.to(v.dtype), v, acc * rescale[:, None])
+        acc = dot(p.to(v.dtype), v, acc * rescale[:, None], "ieee")
     return top, total, acc
 
 

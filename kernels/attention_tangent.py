@@ -43,13 +43,13 @@ def _scores(query, source, form, n, SIZE: tl.constexpr, PADDED: tl.constexpr, BL
     scaling, softcap, window = form
     k = load_tile(K, head, start, n, length, BLOCK_N, SIZE, PADDED, MASKED)
     zeros = tl.zeros([q.shape[0], BLOCK_N], tl.float32)
-    s = dot(q, k.T, zeros)
+    s = dot(q, k.T, zeros, "ieee")
     ds = zeros
     if DQ is not None:
-        ds = dot(dq, k.T, ds)
+        ds = dot(dq, k.T, ds, "ieee")
     if DK is not None:
         dk = load_tile(DK, head, start, n, length, BLOCK_N, SIZE, PADDED, MASKED)
-        ds = dot(q, dk.T, ds)
+        ds = dot(q, dk.T, ds, "ieee")
     if softcap is not None:
         s, ds, _ = softcapped(s, ds, ds, scaling / softcap)
         unit = softcap
@@ -73,10 +73,10 @@ def _add(state, p, ds, reference, source, n, MOVES: tl.constexpr, SIZE_V: tl.con
         v = load_tile(V, head, start, n, length, BLOCK_N, SIZE_V, PADDED_V, MASKED)
         x = (p * (ds - reference[:, None])).to(v.dtype)
         factor += tl.sum(x.to(tl.float32), 1)
-        acc = dot(x, v, acc)
+        acc = dot(x, v, acc, "ieee")
     if DV is not None:
         dv = load_tile(DV, head, start, n, length, BLOCK_N, SIZE_V, PADDED_V, MASKED)
-        acc = dot(p.to(dv.dtype), dv, acc)
+        acc = dot(p.to(dv.dtype), dv, acc, "ieee")
     return acc, factor
 
 

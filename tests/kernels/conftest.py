@@ -32,5 +32,6 @@ def kernels_in_use(request, monkeypatch):
         monkeypatch.setenv("TRITON_INTERPRET", "1")
         for name, size in dict(BLOCK=64, LANES=8, SEGMENT=128).items():
             monkeypatch.setattr(token_stats, name, size)
-        if interpreter_fails() and "[reference" not in request.node.name:
+        interpreted = request.path.name != "test_compilation.py" and "[reference" not in request.node.name
+        if interpreted and interpreter_fails():
             pytest.skip("the interpreter of Triton 3.6 cannot run loops with NumPy 2.4; Triton 3.7 can")
