@@ -131,6 +131,9 @@ def plain_attention(primals: Sequence[Tensor], tangents: Sequence[Tensor | None]
     """Output [total, H, Dv] and its tangent (None where `tangents` is), in PyTorch arithmetic that autograd and
     torch.func go through. Sequences of one length are computed together."""
     device = primals[0].device
+    if len(primals[0]) == 0:  # no sequence has a token
+        out, dout = (primals[0].new_empty(0, primals[0].shape[1], primals[2].shape[-1]) for _ in range(2))
+        return out, None if tangents is None else dout
     pieces, order = [], []
     for places, n in _groups_of_one_length(cu_seqlens.diff().tolist()):
         rows = torch.tensor(places, device=device)[:, None] + torch.arange(n, device=device)

@@ -185,7 +185,7 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: tor
 
     PyTorch's packed flash attention does it where it can, the kernel above everything else.
     """
-    if _flash_attention_serves(q, v, softcap, sinks):
+    if _flash_attention_serves(q, v, cu_seqlens, softcap, sinks):
         cu_seqlens = cu_seqlens.to(torch.int32)
         # Its window counts the keys before the query's own. PyTorch 2.11 and 2.13 both take these arguments;
         # varlen_attn, which does the same, wants enable_gqa in 2.13 and does not know it in 2.11.
@@ -197,10 +197,11 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: tor
     return packed_attention(q, k, v, cu_seqlens, scaling=scaling, window=window, softcap=softcap, sinks=sinks)
 
 
-def _flash_attention_serves(q, v, softcap, sinks) -> bool:
+def _flash_attention_serves(q, v, cu_seqlens, softcap, sinks) -> bool:
     return (q.is_cuda and torch.backends.cuda.is_flash_attention_available() and softcap is None
             and sinks is None and q.dtype in (torch.float16, torch.bfloat16) and len(q) > 0
             and q.shape[-1] == v.shape[-1] <= 256 and q.shape[-1] % 8 == 0
+            and len(cu_seqlens) - 1 <= 65535  # its grid's second dimension counts sequences
             and torch.cuda.get_device_capability(q.device) >= (8, 0))
 
 
@@ -212,9 +213,9 @@ def packed_attention(q, k, v, cu_seqlens, *, scaling, window=None, softcap=None,
     block_m, block_n, warps, stages = configuration(q, v, CONFIGURATIONS)
     with torch.cuda.device_of(q):
         _attention_kernel[grid(q, cu_seqlens, block_m)](
-            *(strided(x) for x in (q, k, v, out)), lse, sinks, cu_seqlens, len(cu_seqlens) - 1, tokens, H,
-            k.shape[1], scaling, softcap, window, **sizes(q, v), BLOCK_M=block_m, BLOCK_N=block_n,
-            num_warps=warps, num_stages=stages)
+            *(strided(x) for x in (q, k, v, out)), lse, last_contiguous(sinks), cu_seqlens,
+            len(cu_seqlens) - 1, tokens, H, k.shape[1], scaling, softcap, window, **sizes(q, v),
+            BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps, num_stages=stages)
     return out, lse
 
 
@@ -248,5 +249,5 @@ def strided(x: torch.Tensor | None) -> tuple[torch.Tensor, int, int] | None:
     return x, tl.constexpr(row_stride), x.stride(1)
 
 
-def last_contiguous(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+def last_contiguous(x: torch.Tensor | None) -> torch.Tensor | None:
+    return x if x is None or x.stride(-1) == 1 else x.contiguous()

@@ -22,8 +22,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention import (LOG2E, configuration, grid, key_blocks, load_tile, query_block, seen, sizes, store_tile,
-                        strided)
+from .attention import (LOG2E, configuration, grid, key_blocks, last_contiguous, load_tile, query_block, seen,
+                        sizes, store_tile, strided)
 from .products import dot
 from .softcap import softcapped
 
@@ -161,7 +161,7 @@ def attention_tangent(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dq: tor
     block_m, block_n, warps, stages = configuration(q, v, CONFIGURATIONS)
     with torch.cuda.device_of(q):
         _attention_tangent_kernel[grid(q, cu_seqlens, block_m)](
-            *(strided(x) for x in (q, k, v, out, dq, dk, dv, dout)), lse, sinks, dsinks, cu_seqlens,
-            len(cu_seqlens) - 1, tokens, H, k.shape[1], scaling, softcap, window, **sizes(q, v),
-            BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps, num_stages=stages)
+            *(strided(x) for x in (q, k, v, out, dq, dk, dv, dout)), lse, last_contiguous(sinks),
+            last_contiguous(dsinks), cu_seqlens, len(cu_seqlens) - 1, tokens, H, k.shape[1], scaling, softcap,
+            window, **sizes(q, v), BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps, num_stages=stages)
     return dout

@@ -76,6 +76,15 @@ def test_a_tangent_on_one_input_alone_is_enough(moving):
     torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("bounds", [[0], [0, 0, 0]], ids=str)
+def test_no_tokens_give_no_output(bounds):
+    q, k, v = (torch.randn(0, *shape) for shape in ((4, 8), (2, 8), (2, 6)))
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
+    out, dout = attention_ops.attention_with_tangent((q, k, v), (q, None, v), cu_seqlens, 0, scaling=0.3)
+    assert out.shape == dout.shape == (0, 4, 6)
+    assert attention_ops.attention(q, k, v, cu_seqlens, 0, 0.3)[0].shape == (0, 4, 6)
+
+
 def test_without_tangents_it_is_plain_and_differentiable():
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 3, 7, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))

@@ -7,6 +7,7 @@ import torch
 from dentropy.kernels import attention as primal
 from dentropy.kernels import attention_tangent as tangent
 from models import random_batch, random_direction, random_model
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dentropy
 from dentropy import attention_ops
@@ -121,8 +122,9 @@ def test_short_and_empty_sequences(lengths, window):
     assert_as_accurate_as_plain_pytorch(*draw(lengths, (1, 1)), window=window)
 
 
-def test_no_tokens():
-    out, lse, dout = run(*draw((0, 0)))
+@pytest.mark.parametrize("lengths", [(), (0, 0)], ids=str)
+def test_no_tokens(lengths):
+    out, lse, dout = run(*draw(lengths))
     assert out.shape == dout.shape == (0, 2, 16) and lse.shape == (2, 0)
 
 
@@ -154,6 +156,12 @@ def test_any_strides():
     for primals, tangents in ((fused, heads_first), (columns_apart, (dq, *heads_first[1:]))):
         got = run((*primals, *nothing), (*tangents, *nothing), cu_seqlens.long())
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_sinks_of_any_strides():
+    (*qkv, sinks), (*dqkv, dsinks), cu_seqlens = draw((5, 70), sinks=True)
+    apart = torch.stack([sinks, 7 * sinks], 1)[:, 0]
+    assert_as_accurate_as_plain_pytorch((*qkv, apart), (*dqkv, dsinks[:1].expand(2)), cu_seqlens)
 
 
 @pytest.mark.parametrize("settings", [dict(), dict(window=40)], ids=str)
@@ -249,6 +257,25 @@ def test_flash_attention_serves_and_fits_the_tangent(dtype, window):
     out, lse = primal.attention(q, k, v, cu_seqlens, 4096, scaling=scaling_of(q), window=window)
     dout = tangent.attention_tangent(q, k, v, *tangents[:3], out, lse, cu_seqlens, scaling=scaling_of(q), window=window)
     assert_as_accurate_as_plain_pytorch(primals, tangents, cu_seqlens, (out, lse, dout), window=window)
+
+
+def test_flash_attention_is_not_asked_for_more_sequences_than_it_takes(monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    with FakeTensorMode():
+        q = torch.empty(70_000, 2, 64, dtype=torch.bfloat16, device="cuda")
+        for sequences, serves in ((65_535, True), (65_536, False)):
+            cu_seqlens = torch.empty(sequences + 1, dtype=torch.int32, device="cuda")
+            assert primal._flash_attention_serves(q, q, cu_seqlens, None, None) is serves
+
+
+@needs_gpu
+def test_more_sequences_than_flash_attention_takes():
+    (q, k, v, _), _, cu_seqlens = draw((1,) * 70_000, heads=(4, 2), dtype=torch.bfloat16)
+    out, lse = primal.attention(q, k, v, cu_seqlens, 1, scaling=0.3)
+    assert torch.equal(out, v.repeat_interleave(2, 1))  # a token that sees itself alone
+    want = 0.3 * (q.double() * k.double().repeat_interleave(2, 1)).sum(-1).T
+    torch.testing.assert_close(lse.double(), want, rtol=1e-5, atol=1e-5)
 
 
 @needs_gpu
