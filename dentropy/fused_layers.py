@@ -2,38 +2,30 @@
 
 Uncompiled, each elementwise operation of a layer with tangents is several passes over memory. A compiler would fuse
 them, but it cannot follow dual tensors: sizes become constants, and rules for tangents are dropped without a word. So
-the layer is traced another way. Reverse mode gives the gradients g(u) = Jᵀu of its output, which are linear in u;
-reverse mode of those, with the tangents ẋ in place of their gradients, gives the gradient of u, which is J ẋ. That
-traces with the number of tokens left open, and what is not needed for J ẋ (all of Jᵀu) is removed from the graph, as
-are the products of parameters that do not move. What remains is primal and tangent in one graph, without any rule of
-differentiation in it, and torch.compile does the rest.
+the layer is traced to plain operations first (`traced_layer`), with the number of tokens left open.
 
 A layer uses a compiled form once its own first result, output and tangent, agreed with that of the uncompiled layer:
 what the key of a form does not tell apart, that does.
 """
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch._dispatch.python import enable_python_dispatcher
 from torch.autograd import forward_ad
-from torch.fx import Graph
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from dentropy import attention
 from dentropy.microbatches import is_out_of_memory
 
 # What tracing and compiling raise: errors of their own, which are RuntimeErrors, and whatever the code of a layer
 # raises that meets sizes without values and tensors without data.
 REFUSALS = (RuntimeError, AssertionError, TypeError, ValueError, AttributeError, LookupError)
 # Attributes that say nothing about what a module computes: those that every module has, and its place.
-NOT_STRUCTURE = {*vars(nn.Module()), "layer_idx", "forward"}
+NOT_STRUCTURE = {*vars(nn.Module()), "layer_idx"}
 
 
 class FusedLayers:
@@ -60,7 +52,7 @@ class FusedLayers:
 
     def _forward(self, layer: "_Layer", *args, **kwargs):
         call = None if torch.is_grad_enabled() else _Call.of(layer, args, kwargs)
-        if call is None or call.has_sizes_of_one():
+        if call is None or call.is_one_token():
             return layer.forward(*args, **kwargs)
         if (layer.place, call.key) not in self._settled:
             return self._first(layer, call, args, kwargs)
@@ -135,6 +127,7 @@ class _Call:
     integers: list[int]
     primals: list[Tensor]  # arguments, then the layer's own tensors
     tangents: list[Tensor | None]
+    open_dims: list[Sequence[int]]  # the dimensions of each that a microbatch may change
     key: tuple
 
     @classmethod
@@ -147,23 +140,25 @@ class _Call:
         duals = map(forward_ad.unpack_dual, (*arguments, *(store[name] for store, name in layer.slots)))
         primals, tangents = map(list, zip(*duals, strict=True))
         primals = [x.detach() for x in primals]  # parameters of any kind and requires_grad are one to the compiler
-        kinds = tuple(Tensor if isinstance(leaf, Tensor) else int if type(leaf) is int else _value(leaf)
+        kinds = tuple(Tensor if isinstance(leaf, Tensor) else int if _is_open(leaf) else _value(leaf)
                       for leaf in leaves)
         n = len(arguments)
+        open_dims = [_open_dims(x, primals[0]) for x in primals[:n]]
         key = (layer.structure, spec, kinds, masks, primals[0].device,
-               *((x.ndim, x.is_contiguous(), x.dtype) for x in primals[:n]),
+               *((x.ndim, x.shape[len(dims):], x.is_contiguous(), x.dtype) for x, dims in zip(primals, open_dims)),
                *(None if t is None else t.is_contiguous() for t in tangents[:n]),
                *((x.shape, x.stride(), x.dtype) for x in primals[n:]),
                *(None if t is None else t.stride() for t in tangents[n:]))
-        return cls(layer, leaves, spec, [leaf for leaf in leaves if type(leaf) is int], primals, tangents, key)
+        return cls(layer, leaves, spec, [leaf for leaf in leaves if _is_open(leaf)], primals, tangents,
+                   [*open_dims, *[()] * len(layer.slots)], key)
 
     @property
     def dtype(self) -> torch.dtype:
         return self.primals[0].dtype
 
-    def has_sizes_of_one(self) -> bool:
-        """A single token, or none but sequences of one: a compiler takes 1 for a constant, here for once."""
-        return self.primals[0].shape[-2] == 1 or min(self.integers, default=2) < 2
+    def is_one_token(self) -> bool:
+        """A compiler takes a size of 1 for a constant, here for once."""
+        return self.primals[0].shape[-2] == 1
 
     def versions(self) -> list[int]:
         return [x._version for x in self.primals]
@@ -171,7 +166,7 @@ class _Call:
     def check_unchanged(self, before: list[int], args: tuple, kwargs: dict) -> None:
         """RuntimeError where the uncompiled layer did more than return something, or ran more than its own code."""
         leaves, spec = tree_flatten((args, kwargs))
-        same = all(a is b for a, b in zip(leaves, self.leaves) if b is not None and not isinstance(b, int))
+        same = all(a is b for a, b in zip(leaves, self.leaves) if isinstance(b, Tensor))
         if spec != self.spec or not same or self.versions() != before:
             raise RuntimeError("it changes its arguments or its buffers")
         if any(module._forward_hooks or module._forward_pre_hooks
@@ -190,60 +185,19 @@ class _Call:
         where = [i for i, leaf in enumerate(leaves) if leaf is not None]
         if len(where) != 1 or not isinstance(leaves[where[0]], Tensor):
             raise RuntimeError(f"it returns {len(where)} values, expected one tensor")
-        n_arguments = len(self.primals) - len(self.layer.slots)
-        for x in (*self.primals[n_arguments:], *self.tangents[n_arguments:]):
-            if x is not None:
-                torch._dynamo.mark_static(x)  # a layer's own tensors have one shape; kernels may be made for it
-        compiled = torch.compile(self.trace(), dynamic=True)
-        return _Form(compiled, returns, len(leaves), where[0])
+        from dentropy.traced_layer import trace  # torch.compile's modules load on first use
 
-    def trace(self):
-        """The graph (integers, primals, tangents that are not None) -> output and its tangent."""
-        from torch._dynamo.source import ConstantSource
-        from torch._subclasses.fake_tensor import FakeTensorMode
-        from torch.fx.experimental.symbolic_shapes import ShapeEnv
+        graph = trace(self.apply, self.integers, self.primals, self.tangents, self.open_dims)
+        for x, t, open_dims in zip(self.primals, self.tangents, self.open_dims, strict=True):
+            fixed = [i for i in range(x.ndim) if i not in open_dims]
+            for tensor in (x,) if t is None else (x, t):  # of this call, not the model's: kernels may be made for them
+                torch._dynamo.mark_static(tensor, fixed)
+        return _Form(torch.compile(graph, dynamic=True), returns, len(leaves), where[0])
 
-        sizes = ShapeEnv(duck_shape=False)
-        fake = FakeTensorMode(shape_env=sizes)
-
-        def open_sizes(x, name):
-            return None if x is None else fake.from_tensor(x, source=ConstantSource(name))
-
-        def fixed_sizes(x):
-            return None if x is None else fake.from_tensor(x, static_shapes=True)
-
-        n = len(self.primals) - len(self.layer.slots)
-        integers = [open_sizes(torch.empty(value, device="meta"), f"integer{i}").shape[0]
-                    for i, value in enumerate(self.integers)]
-        primals, tangents = ([open_sizes(x, f"{name}{i}") for i, x in enumerate(xs[:n])] + [*map(fixed_sizes, xs[n:])]
-                             for name, xs in (("primal", self.primals), ("tangent", self.tangents)))
-        moves = [t is not None for t in tangents]
-        with fake, enable_python_dispatcher(), attention.transposing():
-            graph = make_fx(partial(self._output_and_tangent, moves))(
-                integers, primals, [t for t in tangents if t is not None])
-        _check_open(sizes, primals[0].shape[-2])
-        _read_sizes_once(graph.graph)
-        graph.graph.eliminate_dead_code()
-        graph.recompile()
-        return graph
-
-    def _output_and_tangent(self, moves: list[bool], integers, primals, tangents) -> tuple[Tensor, Tensor | None]:
-        inputs = [torch.ops.aten.alias(primal) for primal in primals]
-        moving = [x.requires_grad_() for x, moves_ in zip(inputs, moves, strict=True) if moves_]
-        with torch.enable_grad():
-            out, = [x for x in tree_flatten(self._apply(integers, inputs))[0] if isinstance(x, Tensor)]
-            if not out.requires_grad:
-                return out, None
-            u = torch.zeros_like(out, requires_grad=True)
-            gradients = torch.autograd.grad(out, moving, u, create_graph=True, allow_unused=True)
-            used = [(g, t) for g, t in zip(gradients, tangents, strict=True) if g is not None]
-            tangent, = torch.autograd.grad([g for g, _ in used], u, [t for _, t in used])
-        return out, tangent
-
-    def _apply(self, integers, inputs):
-        """The layer on other integers and tensors, arguments and its own."""
+    def apply(self, integers: list[int], inputs: list[Tensor]) -> Tensor:
+        """What the layer returns on other integers and tensors, arguments and its own."""
         integers, tensors = iter(integers), iter(inputs)
-        leaves = [next(tensors) if isinstance(leaf, Tensor) else next(integers) if type(leaf) is int else leaf
+        leaves = [next(tensors) if isinstance(leaf, Tensor) else next(integers) if _is_open(leaf) else leaf
                   for leaf in self.leaves]
         args, kwargs = tree_unflatten(leaves, self.spec)
         slots = self.layer.slots
@@ -251,35 +205,27 @@ class _Call:
         try:
             for (store, name), tensor in zip(slots, tensors, strict=True):
                 store[name] = tensor
-            return self.layer.forward(*args, **kwargs)
+            out, = [x for x in tree_flatten(self.layer.forward(*args, **kwargs))[0] if isinstance(x, Tensor)]
+            return out
         finally:
             for (store, name), tensor in zip(slots, own, strict=True):
                 store[name] = tensor
 
 
+def _open_dims(x: Tensor, hidden: Tensor) -> range:
+    """The dimensions of an argument that a microbatch may change. Not the features of [..., tokens, features]."""
+    has_features = 2 <= x.ndim <= 3 and x.shape[-2] == hidden.shape[-2] and (x.is_floating_point() or x.is_complex())
+    return range(x.ndim - has_features)
+
+
+def _is_open(leaf) -> bool:
+    """Whether an argument is an integer that a microbatch may change; 0 and 1 are switches, or as good as."""
+    return type(leaf) is int and leaf > 1
+
+
 def _no_size_stands_for_another():
     """Dimensions that happen to be equal now must not be taken for one."""
     return torch.fx.experimental._config.patch(use_duck_shape=False)
-
-
-def _check_open(sizes, n_tokens) -> None:
-    """RuntimeError where the graph holds for some numbers of tokens only."""
-    if not isinstance(n_tokens, torch.SymInt) or not n_tokens.node.expr.free_symbols:
-        raise RuntimeError("it is made for one number of tokens")
-    for guard in sizes.guards:
-        if sizes.simplify(guard.expr) != True:  # noqa: E712 (an expression)
-            raise RuntimeError(f"its operations depend on sizes ({guard.expr})")
-
-
-def _read_sizes_once(graph: Graph) -> None:
-    """Where first known, among the primals: a size read off Jᵀu would keep that in the graph."""
-    known = {}
-    for node in graph.nodes:
-        value = node.meta.get("val")
-        if isinstance(value, torch.SymInt):
-            first = known.setdefault(value.node.expr, node)
-            if first is not node:
-                node.replace_all_uses_with(first)
 
 
 def _structure(layer: nn.Module) -> tuple:
@@ -297,6 +243,8 @@ def _value(x):
         return tuple(map(_value, x))
     if isinstance(x, dict):
         return tuple((_value(key), _value(value)) for key, value in x.items())
+    if isinstance(x, partial):
+        return _value((x.func, x.args, x.keywords))
     return id(x)
 
 

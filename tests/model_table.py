@@ -4,6 +4,7 @@ import logging
 import warnings
 from collections import defaultdict
 from functools import partial
+from unittest import mock
 
 import numpy as np
 from models import CONFIGS, random_batch, random_direction, random_model, with_lora
@@ -52,7 +53,28 @@ def nested(policy: Policy) -> str:
     return "yes"
 
 
-COLUMNS = {"packed rows": packed, "head": head, "second order by differences": by_differences, "nested": nested}
+def compiled(policy: Policy) -> str:
+    """Whether layers go into a graph, and come out of it as they do uncompiled. What compiles it is torch.compile."""
+    def interpreted(graph, **_settings):
+        graph.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+        graph.recompile()
+        return graph
+
+    with warnings.catch_warnings(record=True) as said, mock.patch("torch.compile", interpreted):
+        warnings.simplefilter("always")
+        try:
+            measure(Policy(policy.model, compile_layers=True), random_batch(), random_direction(policy.model))
+        except ValueError:
+            return "refused"
+    reasons = [str(warning.message) for warning in said if "goes on uncompiled" in str(warning.message)]
+    if not reasons:
+        return "yes"
+    assert all("data-dependent" in reason or "number of tokens" in reason for reason in reasons), reasons
+    return "no: routing depends on values" if "data-dependent" in reasons[0] else "no"
+
+
+COLUMNS = {"packed rows": packed, "head": head, "second order by differences": by_differences, "nested": nested,
+           "compiled layers": compiled}
 
 
 def markdown() -> str:
