@@ -152,7 +152,7 @@ def weights(content: dict):
     if spread > 0:
         top.set_yscale("symlog", linthresh=10.0 ** math.floor(math.log10(spread)))
         top.yaxis.set_major_formatter("{x:g}")
-    top.set_ylabel("log-weight (nats)")
+    top.set_ylabel("log-weight (nats; logarithmic away from 0)")
     top.legend(loc="upper center", bbox_to_anchor=(0.5, -0.02), ncols=4, frameon=False, fontsize=9)
     bottom.plot(steps, ess, "o-", color=MEASURED, ms=5, lw=1.2)
     bottom.set_ylim(0, 105)

@@ -38,7 +38,7 @@ def sample(
     one machine and one `batch_size`), and the global random state is left as it was.
 
     Returns a batch of len(prompts)·per_prompt rollouts in the order of the prompts; `group` is the prompt's
-    index. Raises ValueError for prompts that are empty or have ids outside the vocabulary, a temperature that
+    index, also where prompts are equal: each is a draw of its own. Raises ValueError for prompts that are empty or have ids outside the vocabulary, a temperature that
     is not positive, counts below 1, and more new tokens than the policy has positions for.
 
     Example:

@@ -8,8 +8,22 @@ def summary(content: dict) -> str:
     parts = [_head(content), _slopes(content), _changes(content), _verdicts(content)]
     if content["fresh_check"] is not None:
         parts.append(_fresh(content["fresh_check"], content["measured"]))
-    parts.append(_audit(content["audit"], content["not_finite"]))
+    parts.append(_audit(content["audit"]))
+    if warnings(content):
+        parts.append("\n".join(["Warnings", *(f"  {text}" for text in warnings(content))]))
     return "\n\n".join(parts)
+
+
+def warnings(content: dict) -> list[str]:
+    """All warnings of the run, each once, with what it is about."""
+    found = list(content["audit"]["warnings"])
+    named = [(f"{row['estimator']} slope", row) for row in content["slope"]]
+    named += [("curvature", content.get("curvature")), ("η*", content.get("trust"))]
+    named += [(f"ΔH at η = {row['eta']:.3g}", row) for row in content["measured"]]
+    for name, row in named:
+        found += [f"{name}: {text}" for text in (row or {}).get("warnings") or []]
+    found += [f"{path} is {value}" for path, value in (content.get("not_finite") or {}).items()]
+    return list(dict.fromkeys(found))
 
 
 def _head(content: dict) -> str:
@@ -37,8 +51,7 @@ def _slopes(content: dict) -> str:
     )
     head = ("estimator", "slope ± SE", "pathwise", "score", "length correction")
     title = "Slope of the entropy at η = 0, in nats per token per unit of η"
-    doubts = dict.fromkeys(f"warning: {w}" for s in slopes for w in s["warnings"])
-    return "\n".join([title, *_aligned(head, rows), *_reach(content), *_reasons(slopes), *doubts])
+    return "\n".join([title, *_aligned(head, rows), *_reach(content), *_reasons(slopes)])
 
 
 def _reach(content: dict) -> list[str]:
@@ -94,18 +107,15 @@ def _fresh(fresh: dict, measured: list[dict]) -> str:
     return "\n".join([title, *_aligned(("", "ΔH ± SE"), rows)])
 
 
-def _audit(audit: dict, not_finite: dict[str, str]) -> str:
+def _audit(audit: dict) -> str:
     z = {name: check["z"] for name, check in audit["on_policy"].items() if check is not None}
     scores = ", ".join(
         f"{name} z = " + ("undefined" if value is None else f"{value:.1f}") for name, value in z.items()
     )
-    lines = [
+    return (
         f"Audit: {audit['rollouts_used']:,} of {audit['rollouts_expected']:,} rollouts and "
         f"{audit['tokens_used']:,} of {audit['tokens_expected']:,} tokens used; on policy: {scores}"
-    ]
-    lines += [f"warning: {warning}" for warning in audit["warnings"]]
-    lines += [f"warning: {path} is {value}" for path, value in not_finite.items()]
-    return "\n".join(lines)
+    )
 
 
 def _number(value: float | None, form: str = "{: .3e}") -> str:

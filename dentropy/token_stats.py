@@ -82,7 +82,8 @@ def linear_token_stats(hidden: Tensor, weight: Tensor, targets: Tensor, dhidden:
         process_group: a torch.distributed group over whose ranks the rows of the head are sharded, in the order of
             the ranks: weight, dweight, bias and dbias hold this rank's rows, their number may differ. Every rank
             calls with the same hidden, dhidden and targets (in the whole vocabulary) and with its part of the same
-            tangents, and gets the same result; where one rank's arguments are refused, the others wait for it.
+            tangents, and gets the same result. Where only some ranks' arguments are refused, the others hang until
+            the group's timeout.
 
     Returns:
         TokenStats of [N] tensors, up to first order; float32, or float64 where any input is.

@@ -1,4 +1,3 @@
-import dataclasses
 import gc
 import warnings
 import weakref

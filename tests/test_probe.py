@@ -159,7 +159,7 @@ def test_an_off_policy_batch_is_called_one(policy, batch, direction):
     flat = PackedBatch.from_lists([[5]] * 40, np.random.default_rng(0).integers(3, 40, (40, 12)).tolist())
     found = probe(policy, flat, direction, [STEP])
     assert any("logp + entropy" in warning for warning in found.audit.warnings)
-    assert "warning: logp + entropy" in found.summary()
+    assert "Warnings\n  logp + entropy" in found.summary()
 
 
 class TestFreshCheck:

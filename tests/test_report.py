@@ -557,7 +557,7 @@ def test_warnings_of_every_kind_are_listed_and_announced():
     run["measured"][1]["warnings"] = ["curved"]
     found = page(run)
     assert [e["text"] for e in found.all("li", within="audit")] == [
-        "off policy", "causal slope: few groups", "curvature: one dominates", "ΔH at η = 5e-5: curved"
+        "off policy", "causal slope: few groups", "curvature: one dominates", "ΔH at η = 5e-05: curved"
     ]  # fmt: skip
     (link,) = found.all("a")
     assert link["text"].startswith("4 warnings") and link["attrs"]["href"] == "#audit"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -53,9 +53,9 @@ class Statistic:
     jackknife_reason: str | None
     dof: int | None
     warnings: tuple[str, ...]
-    influence: np.ndarray
-    leave_one_out: np.ndarray | None
-    group: np.ndarray
+    influence: np.ndarray = field(repr=False)
+    leave_one_out: np.ndarray | None = field(repr=False)
+    group: np.ndarray = field(repr=False)
     prompts: str
     per: str
 
@@ -96,7 +96,7 @@ class Estimate(Statistic):
     estimator      which form of the slope was used
     """
 
-    contributions: np.ndarray
+    contributions: np.ndarray = field(repr=False)
     parts: dict[str, float]
     name: str
     estimator: str

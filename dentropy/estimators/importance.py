@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -46,10 +46,10 @@ class ImportanceResult(Statistic):
     max_weight: float
     mean_weight: float
     log_weight_quantiles: dict[str, float]
-    log_weights: np.ndarray
-    contributions: np.ndarray
-    moved_entropy: np.ndarray
-    size: np.ndarray
+    log_weights: np.ndarray = field(repr=False)
+    contributions: np.ndarray = field(repr=False)
+    moved_entropy: np.ndarray = field(repr=False)
+    size: np.ndarray = field(repr=False)
     n: int
 
     @property

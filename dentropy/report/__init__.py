@@ -7,10 +7,11 @@ from importlib.resources import files
 from dentropy.report.answer import answer, comparison, ways
 from dentropy.report.attribution import attribution
 from dentropy.report.changes import changes, reliability
-from dentropy.report.provenance import audit, provenance, warnings
+from dentropy.report.provenance import audit, provenance
 from dentropy.report.rollouts import rollouts as token_by_token
 from dentropy.report.slopes import slopes
 from dentropy.report.tags import Markup, tag
+from dentropy.summary import warnings
 
 # The browser itself refuses whatever the page does not bring along.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"

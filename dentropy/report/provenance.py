@@ -6,6 +6,7 @@ from dentropy.report.numbers import Unit, step_text, with_error
 from dentropy.report.sections import NATS, PER_ETA, digits, section
 from dentropy.report.tables import table
 from dentropy.report.tags import Markup, tag
+from dentropy.summary import warnings
 
 CHECKS = {
     "logp_plus_entropy": "log-probability + entropy (nats)",
@@ -46,18 +47,6 @@ def audit(content: dict) -> Markup:
             table(f"Sums in {NATS} (changes, delta) and {PER_ETA} (slopes)", sums, sum_columns),
         ),
     )
-
-
-def warnings(content: dict) -> list[str]:
-    """All warnings of the run, each once."""
-    found = list(content["audit"]["warnings"])
-    named = [(f"{row['estimator']} slope", row) for row in content["slope"]]
-    named += [("curvature", content.get("curvature")), ("η*", content.get("trust"))]
-    named += [(f"ΔH at η = {step_text(row['eta'])}", row) for row in content["measured"]]
-    for name, row in named:
-        found += [f"{name}: {text}" for text in (row or {}).get("warnings") or []]
-    found += [f"{path} is {value}" for path, value in (content.get("not_finite") or {}).items()]
-    return list(dict.fromkeys(found))
 
 
 def provenance(content: dict) -> Markup:
