@@ -72,5 +72,6 @@ def test_the_head_tied_where_it_is_usually_not_and_untied_where_it_is(name):
     assert_float32_agrees_with_float64(model, MOVES["everything"](model))
 
 
+@pytest.mark.slow
 def test_the_readmes_table_is_what_the_code_finds():
     assert markdown() in (Path(__file__).parents[1] / "README.md").read_text()
