@@ -159,7 +159,7 @@ def linear_token_stats(hidden: torch.Tensor, weight: torch.Tensor, targets: torc
     out = torch.empty(2 + 2 * order, len(hidden), dtype=torch.float32, device=hidden.device)
     for rows in _launches(len(hidden)):
         states, at_target = _states(hidden[rows], weight, targets[rows], None if dhidden is None else dhidden[rows],
-                                    dweight, bias, dbias, scale, inverse_cap, softcap is not None, allow_tf32)
+                                    dweight, bias, dbias, scale, inverse_cap, softcap is not None, allow_tf32, order)
         if gather is not None:
             shards = gather(torch.cat([merge_states(states, order, scale), at_target]))
             states, at_target = shards[:, :-len(at_target)], shards[:, -len(at_target):].sum(0)
@@ -175,11 +175,10 @@ def _launches(rows: int) -> list[slice]:
     return [slice(start, min(start + size, rows)) for start in range(0, rows, max(size, 1))]
 
 
-def _states(hidden, weight, targets, dhidden, dweight, bias, dbias, scale, inverse_cap, softcap,
-            allow_tf32) -> tuple[torch.Tensor, torch.Tensor]:
+def _states(hidden, weight, targets, dhidden, dweight, bias, dbias, scale, inverse_cap, softcap, allow_tf32,
+            order) -> tuple[torch.Tensor, torch.Tensor]:
     """The states of every segment and what is at the targets, as `segments` describes them; one launch."""
     (N, D), V = hidden.shape, len(weight)
-    order = int(any(tangent is not None for tangent in (dhidden, dweight, dbias)))
     matrices = (hidden, hidden if dhidden is None else dhidden, weight, weight if dweight is None else dweight)
     vectors = (targets if bias is None else bias, targets if dbias is None else dbias, targets)
     tile = _tile(hidden, dhidden, dweight, bias, dbias)
