@@ -14,11 +14,16 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from dentropy import attention_ops
+from dentropy.model import attention_ops
 
 # device, sequences, their length, heads, key heads, head size
-CASES = (("cpu", 2, 512, 8, 2, 64), ("cpu", 1, 1024, 8, 2, 64), ("cuda", 8, 1024, 16, 4, 128),
-         ("cuda", 2, 4096, 16, 4, 128), ("cuda", 1, 8192, 16, 4, 128))
+CASES = (
+    ("cpu", 2, 512, 8, 2, 64),
+    ("cpu", 1, 1024, 8, 2, 64),
+    ("cuda", 8, 1024, 16, 4, 128),
+    ("cuda", 2, 4096, 16, 4, 128),
+    ("cuda", 1, 8192, 16, 4, 128),
+)
 TOLERANCE = {torch.float32: 5e-5, torch.bfloat16: 4e-2}
 CHECKED = 64  # queries, the first and the last of the last sequence, that are held against float64
 
@@ -30,9 +35,12 @@ class Inputs:
         torch.manual_seed(0)
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
         self.sequences, self.length, self.scaling = sequences, length, size**-0.5
-        self.primals, self.tangents = zip(*(
-            torch.randn(2, sequences * length, n, size, dtype=dtype, device=device).unbind()
-            for n in (heads, kv_heads, kv_heads)))
+        self.primals, self.tangents = zip(
+            *(
+                torch.randn(2, sequences * length, n, size, dtype=dtype, device=device).unbind()
+                for n in (heads, kv_heads, kv_heads)
+            )
+        )
         self.cu_seqlens = torch.arange(0, sequences * length + 1, length, dtype=torch.int32, device=device)
         self.forward_operations = 2 * length * (length + 1) * sequences * heads * size
 
@@ -61,8 +69,7 @@ def dentropy_tangent(x):
     from dentropy.kernels.attention_tangent import attention_tangent
 
     out, lse = attention(*x.primals, x.cu_seqlens, x.length, scaling=x.scaling)
-    return lambda x: (out, attention_tangent(*x.primals, *x.tangents, out, lse, x.cu_seqlens,
-                                             scaling=x.scaling))
+    return lambda x: (out, attention_tangent(*x.primals, *x.tangents, out, lse, x.cu_seqlens, scaling=x.scaling))
 
 
 def jvp_of(function, x):
@@ -124,7 +131,16 @@ def test_attention(benchmark, device, sequences, length, heads, kv_heads, size):
     if device == "cuda":
         providers["dentropy, tangent alone"] = Provider(dentropy_tangent(x), tolerance, work=2.5 * forward)
     rows, truth = truth_of(x)
-    compare(benchmark, f"Causal attention, forward and tangent, {sequences} x {length} tokens, heads {heads}/"
-            f"{kv_heads} of {size}, {str(x.primals[0].dtype).removeprefix('torch.')}, {device_name(device)}",
-            providers, (x,), lambda output: largest_error([part[rows] for part in output], truth),
-            device=device, work=3.5 * forward, unit="TFLOP/s", reference="dentropy", headline=length == 4096)
+    compare(
+        benchmark,
+        f"Causal attention, forward and tangent, {sequences} x {length} tokens, heads {heads}/"
+        f"{kv_heads} of {size}, {str(x.primals[0].dtype).removeprefix('torch.')}, {device_name(device)}",
+        providers,
+        (x,),
+        lambda output: largest_error([part[rows] for part in output], truth),
+        device=device,
+        work=3.5 * forward,
+        unit="TFLOP/s",
+        reference="dentropy",
+        headline=length == 4096,
+    )

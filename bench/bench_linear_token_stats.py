@@ -17,8 +17,12 @@ from torch.func import jvp
 
 from dentropy import linear_token_stats, token_stats
 
-CASES = (("cpu", torch.float32, 512, 32768, 256), ("cuda", torch.bfloat16, 8192, 151936, 4096),
-         ("cuda", torch.bfloat16, 8192, 151936, 1536), ("cuda", torch.float32, 8192, 151936, 1536))
+CASES = (
+    ("cpu", torch.float32, 512, 32768, 256),
+    ("cuda", torch.bfloat16, 8192, 151936, 4096),
+    ("cuda", torch.bfloat16, 8192, 151936, 1536),
+    ("cuda", torch.float32, 8192, 151936, 1536),
+)
 MOVES = ("nothing moves", "hidden states move", "hidden states and head move")
 CHUNK = 2048  # rows; at V = 151,936 their float32 logits take 1.2 GB
 FLOAT32, ROUNDED = 5e-5, 5e-2  # tolerances: float32 logits; logits rounded to bfloat16 on the way
@@ -35,6 +39,7 @@ def product(a, b):
 
 def through_logits(stats_of):
     """Chunks of float32 logits and their derivative, each handed to `stats_of`."""
+
     def provider(hidden, weight, targets, dhidden=None, dweight=None):
         parts = []
         for start in range(0, len(hidden), CHUNK):
@@ -44,6 +49,7 @@ def through_logits(stats_of):
                 derivative[0] += product(hidden[rows], dweight)
             parts.append(stats_of(product(hidden[rows], weight), targets[rows], *derivative))
         return [torch.cat(column) for column in zip(*parts) if column[0] is not None]
+
     return provider
 
 
@@ -127,8 +133,16 @@ def test_linear_token_stats(benchmark, device, dtype, rows, vocabulary, depth, m
     targets = torch.randint(vocabulary, (rows,), device=device)
     inputs = (hidden, weight, targets, *(dhidden, dweight)[:moves])
     checked, truth = truth_of(*inputs)
-    compare(benchmark, f"Token statistics from hidden states, {MOVES[moves]}, N {rows}, V {vocabulary}, "
-            f"D {depth}, {name_of(dtype, device)}", providers_of(moves, dtype), inputs,
-            lambda output: largest_error([x[checked] for x in output], truth), device=device,
-            work=2 * rows * vocabulary * depth * (1 + moves), unit="TFLOP/s", reference="the products alone",
-            headline=moves == 2 and depth != 1536)
+    compare(
+        benchmark,
+        f"Token statistics from hidden states, {MOVES[moves]}, N {rows}, V {vocabulary}, "
+        f"D {depth}, {name_of(dtype, device)}",
+        providers_of(moves, dtype),
+        inputs,
+        lambda output: largest_error([x[checked] for x in output], truth),
+        device=device,
+        work=2 * rows * vocabulary * depth * (1 + moves),
+        unit="TFLOP/s",
+        reference="the products alone",
+        headline=moves == 2 and depth != 1536,
+    )

@@ -27,12 +27,30 @@ from torch.func import functional_call, jvp
 import dentropy
 
 MODELS = {
-    "57M": dict(vocab_size=49152, hidden_size=512, num_hidden_layers=8, num_attention_heads=8,
-                num_key_value_heads=4, intermediate_size=2048),
-    "0.5B": dict(vocab_size=151936, hidden_size=896, num_hidden_layers=24, num_attention_heads=14,
-                 num_key_value_heads=2, intermediate_size=4864),
-    "1.5B": dict(vocab_size=151936, hidden_size=1536, num_hidden_layers=28, num_attention_heads=12,
-                 num_key_value_heads=2, intermediate_size=8960),
+    "57M": dict(
+        vocab_size=49152,
+        hidden_size=512,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        intermediate_size=2048,
+    ),
+    "0.5B": dict(
+        vocab_size=151936,
+        hidden_size=896,
+        num_hidden_layers=24,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        intermediate_size=4864,
+    ),
+    "1.5B": dict(
+        vocab_size=151936,
+        hidden_size=1536,
+        num_hidden_layers=28,
+        num_attention_heads=12,
+        num_key_value_heads=2,
+        intermediate_size=8960,
+    ),
 }
 CASES = [("cpu", "57M", 1024, length) for length in (256, 1024)]
 CASES += [("cuda", name, 8192, length) for name in ("0.5B", "1.5B") for length in (512, 1024, 4096)]
@@ -41,8 +59,7 @@ TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 0.2}  # catches a wrong tangen
 KINDS = {  # of what runs, by parts of names, the first that fits
     "head": ("_linear_states", "_token_states", "_stats_kernel", "_merge_kernel"),
     "attention": ("attention", "flash", "fmha"),
-    "matrix products": ("gemm", "cutlass", "nvjet", "xmma", "cublas", "gemv", "aten::mm", "aten::addmm",
-                        "aten::bmm"),
+    "matrix products": ("gemm", "cutlass", "nvjet", "xmma", "cublas", "gemv", "aten::mm", "aten::addmm", "aten::bmm"),
 }
 
 
@@ -135,8 +152,11 @@ def make_case(name, n_tokens, length, device):
 def truth_of(case):
     """The classic loop on the first rollout in float64; the model's norms and softmax stay float32."""
     double = {name: v.double() for name, v in case.direction.tensors.items()}
-    return classic_loop(case._replace(model=copy.deepcopy(case.model).double(), tokens=case.tokens[:1],
-                                      direction=dentropy.Direction(double)))[:4]
+    return classic_loop(
+        case._replace(
+            model=copy.deepcopy(case.model).double(), tokens=case.tokens[:1], direction=dentropy.Direction(double)
+        )
+    )[:4]
 
 
 def milliseconds_by_kind(call, device):
@@ -175,8 +195,17 @@ def test_pass(benchmark, device, name, n_tokens, length):
     def error_of(output):
         return largest_error([x[:first].to(case.tokens.device) for x in output[:4] if x is not None], truth)
 
-    compare(benchmark, f"Whole pass, first order, {name} Qwen2-shaped, {n_tokens // length} × {length} "
-            f"tokens, {name_of(case.policy.dtype, device)}", providers, (case,), error_of, device=device,
-            reference="plain forward", headline=length == 1024 and name != "0.5B")
+    compare(
+        benchmark,
+        f"Whole pass, first order, {name} Qwen2-shaped, {n_tokens // length} × {length} "
+        f"tokens, {name_of(case.policy.dtype, device)}",
+        providers,
+        (case,),
+        error_of,
+        device=device,
+        reference="plain forward",
+        headline=length == 1024 and name != "0.5B",
+    )
     benchmark.extra_info["providers"]["dentropy"]["ms_by_kind"] = milliseconds_by_kind(
-        lambda: dentropy_pass(case), device)
+        lambda: dentropy_pass(case), device
+    )

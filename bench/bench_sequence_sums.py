@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from dentropy import TokenStats, sequence_sums
-from dentropy.sequence_sums import plain_sequence_sums
+from dentropy.stats.sequence_sums import plain_sequence_sums
 
 CASES = {  # sequences and the range of their lengths
     "cpu": {"short": (100_000, 0, 20), "middling": (1_000, 500, 1_500), "long": (4, 80_000, 100_000)},
@@ -35,8 +35,9 @@ def numpy(stats, ends):
 def plain_pytorch(stats, ends):
     """Segment sums by index_add_, what is left by a running sum; float64, on the device of `stats`."""
     lengths = ends.diff()
-    sequence = torch.repeat_interleave(torch.arange(len(lengths), device=ends.device), lengths,
-                                       output_size=len(stats.logp))
+    sequence = torch.repeat_interleave(
+        torch.arange(len(lengths), device=ends.device), lengths, output_size=len(stats.logp)
+    )
 
     def total(values):
         out = torch.zeros(len(lengths), dtype=torch.float64, device=values.device)
@@ -46,9 +47,16 @@ def plain_pytorch(stats, ends):
     running = entropy.cumsum(0)
     at_end = torch.cat([running.new_zeros(1), running])[ends[1:]]
     tokens_left = ends[1:][sequence] - 1 - torch.arange(len(logp), device=ends.device)
-    columns = (lengths.double(), total(logp), total(entropy), total(dlogp), total(dentropy),
-               total(entropy * dlogp), total((at_end[sequence] - running) * dlogp),
-               total(tokens_left * dlogp))
+    columns = (
+        lengths.double(),
+        total(logp),
+        total(entropy),
+        total(dlogp),
+        total(dentropy),
+        total(entropy * dlogp),
+        total((at_end[sequence] - running) * dlogp),
+        total(tokens_left * dlogp),
+    )
     return dict(zip(NAMES, torch.stack(columns).cpu().numpy()))
 
 
@@ -73,10 +81,15 @@ def assert_right(function, stats, ends):
     """A time is reported for no function that loses digits, on the last sequences of the case itself."""
     columns, ends = function(stats, ends), ends.tolist()
     for i in range(len(ends) - 3, len(ends) - 1):
-        h, d = (value[ends[i]:ends[i + 1]].double().cpu().numpy() for value in (stats.entropy, stats.dlogp))
+        h, d = (value[ends[i] : ends[i + 1]].double().cpu().numpy() for value in (stats.entropy, stats.dlogp))
         left = h[::-1].cumsum()[::-1] - h
-        terms_of = {"entropy": h, "dlogp": d, "entropy_dlogp": h * d, "entropy_to_go": left * d,
-                    "length_to_go": np.arange(len(h))[::-1] * d}
+        terms_of = {
+            "entropy": h,
+            "dlogp": d,
+            "entropy_dlogp": h * d,
+            "entropy_to_go": left * d,
+            "length_to_go": np.arange(len(h))[::-1] * d,
+        }
         for name, terms in terms_of.items():
             slack = 1e-9 * math.fsum(abs(terms))
             assert abs(float(columns[name][i]) - math.fsum(terms)) <= slack, f"{name} of sequence {i}"
@@ -104,5 +117,9 @@ def test_first_order(benchmark, device, case, provider):
 
     benchmark.pedantic(timed, rounds=10, warmup_rounds=2)
     moved = 4 * stats.logp.nbytes + ends.nbytes + 8 * len(NAMES) * sequences
-    benchmark.extra_info.update(bytes_moved=moved, threads=torch.get_num_threads(), torch=torch.__version__,
-                                gigabytes_per_second=moved / benchmark.stats.stats.median / 1e9)
+    benchmark.extra_info.update(
+        bytes_moved=moved,
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+        gigabytes_per_second=moved / benchmark.stats.stats.median / 1e9,
+    )

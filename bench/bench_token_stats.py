@@ -73,11 +73,18 @@ def test_token_stats(benchmark, device, rows, vocabulary, order):
     targets = torch.randint(vocabulary, (rows,), device=device)
     derivatives = [torch.randn_like(logits) for _ in range(order)]
     checked = gate_rows(rows).to(device)
-    truth = forward_mode(*(x[checked].double() if x.is_floating_point() else x[checked]
-                           for x in (logits, targets, *derivatives)))
-    compare(benchmark, f"Token statistics from logits, {ORDERS[order]}, [{rows}, {vocabulary}] "
-            f"{name_of(dtype, device)}",
-            providers_of(order, logits), (logits, targets, *derivatives),
-            lambda output: largest_error([x[checked] for x in output], truth), device=device,
-            work=(1 + order) * logits.nbytes, unit="GB/s", reference="device copy",
-            headline=order == 1 and rows != 512)
+    truth = forward_mode(
+        *(x[checked].double() if x.is_floating_point() else x[checked] for x in (logits, targets, *derivatives))
+    )
+    compare(
+        benchmark,
+        f"Token statistics from logits, {ORDERS[order]}, [{rows}, {vocabulary}] {name_of(dtype, device)}",
+        providers_of(order, logits),
+        (logits, targets, *derivatives),
+        lambda output: largest_error([x[checked] for x in output], truth),
+        device=device,
+        work=(1 + order) * logits.nbytes,
+        unit="GB/s",
+        reference="device copy",
+        headline=order == 1 and rows != 512,
+    )

@@ -17,10 +17,15 @@ def pytest_benchmark_update_machine_info(config, machine_info):
     cpu = machine_info["cpu"]
     machine_info.clear()
     machine_info.update(
-        cpu=cpu.get("brand_raw"), cores=cpu.get("count"), threads=torch.get_num_threads(),
-        gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None, cuda=torch.version.cuda,
-        system=platform.system(), python=platform.python_version(),
-        **{name: version(name) for name in PACKAGES if find_spec(name)})
+        cpu=cpu.get("brand_raw"),
+        cores=cpu.get("count"),
+        threads=torch.get_num_threads(),
+        gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        cuda=torch.version.cuda,
+        system=platform.system(),
+        python=platform.python_version(),
+        **{name: version(name) for name in PACKAGES if find_spec(name)},
+    )
 
 
 def pytest_benchmark_update_commit_info(config, commit_info):

@@ -32,6 +32,7 @@ def closed_form(logits, targets, dlogits=None, d2logits=None):
 
 def forward_mode(logits, targets, dlogits=None, d2logits=None):
     """torch.func.jvp of log_softmax and entropy; nested, along a parabola in logits, at second order."""
+
     def log_prob_and_entropy(z):
         logp = torch.log_softmax(z, -1)
         return logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1)

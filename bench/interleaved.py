@@ -38,9 +38,19 @@ class Provider(NamedTuple):
     work: float | None = None  # where it differs from the case's
 
 
-def compare(benchmark, title: str, providers: dict[str, Provider], inputs: tuple, error_of: Callable, *,
-            device: str, work: float | None = None, unit: str | None = None, reference: str,
-            headline: bool = False) -> None:
+def compare(
+    benchmark,
+    title: str,
+    providers: dict[str, Provider],
+    inputs: tuple,
+    error_of: Callable,
+    *,
+    device: str,
+    work: float | None = None,
+    unit: str | None = None,
+    reference: str,
+    headline: bool = False,
+) -> None:
     """Times `providers` on `inputs` and leaves in extra_info, by provider: median, least and largest time of
     the rounds, peak memory above the inputs, error, rate, and the median of its time relative to the
     `reference` provider's in the same round, with the fraction of the reference's rate that makes.
@@ -65,8 +75,12 @@ def compare(benchmark, title: str, providers: dict[str, Provider], inputs: tuple
     benchmark.group = title
     benchmark.pedantic(one_round, rounds=ROUNDS)
     for name, seconds in rounds.items():
-        rows[name].update(median_ms=1e3 * statistics.median(seconds), min_ms=1e3 * min(seconds),
-                          max_ms=1e3 * max(seconds), calls_per_round=repeats[name])
+        rows[name].update(
+            median_ms=1e3 * statistics.median(seconds),
+            min_ms=1e3 * min(seconds),
+            max_ms=1e3 * max(seconds),
+            calls_per_round=repeats[name],
+        )
         amount = providers[name].work or work
         if amount is not None:
             rows[name]["rate"] = amount / statistics.median(seconds) / {"GB/s": 1e9, "TFLOP/s": 1e12}[unit]
@@ -75,8 +89,16 @@ def compare(benchmark, title: str, providers: dict[str, Provider], inputs: tuple
             rows[name]["times_reference"] = times
             if amount is not None:
                 rows[name]["fraction_of_reference"] = amount / (providers[reference].work or work) / times
-    benchmark.extra_info.update(title=title, device=device, rounds=ROUNDS, work=work, unit=unit,
-                                reference=reference, headline=headline, providers=rows)
+    benchmark.extra_info.update(
+        title=title,
+        device=device,
+        rounds=ROUNDS,
+        work=work,
+        unit=unit,
+        reference=reference,
+        headline=headline,
+        providers=rows,
+    )
 
 
 def _tried(name: str, provider: Provider, call: Callable, error_of: Callable, device: str) -> dict:

@@ -41,8 +41,10 @@ def where(run: dict) -> str:
     machine, commit = run["machine_info"], run["commit_info"]
     on = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
     changes = " with changes" if commit["dirty"] else ""
-    return (f"{on}; PyTorch {machine['torch']}, Triton {machine['triton']}; "
-            f"commit {commit['id'][:7]}{changes}, {run['datetime'][:10]}")
+    return (
+        f"{on}; PyTorch {machine['torch']}, Triton {machine['triton']}; "
+        f"commit {commit['id'][:7]}{changes}, {run['datetime'][:10]}"
+    )
 
 
 def summary(cases: list[dict]) -> str:
@@ -50,8 +52,11 @@ def summary(cases: list[dict]) -> str:
     lines = [["", "dentropy", "", "others"]]
     for case in cases:
         ours = case["providers"]["dentropy"]
-        others = [f"{name}: {figures(row)}" for name, row in case["providers"].items()
-                  if "error" in row and not name.startswith("dentropy")]
+        others = [
+            f"{name}: {figures(row)}"
+            for name, row in case["providers"].items()
+            if "error" in row and not name.startswith("dentropy")
+        ]
         relative = f"{ours['times_reference']:.1f} × {case['reference']}"
         if case["unit"]:
             relative = f"{ours['fraction_of_reference']:.0%} of {case['reference']}"
@@ -75,8 +80,15 @@ def table(case: dict) -> str:
         relative = [f"{row['times_reference']:.2f}"]
         if case["unit"]:
             relative = [rate(row["rate"], case["unit"]), f"{row['fraction_of_reference']:.0%}"]
-        lines.append([name, f"{duration(row['median_ms'])} ({low} to {high})", *relative,
-                      memory(row["peak_mib_above_inputs"]), f"{row['error']:.0e}" if "error" in row else ""])
+        lines.append(
+            [
+                name,
+                f"{duration(row['median_ms'])} ({low} to {high})",
+                *relative,
+                memory(row["peak_mib_above_inputs"]),
+                f"{row['error']:.0e}" if "error" in row else "",
+            ]
+        )
     spent = []
     for name, row in case["providers"].items():
         kinds = [f"{kind} {duration(ms)}" for kind, ms in row.get("ms_by_kind", {}).items()]
@@ -114,8 +126,9 @@ def draw(cases: list[dict], place: str, path: Path) -> None:
 
     ran = [{name: row for name, row in case["providers"].items() if "not_run" not in row} for case in cases]
     heights = [len(rows) + 1.2 for rows in ran]
-    figure, panels = plt.subplots(len(cases), figsize=(8.6, 0.3 * sum(heights) + 0.6), height_ratios=heights,
-                                  layout="constrained", squeeze=False)
+    figure, panels = plt.subplots(
+        len(cases), figsize=(8.6, 0.3 * sum(heights) + 0.6), height_ratios=heights, layout="constrained", squeeze=False
+    )
     for axes, case, rows in zip(panels[:, 0], cases, ran):
         rows = dict(sorted(rows.items(), key=lambda item: item[1]["median_ms"]))
         longest = max(row["median_ms"] for row in rows.values())
@@ -130,8 +143,10 @@ def draw(cases: list[dict], place: str, path: Path) -> None:
         axes.set(xlim=(-0.62 * longest, 1.3 * longest), ylim=(len(rows) - 0.4, -0.6))
         axes.set_title(case["title"], loc="left", fontsize=9.5, color="0.25")
         axes.axis("off")
-    note = (f"Time (median of {cases[0]['rounds']} interleaved rounds), peak memory above the inputs; "
-            f"light bars do less of the work.\n{place}")
+    note = (
+        f"Time (median of {cases[0]['rounds']} interleaved rounds), peak memory above the inputs; "
+        f"light bars do less of the work.\n{place}"
+    )
     figure.supxlabel(note, fontsize=8, color="0.4", x=0.01, ha="left")
     figure.savefig(path, dpi=160)
     plt.close(figure)

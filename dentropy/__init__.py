@@ -1,67 +1,58 @@
 """dentropy: what a weight update does to a language-model policy's entropy, predicted before and measured after.
 
-    rollouts ─ PackedBatch ─► measure(policy, batch, direction, eta=...) ─► SequenceSums ─► slope / curvature / importance
+    rollouts ─ PackedBatch ─► measure(policy, batch, direction) ─► SequenceSums ─► slope / curvature / importance
 
 `measure` alone touches a model; everything statistical is a pure function of the table it leaves.
 """
 
-from dentropy.batch import PackedBatch
-from dentropy.direction import Direction
-from dentropy.estimators import (
-    by_length,
-    by_position,
-    curvature,
-    importance,
-    importance_diagnostics,
-    on_policy_audit,
-    predict,
-    prediction_error,
-    rollouts_needed,
-    slope,
-    token_attribution,
-    trust_range,
-)
-from dentropy.forward_mode import moved_weights
-from dentropy.measure import measure
-from dentropy.noise_floor import noise_floor
-from dentropy.parameter_attribution import parameter_attribution
-from dentropy.policy import Policy
-from dentropy.policy_gradient import policy_gradient_direction
-from dentropy.probe import ProbeResult, probe
-from dentropy.rollout import sample
-from dentropy.sequence_sums import sequence_sums
-from dentropy.tables import SequenceSums, TokenStats
-from dentropy.token_stats import linear_token_stats, token_stats
+from importlib import import_module
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "Direction",
-    "PackedBatch",
-    "Policy",
-    "ProbeResult",
-    "SequenceSums",
-    "TokenStats",
-    "by_length",
-    "by_position",
-    "curvature",
-    "importance",
-    "importance_diagnostics",
-    "linear_token_stats",
-    "measure",
-    "moved_weights",
-    "noise_floor",
-    "on_policy_audit",
-    "parameter_attribution",
-    "policy_gradient_direction",
-    "predict",
-    "prediction_error",
-    "probe",
-    "rollouts_needed",
-    "sample",
-    "sequence_sums",
-    "slope",
-    "token_attribution",
-    "token_stats",
-    "trust_range",
-]
+# Where each public name lives. It is imported at its first use, so that `import dentropy` is cheap.
+_HOMES = {
+    "dentropy.estimators": [
+        "by_length",
+        "by_position",
+        "curvature",
+        "importance",
+        "importance_diagnostics",
+        "on_policy_audit",
+        "predict",
+        "prediction_error",
+        "rollouts_needed",
+        "slope",
+        "token_attribution",
+        "trust_range",
+    ],
+    "dentropy.experiment.probe": ["ProbeResult", "probe"],
+    "dentropy.model.direction": ["Direction"],
+    "dentropy.model.policy": ["Policy"],
+    "dentropy.passes.forward_mode": ["moved_weights"],
+    "dentropy.passes.measure": ["measure"],
+    "dentropy.passes.noise_floor": ["noise_floor"],
+    "dentropy.passes.parameter_attribution": ["parameter_attribution"],
+    "dentropy.passes.policy_gradient": ["policy_gradient_direction"],
+    "dentropy.rollouts.batch": ["PackedBatch"],
+    "dentropy.rollouts.sampling": ["sample"],
+    "dentropy.stats.sequence_sums": ["sequence_sums"],
+    "dentropy.stats.tables": ["SequenceSums", "TokenStats"],
+    "dentropy.stats.token_stats": ["linear_token_stats", "token_stats"],
+    "dentropy": ["reference"],
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = sorted(_HOME_OF)
+
+
+def __getattr__(name: str):
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name == "reference":
+        return import_module("dentropy.reference")
+    value = globals()[name] = getattr(import_module(_HOME_OF[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

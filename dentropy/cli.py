@@ -77,9 +77,7 @@ class _LazyTokenizer:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="dentropy", description="What a weight update does to a language-model policy's entropy."
-    )
+    parser = _Parser(prog="dentropy", description="What a weight update does to a language-model policy's entropy.")
     parser.add_argument("--version", action="version", version=f"dentropy {__version__}")
     commands = parser.add_subparsers(required=True, metavar="{demo,probe,sample,show}")
     _add_demo(commands)
@@ -90,9 +88,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_demo(commands) -> None:
-    command = commands.add_parser(
-        "demo", help="the whole experiment on a small policy that comes with the package"
-    )
+    command = commands.add_parser("demo", help="the whole experiment on a small policy that comes with the package")
     command.add_argument("--out", metavar="DIR", help="run folder (default: the first free dentropy-demo-N)")
     command.add_argument("--seed", type=int, default=0, help="seed of all sampling (default: %(default)s)")
     command.set_defaults(run=_demo)
@@ -100,7 +96,7 @@ def _add_demo(commands) -> None:
 
 def _demo(options) -> None:
     from dentropy.demo.run import load_tokenizer, run
-    from dentropy.results import check_out
+    from dentropy.experiment.results import check_out
 
     check_out(options.out or _free_folder())
     _load_libraries()
@@ -119,21 +115,13 @@ def _free_folder() -> Path:
 def _add_probe(commands) -> None:
     command = commands.add_parser("probe", help="predict and measure the entropy change along an update")
     command.add_argument("--policy", required=True, metavar="DIR_OR_ID", help="model before the update")
-    command.add_argument(
-        "--rollouts", required=True, metavar="FILE", help="JSON lines: rollouts of this policy"
-    )
+    command.add_argument("--rollouts", required=True, metavar="FILE", help="JSON lines: rollouts of this policy")
     update = command.add_mutually_exclusive_group(required=True)
     update.add_argument("--after", metavar="DIR", help="model after the update")
     update.add_argument("--direction", metavar="FILE", help="direction v, as safetensors")
-    update.add_argument(
-        "--update-rollouts", metavar="FILE", help="rewarded rollouts: take their policy gradient"
-    )
-    command.add_argument(
-        "--optimizer", choices=("sgd", "adamw"), help="of --update-rollouts (default: adamw)"
-    )
-    command.add_argument(
-        "--optimizer-state", metavar="FILE", help="its saved state (torch.save of state_dict())"
-    )
+    update.add_argument("--update-rollouts", metavar="FILE", help="rewarded rollouts: take their policy gradient")
+    command.add_argument("--optimizer", choices=("sgd", "adamw"), help="of --update-rollouts (default: adamw)")
+    command.add_argument("--optimizer-state", metavar="FILE", help="its saved state (torch.save of state_dict())")
     command.add_argument(
         "--step-size",
         type=float,
@@ -148,19 +136,31 @@ def _add_probe(commands) -> None:
         metavar="X",
         help=f"where to measure (default: step size times {', '.join(f'{s:g}' for s in DEFAULT_STEPS)})",
     )
+    command.add_argument("--append-eos", action="store_true", help="add the end token to responses given as text")
     command.add_argument(
-        "--append-eos", action="store_true", help="add the end token to responses given as text"
+        "--prompt-set",
+        choices=("random", "fixed"),
+        default="random",
+        help="what error bars are for: prompts drawn at random, or this fixed set (default: %(default)s)",
     )
-    command.add_argument("--prompt-set", choices=("random", "fixed"), default="random",
-                         help="what error bars are for: prompts drawn at random, or this fixed set (default: %(default)s)")
-    command.add_argument("--token-budget", type=_token_budget, default="auto", metavar="auto|N",
-                         help="prompt and response tokens run at a time; memory follows it, results do not (default: auto, "
-                         "what fits on a GPU, 4096 on a CPU)")
-    command.add_argument("--compile-layers", action="store_true",
-                         help="compile decoder layers with their tangents: tens of seconds at first, faster passes on "
-                              "a GPU")
-    command.add_argument("--skip-parameters", action="store_true",
-                         help="leave out the parameters' shares, which need a gradient's memory")
+    command.add_argument(
+        "--token-budget",
+        type=_token_budget,
+        default="auto",
+        metavar="auto|N",
+        help="prompt and response tokens run at a time; memory follows it, results do not (default: auto, "
+        "what fits on a GPU, 4096 on a CPU)",
+    )
+    command.add_argument(
+        "--compile-layers",
+        action="store_true",
+        help="compile decoder layers with their tangents: tens of seconds at first, faster passes on a GPU",
+    )
+    command.add_argument(
+        "--skip-parameters",
+        action="store_true",
+        help="leave out the parameters' shares, which need a gradient's memory",
+    )
     command.add_argument("--out", required=True, metavar="DIR", help="run folder, new or empty")
     _add_model_options(command)
     command.set_defaults(run=_probe)
@@ -179,11 +179,11 @@ def _token_budget(text: str) -> int | str:
 
 
 def _probe(options) -> None:
-    from dentropy.batch import PackedBatch
-    from dentropy.policy import Policy
-    from dentropy.probe import check_etas, n_passes, probe
-    from dentropy.progress import token_bar
-    from dentropy.results import check_out
+    from dentropy.experiment.probe import check_etas, n_passes, probe
+    from dentropy.experiment.progress import token_bar
+    from dentropy.experiment.results import check_out
+    from dentropy.model.policy import Policy
+    from dentropy.rollouts.batch import PackedBatch
 
     out = check_out(options.out)
     if options.step_size is None and options.direction is None:
@@ -200,21 +200,26 @@ def _probe(options) -> None:
     for_report = tokenizer.load_for_the_report()
     parameters = not options.skip_parameters
     with token_bar("passes", batch.n_tokens * n_passes(policy, etas, parameters)) as progress:
-        result = probe(policy, batch, direction, etas, token_budget=options.token_budget, prompts=options.prompt_set,
-                       parameters=parameters, progress=progress)
-    named = {
-        name: getattr(options, name)
-        for name in ("policy", "rollouts", "after", "direction", "update_rollouts")
-    }
+        result = probe(
+            policy,
+            batch,
+            direction,
+            etas,
+            token_budget=options.token_budget,
+            prompts=options.prompt_set,
+            parameters=parameters,
+            progress=progress,
+        )
+    named = {name: getattr(options, name) for name in ("policy", "rollouts", "after", "direction", "update_rollouts")}
     source = {name: str(value) for name, value in named.items() if value is not None}
     _finish(dataclasses.replace(result, source=source), out, for_report)
 
 
 def _direction(options, policy, tokenizer):
-    from dentropy.batch import PackedBatch
-    from dentropy.direction import Direction
-    from dentropy.policy_gradient import policy_gradient_direction
-    from dentropy.progress import token_bar
+    from dentropy.experiment.progress import token_bar
+    from dentropy.model.direction import Direction
+    from dentropy.passes.policy_gradient import policy_gradient_direction
+    from dentropy.rollouts.batch import PackedBatch
 
     if options.after is not None:
         # The folder in its own dtype shows what rounding to bf16 has lost; the float32 model would hide it.
@@ -249,7 +254,9 @@ def _load_state(path: str) -> dict:
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(f"--optimizer-state: {path} is not a file of torch.save") from error
     if not isinstance(state, dict):
-        raise ValueError(f"--optimizer-state: {path} holds a {type(state).__name__}, expected an optimizer's state_dict()")
+        raise ValueError(
+            f"--optimizer-state: {path} holds a {type(state).__name__}, expected an optimizer's state_dict()"
+        )
     return state
 
 
@@ -262,12 +269,12 @@ def _add_sample(commands) -> None:
         metavar="FILE",
         help='JSON lines with "prompt" (text or chat messages) or "prompt_ids"',
     )
+    command.add_argument("--per-prompt", type=int, default=8, metavar="N", help="responses (default: %(default)s)")
     command.add_argument(
-        "--per-prompt", type=int, default=8, metavar="N", help="responses (default: %(default)s)"
-    )
-    command.add_argument(
-        "--max-new-tokens", type=int, metavar="N",
-        help=f"(default: {MAX_NEW_TOKENS}, or what the policy's positions leave behind the longest prompt)"
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help=f"(default: {MAX_NEW_TOKENS}, or what the policy's positions leave behind the longest prompt)",
     )
     command.add_argument("--temperature", type=float, default=1.0, metavar="X", help="(default: %(default)s)")
     command.add_argument("--top-p", type=float, default=1.0, help="off (1.0) is all that is accepted")
@@ -279,9 +286,9 @@ def _add_sample(commands) -> None:
 
 
 def _sample(options) -> None:
-    from dentropy.policy import Policy
-    from dentropy.progress import rollout_bar
-    from dentropy.rollout import read_prompts, sample
+    from dentropy.experiment.progress import rollout_bar
+    from dentropy.model.policy import Policy
+    from dentropy.rollouts.sampling import read_prompts, sample
 
     if options.top_p != 1.0 or options.top_k != 0:
         raise ValueError(
@@ -338,8 +345,8 @@ def _add_show(commands) -> None:
 
 
 def _show(options) -> None:
-    from dentropy.results import load
-    from dentropy.summary import summary
+    from dentropy.experiment.results import load
+    from dentropy.experiment.summary import summary
 
     print(summary(load(options.folder)))
 
@@ -351,9 +358,7 @@ def _finish(result, out: Path, tokenizer) -> None:
 
 
 def _add_model_options(command) -> None:
-    command.add_argument(
-        "--dtype", choices=DTYPES, default="float32", help="of the weights (default: %(default)s)"
-    )
+    command.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default: %(default)s)")
     command.add_argument("--device", help="such as cpu or cuda:0 (default: cuda where there is one)")
 
 
@@ -368,9 +373,7 @@ def _placement(options) -> dict:
     if device is not None and device.type not in ("cpu", "cuda"):
         raise ValueError(f"--device: {options.device}, expected cpu or cuda")
     if device is not None and device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"--device: no {options.device} here, {torch.cuda.device_count()} CUDA devices were found"
-        )
+        raise ValueError(f"--device: no {options.device} here, {torch.cuda.device_count()} CUDA devices were found")
     return {"dtype": getattr(torch, options.dtype), "device": device}
 
 

@@ -1,259 +1,128 @@
-"""The reference: token statistics in plain PyTorch, on any device, in float32 or float64.
+"""The definition: what `dentropy` computes, written down as one would on paper, in float64 if the inputs are.
 
-It is what the Triton kernels are tested against and what runs where they cannot (CPU, float64, second order).
-All six quantities are softmax-weighted moments of the logits z and their derivatives ż and z̈. Rows are taken
-a few at a time, so that the buffers stay in the processor's cache and each moment can have a pass of its own:
-first the means, then the central moments of what is left, so that nothing cancels.
+Nothing here is chunked, fused or fast; it is what the kernels and the plain path are held against. With raw logits u(η)
+whose derivatives at η = 0 are given,
+
+    z = softcap · tanh(u / softcap) / temperature ,      p = softmax(z) ,      a dot is d/dη at η = 0,
+
+the six quantities of a token y are those of `TokenStats`, and a row of `SequenceSums` sums them over a rollout's tokens.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-
+import numpy as np
 import torch
 from torch import Tensor
 
-from dentropy.checks import check_logits
-from dentropy.sequence_sums import plain_sequence_sums as sequence_sums
-from dentropy.tables import TokenStats
-from dentropy.vocabulary_parallel import checked_linear
-
-__all__ = ["token_stats", "linear_token_stats", "sequence_sums"]
-
-# Elements of one chunk buffer. On a CPU the three to five buffers of a chunk should stay in its caches;
-# elsewhere a chunk must be large enough to be worth its kernel launches.
-CPU_CHUNK = 2**19
-DEVICE_CHUNK = 2**24
-# Elements of one chunk of logits made from hidden states: enough rows to run the product at full speed.
-LOGITS_CHUNK = 2**26
-PRODUCT_BLOCK = 2**14
+from dentropy.stats.checks import check_linear, check_logits, check_targets, checked_cu_seqlens, checked_group
+from dentropy.stats.tables import SequenceSums, TokenStats
 
 
-def token_stats(logits: Tensor, targets: Tensor, dlogits: Tensor | None = None,
-                d2logits: Tensor | None = None, *, temperature: float = 1.0, softcap: float | None = None,
-                validate: bool = False) -> TokenStats:
-    """`dentropy.token_stats` in plain PyTorch; the same arguments, results and errors."""
+def token_stats(
+    logits: Tensor,
+    targets: Tensor,
+    dlogits: Tensor | None = None,
+    d2logits: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    validate: bool = False,
+) -> TokenStats:
+    """`dentropy.token_stats` by its formulas: the same arguments, results and errors.
+
+    Example:
+        >>> import torch
+        >>> from dentropy import reference
+        >>> logits, dlogits = torch.zeros(1, 4), torch.tensor([[1.0, 0.0, 0.0, 0.0]])
+        >>> reference.token_stats(logits, torch.tensor([0]), dlogits).dlogp.item()
+        0.75
+    """
     check_logits(logits, targets, dlogits, d2logits, temperature, softcap, validate)
-    return stats_of_logits(logits, targets, dlogits, d2logits, temperature=temperature, softcap=softcap)
+    inside = logits != -torch.inf  # a token outside the vocabulary has p = 0, whatever its derivatives are
+    working = (
+        torch.float64 if torch.float64 in {t.dtype for t in (logits, dlogits, d2logits) if t is not None} else None
+    )
+    u, du, ddu = (None if t is None else t.to(working or torch.float32) for t in (logits, dlogits, d2logits))
+    z, dz, ddz = _transformed(u, du, ddu, temperature, softcap)
+
+    def mean(x: Tensor) -> Tensor:  # E_p[x]  [N, 1]
+        return torch.where(inside, p * x, 0.0).sum(-1, keepdim=True)
+
+    def at_target(x: Tensor) -> Tensor:  # x_y  [N]
+        return x.gather(-1, targets.long()[:, None])[:, 0]
+
+    logp = torch.log_softmax(z, -1)
+    p = logp.exp()
+    h = -mean(logp)
+    stats = TokenStats(at_target(logp), h[:, 0])
+    if dz is None:
+        return stats
+    x = logp + h  # z − E z
+    d = dz - mean(dz)  # ż − E ż
+    stats = stats._replace(dlogp=at_target(d), dentropy=-mean(x * d)[:, 0])
+    if ddz is None:
+        return stats
+    e = ddz - mean(ddz)  # z̈ − E z̈
+    variance = mean(d * d)
+    return stats._replace(
+        d2logp=at_target(e) - variance[:, 0], d2entropy=-(variance + mean(x * e) + mean(x * d * d))[:, 0]
+    )
 
 
-def linear_token_stats(hidden: Tensor, weight: Tensor, targets: Tensor, dhidden: Tensor | None = None,
-                       dweight: Tensor | None = None, *, bias: Tensor | None = None,
-                       dbias: Tensor | None = None, temperature: float = 1.0, softcap: float | None = None,
-                       process_group=None, validate: bool = False) -> TokenStats:
-    """`dentropy.linear_token_stats` in plain PyTorch; the same arguments, results and errors."""
-    targets, gather = checked_linear(hidden, weight, targets, dhidden, dweight, bias, dbias, temperature, softcap,
-                                     process_group, validate)
-    return stats_of_hidden(hidden, weight, targets, dhidden, dweight, bias, dbias, temperature=temperature,
-                           softcap=softcap, gather=gather)
+def _in_working_precision(*tensors: Tensor | None) -> list[Tensor | None]:
+    """float64 where any of them is, float32 otherwise."""
+    double = any(t is not None and t.dtype == torch.float64 for t in tensors)
+    return [None if t is None else t.to(torch.float64 if double else torch.float32) for t in tensors]
 
 
-@torch.no_grad()
-def stats_of_logits(logits: Tensor, targets: Tensor, dlogits: Tensor | None = None,
-                    d2logits: Tensor | None = None, *, temperature: float, softcap: float | None) -> TokenStats:
-    """The body of `token_stats`, without its checks."""
-    state = _state_of_logits(logits, targets, dlogits, d2logits, temperature=temperature, softcap=softcap)
-    return _stats_of_states(state.unsqueeze(0), (softcap or 1.0) / temperature)
+def _transformed(u, du, ddu, temperature: float, softcap: float | None):
+    """z and its derivatives from raw logits and theirs, by the chain rule."""
+    if softcap is None:
+        return tuple(None if t is None else t / temperature for t in (u, du, ddu))
+    t = torch.tanh(u / softcap)
+    z = torch.where(u == -torch.inf, u, softcap * t) / temperature
+    slope = (1 - t * t) / temperature  # dz/du
+    bend = -2 * t / softcap * slope  # d²z/du²
+    dz = None if du is None else slope * du
+    return z, dz, None if ddu is None else slope * ddu + bend * du * du
 
 
-def _state_of_logits(logits: Tensor, targets: Tensor, *tangents: Tensor | None, temperature: float,
-                     softcap: float | None) -> Tensor:
-    """The state [fields, N] of a vocabulary, or of one of its shards, from whose first token the targets count."""
-    given = [tensor for tensor in (logits, *tangents) if tensor is not None]
-    dtype = working_dtype(*given)
-    rows, vocabulary = logits.shape
-    chunk = max(1, min(rows, (CPU_CHUNK if logits.is_cpu else DEVICE_CHUNK) // vocabulary))
-    buffers = torch.empty(len(given) + 2, chunk, vocabulary, dtype=dtype, device=logits.device)
-    state = torch.empty(sum(STATE_FIELDS[:len(given)]), rows, dtype=dtype, device=logits.device)
-    # A target outside is read at a valid place, and not counted as found.
-    found = (targets >= 0) & (targets < vocabulary)
-    columns = targets.long().clamp(0, vocabulary - 1).unsqueeze(1)
-    for start in range(0, rows, chunk):
-        part = slice(start, min(start + chunk, rows))
-        views = buffers[:, :part.stop - start]
-        for view, tensor in zip(views, given):
-            view.copy_(tensor[part])
-        fields = _chunk_state(*views[:len(given)], scratch=views[len(given):], columns=columns[part],
-                              found=found[part].unsqueeze(1), temperature=temperature, softcap=softcap)
-        for row, field in zip(state, fields):
-            row[part] = field.squeeze(1)
-    return state
+def linear_token_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    dhidden: Tensor | None = None,
+    dweight: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    dbias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    validate: bool = False,
+) -> TokenStats:
+    """`dentropy.linear_token_stats` of a whole head: logits = hidden · weightᵀ + bias, then `token_stats`."""
+    check_linear(hidden, weight, dhidden, dweight, bias, dbias, temperature, softcap)
+    check_targets(targets, len(hidden), len(weight), hidden.device, validate)
+    h, w, dh, dw, b, db = _in_working_precision(hidden, weight, dhidden, dweight, bias, dbias)
+    logits = h @ w.T if b is None else h @ w.T + b
+    terms = [None if dh is None else dh @ w.T, None if dw is None else h @ dw.T, db]
+    terms = [term for term in terms if term is not None]
+    dlogits = None if not terms else sum(terms).expand_as(logits)
+    return token_stats(logits, targets, dlogits, temperature=temperature, softcap=softcap)
 
 
-# What an order adds to the state: 1 where the target was found and u there, max u, Σ w, E x; then d at the target,
-# E d in two parts, Σ w (x − E x)(d − E d); then e at the target, E e in two parts and the sums of (d − E d)²,
-# (x − E x)(e − E e) and (x − E x)(d − E d)². Weights are w = eˣ with x = z − max z.
-STATE_FIELDS = (5, 4, 6)
-
-
-def _chunk_state(u: Tensor, du: Tensor | None = None, ddu: Tensor | None = None, *, scratch: Tensor,
-                 columns: Tensor, found: Tensor, temperature: float, softcap: float | None) -> list[Tensor]:
-    """The fields of the state, each [n, 1], for n rows of logits and tangents [n, V], all of which are overwritten.
-
-    Works in units in which z = scale · u, so that temperature and softcap cost no pass of their own. Only u
-    minus its maximum is ever scaled: that keeps it at or below 0, and with it logp, whatever the rounding.
-    """
-    weight, product = scratch
-    tangents = [tangent for tangent in (du, ddu) if tangent is not None]
-    if softcap is not None:
-        _apply_softcap(u, du, ddu, softcap, weight)
-    scale = (softcap or 1.0) / temperature
-    at_target = [torch.where(found, tensor.gather(1, columns), 0.0) for tensor in (u, *tangents)]
-    top = u.amax(1, keepdim=True)
-    u.sub_(top).mul_(scale / math.log(2))  # PyTorch's exp2 is several times faster than its exp on a CPU
-    # Boolean passes cost as much as exponentials on a CPU, so they run only where a −inf is there; on other
-    # devices asking would synchronize.
-    masked = torch.isneginf(u) if not u.is_cpu or not u.amin(1).gt(-math.inf).all() else None
-    if masked is not None:
-        masked |= torch.isneginf(top)  # a row of −inf alone: −inf − (−inf) is NaN
-        u.masked_fill_(masked, -math.inf)
-    torch.exp2(u, out=weight)
-    if masked is not None:
-        for tensor in (u, *tangents):
-            tensor.masked_fill_(masked, 0.0)
-    total = weight.sum(1, keepdim=True)
-    share = total.masked_fill(total == 0.0, 1.0).reciprocal_()
-
-    def moment(first: Tensor, *others: Tensor) -> Tensor:
-        torch.mul(weight, first, out=product)
-        for factor in others:
-            product.mul_(factor)
-        return product.sum(1, keepdim=True)
-
-    mean_u = moment(u) * share
-    fields = [found.to(u.dtype), at_target[0], top, total, mean_u * math.log(2)]
-    u.sub_(mean_u).mul_(math.log(2))  # from here on z − E z
-    means = []
-    for tangent in tangents:
-        base = moment(tangent) * share
-        tangent.sub_(base)
-        # The second mean is what rounding left of a first one that is large beside the spread of ż.
-        means.append((base, moment(tangent) * share))
-    if du is not None:
-        fields += [at_target[1], *means[0], moment(du, u)]
-    if ddu is not None:
-        rest, c_xd = means[0][1], fields[-1]
-        fields += [at_target[2], *means[1], moment(du, du) - total * rest * rest, moment(ddu, u),
-                   moment(du, du, u) - 2 * rest * c_xd]
-    return fields
-
-
-def _stats_of_states(states: Tensor, scale: float) -> TokenStats:
-    """From the states of all shards of a vocabulary, [shards, fields, N], merged about their common means.
-
-    The formulas are those of `dentropy.kernels.moments`.
-    """
-    fields = iter(states.unbind(1))
-    found, u_target, top, total, mean_x = (next(fields) for _ in range(STATE_FIELDS[0]))
-    highest = top.amax(0)
-    shift = torch.where(top == highest, 0.0, ((top - highest) * scale).clamp(min=-1e4))  # finite: 0 · shift is 0
-    rescale = shift.exp()
-    total = total * rescale
-    everything = total.sum(0).masked_fill(found.sum(0) != 1, math.nan)  # a target that nobody has: a row of NaN
-    everything = everything.masked_fill(everything == 0, math.nan)
-    share = total / everything
-    x = mean_x + shift
-    mean_x = (share * x).sum(0)
-    x = x - mean_x
-    log_total = everything.log()
-    out = [(u_target.sum(0) - highest) * scale - log_total, log_total - mean_x]
-
-    def common_mean() -> tuple[Tensor, Tensor]:
-        """The next tangent at the target less its mean, and what the shards' means are apart from that."""
-        target, base, rest = (next(fields) for _ in range(3))
-        centre = (share * base).sum(0)
-        apart = base - centre + rest
-        rest = (share * apart).sum(0)
-        return target.sum(0) - centre - rest, apart - rest
-
-    if states.shape[1] > STATE_FIELDS[0]:
-        target, d = common_mean()
-        c_xd = next(fields) * rescale
-        out += [scale * target, -scale * (c_xd + total * x * d).sum(0) / everything]
-    if states.shape[1] > sum(STATE_FIELDS[:2]):
-        target, e = common_mean()
-        c_dd, c_xe, c_xdd = (next(fields) * rescale for _ in range(3))
-        variance = scale**2 * (c_dd + total * d * d).sum(0) / everything
-        third = c_xdd + 2 * d * c_xd + x * c_dd + total * x * d * d
-        out += [scale * target - variance,
-                -(variance + (scale * (c_xe + total * x * e) + scale**2 * third).sum(0) / everything)]
-    return TokenStats(*out)
-
-
-def _apply_softcap(u: Tensor, du: Tensor | None, ddu: Tensor | None, softcap: float, scratch: Tensor) -> None:
-    """In place: raw logits to t = tanh(raw / softcap), and their tangents to those of t."""
-    masked = torch.isneginf(u)
-    u.div_(softcap).tanh_()
-    if ddu is not None:
-        torch.mul(u, du, out=scratch)
-        ddu.addcmul_(scratch, du, value=-2.0 / softcap)
-    if du is not None:
-        slope = torch.mul(u, u, out=scratch).neg_().add_(1.0).div_(softcap)
-        for tangent in (du, ddu):
-            if tangent is not None:
-                tangent.mul_(slope)
-    u.masked_fill_(masked, -math.inf)  # a token outside the vocabulary stays there
-
-
-@torch.no_grad()
-def stats_of_hidden(hidden: Tensor, weight: Tensor, targets: Tensor, dhidden: Tensor | None,
-                    dweight: Tensor | None, bias: Tensor | None, dbias: Tensor | None, *, temperature: float,
-                    softcap: float | None, gather: Callable[[Tensor], Tensor] | None = None) -> TokenStats:
-    """The body of `linear_token_stats`: makes the logits of a few rows at a time.
-
-    Where weight is one of several shards of the vocabulary, targets count from its first row and `gather` takes a
-    tensor of this shard, [fields, N], to those of all shards in order, [shards, fields, N].
-    """
-    factors = (hidden, weight, dhidden, dweight)
-    dtype = working_dtype(*factors, bias, dbias)
-    if dtype == torch.float64 or not _products_in_float32(*factors):
-        hidden, weight, dhidden, dweight = (t if t is None else t.to(dtype) for t in factors)
-    rows, vocabulary = len(hidden), len(weight)
-    chunk = max(1, min(rows, LOGITS_CHUNK // vocabulary))
-    moving = any(tensor is not None for tensor in (dhidden, dweight, dbias))
-    buffers = torch.empty(1 + moving, chunk, vocabulary, dtype=dtype, device=hidden.device)
-    parts = []
-    for start in range(0, max(rows, 1), chunk):  # no rows at all still make one, empty, part
-        part = slice(start, min(start + chunk, rows))
-        logits, *tangent = buffers[:, :part.stop - start]
-        _write_products(logits, bias, (hidden[part], weight))
-        if moving:
-            moved = None if dhidden is None else dhidden[part]
-            _write_products(tangent[0], dbias, (moved, weight), (hidden[part], dweight))
-        parts.append(_state_of_logits(logits, targets[part], *tangent, temperature=temperature, softcap=softcap))
-    state = torch.cat(parts, 1)  # gathered whole: how many rows make a part depends on this shard's size
-    return _stats_of_states(state.unsqueeze(0) if gather is None else gather(state), (softcap or 1.0) / temperature)
-
-
-def _write_products(out: Tensor, bias: Tensor | None, *products: tuple[Tensor | None, Tensor | None]) -> None:
-    """out [n, V] = bias + the sum of a bᵀ over the pairs a [n, D], b [V, D] without a None."""
-    written = bias is not None
-    if written:
-        out.copy_(bias)
-    for a, b in products:
-        if a is None or b is None:
-            continue
-        if a.dtype == out.dtype:
-            out.addmm_(a, b.T, beta=float(written))  # with beta = 0 what `out` held is not read
-        else:  # in blocks of the vocabulary, because this form of the product cannot accumulate in place
-            for start in range(0, len(b), PRODUCT_BLOCK):
-                block = slice(start, start + PRODUCT_BLOCK)
-                product = torch.mm(a, b[block].T, out_dtype=out.dtype)
-                out[:, block] = out[:, block].add_(product) if written else product
-        written = True
-    if not written:
-        out.zero_()
-
-
-def _products_in_float32(*factors: Tensor | None) -> bool:
-    """Whether torch.mm multiplies these into float32: half precision of one dtype on CUDA."""
-    present = [factor for factor in factors if factor is not None]
-    dtypes = {factor.dtype for factor in present}
-    return present[0].is_cuda and len(dtypes) == 1 and dtypes <= {torch.float16, torch.bfloat16}
-
-
-def working_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """float64 where any of the tensors is, float32 otherwise."""
-    dtypes = {tensor.dtype for tensor in tensors if tensor is not None}
-    return torch.float64 if torch.float64 in dtypes else torch.float32
+def sequence_sums(stats: TokenStats, cu_seqlens, *, group=None) -> SequenceSums:
+    """`dentropy.sequence_sums` of finite values, token by token, in float64."""
+    ends = checked_cu_seqlens(cu_seqlens, len(stats.logp))
+    rows = []
+    for start, stop in zip(ends[:-1], ends[1:]):
+        token = {n: v[start:stop].double().cpu().numpy() for n, v in stats._asdict().items() if v is not None}
+        row = {"n_tokens": float(stop - start)} | {name: values.sum() for name, values in token.items()}
+        if stats.dlogp is not None:
+            h, dlogp, length = token["entropy"], token["dlogp"], len(token["entropy"])
+            row["entropy_dlogp"] = sum(h[k] * dlogp[k] for k in range(length))
+            row["entropy_to_go"] = sum(dlogp[k] * h[k + 1 :].sum() for k in range(length))
+            row["length_to_go"] = sum(dlogp[k] * (length - 1 - k) for k in range(length))
+        rows.append(row)
+    columns = {name: np.array([row[name] for row in rows], dtype=np.float64) for name in (rows[0] if rows else ())}
+    return SequenceSums(**columns, group=checked_group(group, len(ends) - 1), rollout=np.arange(len(ends) - 1))

@@ -22,8 +22,12 @@ LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x log2 e), and exp2 is
 # Queries and keys in a block, warps, stages of the pipeline of loads; by bytes of an element and padded head
 # size. Chosen by the registers and shared memory that code for sm_90 takes.
 CONFIGURATIONS = {
-    (2, 64): (128, 64, 4, 3), (2, 128): (128, 64, 8, 3), (2, 256): (128, 64, 8, 2),
-    (4, 64): (64, 64, 8, 2), (4, 128): (64, 32, 16, 2), (4, 256): (32, 16, 8, 2),
+    (2, 64): (128, 64, 4, 3),
+    (2, 128): (128, 64, 8, 3),
+    (2, 256): (128, 64, 8, 2),
+    (4, 64): (64, 64, 8, 2),
+    (4, 128): (64, 32, 16, 2),
+    (4, 256): (32, 16, 8, 2),
 }
 
 
@@ -76,8 +80,9 @@ def _tile(X, head, start, first, ROWS: tl.constexpr, PADDED: tl.constexpr):
 
 
 @triton.jit
-def load_tile(X, head, start, first, length, ROWS: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr,
-              RAGGED: tl.constexpr):
+def load_tile(
+    X, head, start, first, length, ROWS: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr, RAGGED: tl.constexpr
+):
     """[ROWS, PADDED]: columns from SIZE on are 0, and so are tokens from `length` on. Only a RAGGED tile may
     reach there."""
     place, rows, columns = _tile(X, head, start, first, ROWS, PADDED)
@@ -92,8 +97,7 @@ def load_tile(X, head, start, first, length, ROWS: tl.constexpr, SIZE: tl.conste
 
 
 @triton.jit
-def store_tile(X, tile, head, start, first, length, ROWS: tl.constexpr, SIZE: tl.constexpr,
-               PADDED: tl.constexpr):
+def store_tile(X, tile, head, start, first, length, ROWS: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr):
     place, rows, columns = _tile(X, head, start, first, ROWS, PADDED)
     tl.store(place, tile.to(X[0].dtype.element_ty), mask=(rows < length - first) & (columns < SIZE))
 
@@ -109,9 +113,23 @@ def seen(queries, keys, window):
 
 
 @triton.jit
-def _attend(state, q, queries, source, low, high, scaling, softcap, window, SIZE: tl.constexpr,
-            SIZE_V: tl.constexpr, PADDED: tl.constexpr, PADDED_V: tl.constexpr, BLOCK_N: tl.constexpr,
-            MASKED: tl.constexpr):
+def _attend(
+    state,
+    q,
+    queries,
+    source,
+    low,
+    high,
+    scaling,
+    softcap,
+    window,
+    SIZE: tl.constexpr,
+    SIZE_V: tl.constexpr,
+    PADDED: tl.constexpr,
+    PADDED_V: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr,
+):
     """The online softmax over keys low, ..., high − 1: top (in units of log 2), total, and Σ exp(s) v."""
     top, total, acc = state
     K, V, head, start, length = source
@@ -138,13 +156,26 @@ def _attend(state, q, queries, source, low, high, scaling, softcap, window, SIZE
 
 @triton.jit(do_not_specialize=["S", "tokens", "window"])
 def _attention_kernel(
-    Q, K, V, Out,  # (pointer, row stride, head stride) of [tokens, H or Hkv, D or Dv]
+    Q,
+    K,
+    V,
+    Out,  # (pointer, row stride, head stride) of [tokens, H or Hkv, D or Dv]
     Lse,  # [H, tokens] float32
     Sinks,  # [H], or None
     CuSeqlens,  # [S + 1]
-    S, tokens, H, Hkv, scaling, softcap, window,  # softcap, window: numbers or None
-    SIZE: tl.constexpr, SIZE_V: tl.constexpr, PADDED: tl.constexpr, PADDED_V: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    S,
+    tokens,
+    H,
+    Hkv,
+    scaling,
+    softcap,
+    window,  # softcap, window: numbers or None
+    SIZE: tl.constexpr,
+    SIZE_V: tl.constexpr,
+    PADDED: tl.constexpr,
+    PADDED_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
     head, start, length, first = query_block(CuSeqlens, S, H, BLOCK_M)
     if first < length:
@@ -159,22 +190,76 @@ def _attention_kernel(
             total += 1.0
         state = top, total, tl.zeros([BLOCK_M, PADDED_V], tl.float32)
         # In this order: masks in the first loop keep ptxas from overlapping its products.
-        state = _attend(state, q, queries, source, whole, first, scaling, softcap, window, SIZE, SIZE_V,
-                        PADDED, PADDED_V, BLOCK_N, False)
+        state = _attend(
+            state,
+            q,
+            queries,
+            source,
+            whole,
+            first,
+            scaling,
+            softcap,
+            window,
+            SIZE,
+            SIZE_V,
+            PADDED,
+            PADDED_V,
+            BLOCK_N,
+            False,
+        )
         if window is not None:
-            state = _attend(state, q, queries, source, low, whole, scaling, softcap, window, SIZE, SIZE_V,
-                            PADDED, PADDED_V, BLOCK_N, True)
-        state = _attend(state, q, queries, source, first, end, scaling, softcap, window, SIZE, SIZE_V,
-                        PADDED, PADDED_V, BLOCK_N, True)
+            state = _attend(
+                state,
+                q,
+                queries,
+                source,
+                low,
+                whole,
+                scaling,
+                softcap,
+                window,
+                SIZE,
+                SIZE_V,
+                PADDED,
+                PADDED_V,
+                BLOCK_N,
+                True,
+            )
+        state = _attend(
+            state,
+            q,
+            queries,
+            source,
+            first,
+            end,
+            scaling,
+            softcap,
+            window,
+            SIZE,
+            SIZE_V,
+            PADDED,
+            PADDED_V,
+            BLOCK_N,
+            True,
+        )
         top, total, acc = state
         lse = (top + tl.log2(total)) / LOG2E
         tl.store(Lse + head.to(tl.int64) * tokens + start + queries, lse, mask=queries < length)
         store_tile(Out, acc / total[:, None], head, start, first, length, BLOCK_M, SIZE_V, PADDED_V)
 
 
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, max_length: int, *,
-              scaling: float, window: int | None = None, softcap: float | None = None,
-              sinks: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_length: int,
+    *,
+    scaling: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Output [tokens, H, Dv] in the dtype of q, and log-sum-exp [H, tokens] in float32, in nats, with softcap
     and sink included.
 
@@ -190,19 +275,37 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: tor
         # Its window counts the keys before the query's own. PyTorch 2.11 and 2.13 both take these arguments;
         # varlen_attn, which does the same, wants enable_gqa in 2.13 and does not know it in 2.11.
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
-            last_contiguous(q), last_contiguous(k), last_contiguous(v), cu_seqlens, cu_seqlens, max_length,
-            max_length, dropout_p=0.0, is_causal=window is None, return_debug_mask=False, scale=scaling,
-            window_size_left=-1 if window is None else window - 1, window_size_right=0)
+            last_contiguous(q),
+            last_contiguous(k),
+            last_contiguous(v),
+            cu_seqlens,
+            cu_seqlens,
+            max_length,
+            max_length,
+            dropout_p=0.0,
+            is_causal=window is None,
+            return_debug_mask=False,
+            scale=scaling,
+            window_size_left=-1 if window is None else window - 1,
+            window_size_right=0,
+        )
         return out, lse
     return packed_attention(q, k, v, cu_seqlens, scaling=scaling, window=window, softcap=softcap, sinks=sinks)
 
 
 def _flash_attention_serves(q, v, cu_seqlens, softcap, sinks) -> bool:
-    return (q.is_cuda and torch.backends.cuda.is_flash_attention_available() and softcap is None
-            and sinks is None and q.dtype in (torch.float16, torch.bfloat16) and len(q) > 0
-            and q.shape[-1] == v.shape[-1] <= 256 and q.shape[-1] % 8 == 0
-            and len(cu_seqlens) - 1 <= 65535  # its grid's second dimension counts sequences
-            and torch.cuda.get_device_capability(q.device) >= (8, 0))
+    return (
+        q.is_cuda
+        and torch.backends.cuda.is_flash_attention_available()
+        and softcap is None
+        and sinks is None
+        and q.dtype in (torch.float16, torch.bfloat16)
+        and len(q) > 0
+        and q.shape[-1] == v.shape[-1] <= 256
+        and q.shape[-1] % 8 == 0
+        and len(cu_seqlens) - 1 <= 65535  # its grid's second dimension counts sequences
+        and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    )
 
 
 def packed_attention(q, k, v, cu_seqlens, *, scaling, window=None, softcap=None, sinks=None):
@@ -213,24 +316,41 @@ def packed_attention(q, k, v, cu_seqlens, *, scaling, window=None, softcap=None,
     block_m, block_n, warps, stages = configuration(q, v, CONFIGURATIONS)
     with torch.cuda.device_of(q):
         _attention_kernel[grid(q, cu_seqlens, block_m)](
-            *(strided(x) for x in (q, k, v, out)), lse, last_contiguous(sinks), cu_seqlens,
-            len(cu_seqlens) - 1, tokens, H, k.shape[1], scaling, softcap, window, **sizes(q, v),
-            BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps, num_stages=stages)
+            *(strided(x) for x in (q, k, v, out)),
+            lse,
+            last_contiguous(sinks),
+            cu_seqlens,
+            len(cu_seqlens) - 1,
+            tokens,
+            H,
+            k.shape[1],
+            scaling,
+            softcap,
+            window,
+            **sizes(q, v),
+            BLOCK_M=block_m,
+            BLOCK_N=block_n,
+            num_warps=warps,
+            num_stages=stages,
+        )
     return out, lse
 
 
 def configuration(q: torch.Tensor, v: torch.Tensor, table: dict) -> tuple[int, int, int, int]:
     padded = max(64, *(sizes(q, v)[name] for name in ("PADDED", "PADDED_V")))
     if padded > 256:
-        raise ValueError(f"head size is {q.shape[-1]} for queries and {v.shape[-1]} for values, "
-                         "expected at most 256")
+        raise ValueError(f"head size is {q.shape[-1]} for queries and {v.shape[-1]} for values, expected at most 256")
     return table[q.element_size(), padded]
 
 
 def sizes(q: torch.Tensor, v: torch.Tensor) -> dict[str, int]:
     """Head sizes of queries and values, and the powers of two that tiles are padded to."""
-    return dict(SIZE=q.shape[-1], SIZE_V=v.shape[-1], PADDED=max(16, triton.next_power_of_2(q.shape[-1])),
-                PADDED_V=max(16, triton.next_power_of_2(v.shape[-1])))
+    return dict(
+        SIZE=q.shape[-1],
+        SIZE_V=v.shape[-1],
+        PADDED=max(16, triton.next_power_of_2(q.shape[-1])),
+        PADDED_V=max(16, triton.next_power_of_2(v.shape[-1])),
+    )
 
 
 def grid(q: torch.Tensor, cu_seqlens: torch.Tensor, block_m: int) -> tuple[int]:

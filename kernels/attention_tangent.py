@@ -22,21 +22,37 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention import (LOG2E, configuration, grid, key_blocks, last_contiguous, load_tile, query_block, seen,
-                        sizes, store_tile, strided)
+from .attention import (
+    LOG2E,
+    configuration,
+    grid,
+    key_blocks,
+    last_contiguous,
+    load_tile,
+    query_block,
+    seen,
+    sizes,
+    store_tile,
+    strided,
+)
 from .products import dot
 from .softcap import softcapped
 
 # As attention.CONFIGURATIONS: four tiles a block of keys rather than two, and two of queries.
 CONFIGURATIONS = {
-    (2, 64): (128, 64, 8, 3), (2, 128): (128, 64, 8, 2), (2, 256): (64, 32, 4, 2),
-    (4, 64): (64, 16, 8, 2), (4, 128): (16, 16, 8, 2), (4, 256): (16, 16, 8, 2),
+    (2, 64): (128, 64, 8, 3),
+    (2, 128): (128, 64, 8, 2),
+    (2, 256): (64, 32, 4, 2),
+    (4, 64): (64, 16, 8, 2),
+    (4, 128): (16, 16, 8, 2),
+    (4, 256): (16, 16, 8, 2),
 }
 
 
 @triton.jit
-def _scores(query, source, form, n, SIZE: tl.constexpr, PADDED: tl.constexpr, BLOCK_N: tl.constexpr,
-            MASKED: tl.constexpr):
+def _scores(
+    query, source, form, n, SIZE: tl.constexpr, PADDED: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr
+):
     """p and ṡ for keys n, ..., n + BLOCK_N − 1; a key that is not seen has p = 0."""
     q, dq, DQ, lse, queries = query
     K, DK, V, DV, head, start, length = source
@@ -64,8 +80,19 @@ def _scores(query, source, form, n, SIZE: tl.constexpr, PADDED: tl.constexpr, BL
 
 
 @triton.jit
-def _add(state, p, ds, reference, source, n, MOVES: tl.constexpr, SIZE_V: tl.constexpr,
-         PADDED_V: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr):
+def _add(
+    state,
+    p,
+    ds,
+    reference,
+    source,
+    n,
+    MOVES: tl.constexpr,
+    SIZE_V: tl.constexpr,
+    PADDED_V: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr,
+):
     """Σ x v + Σ p v̇ and Σ x with one block of keys more."""
     acc, factor = state
     K, DK, V, DV, head, start, length = source
@@ -81,9 +108,22 @@ def _add(state, p, ds, reference, source, n, MOVES: tl.constexpr, SIZE_V: tl.con
 
 
 @triton.jit
-def _walk(state, query, reference, source, form, low, high, MOVES: tl.constexpr, SIZE: tl.constexpr,
-          SIZE_V: tl.constexpr, PADDED: tl.constexpr, PADDED_V: tl.constexpr, BLOCK_N: tl.constexpr,
-          MASKED: tl.constexpr):
+def _walk(
+    state,
+    query,
+    reference,
+    source,
+    form,
+    low,
+    high,
+    MOVES: tl.constexpr,
+    SIZE: tl.constexpr,
+    SIZE_V: tl.constexpr,
+    PADDED: tl.constexpr,
+    PADDED_V: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr,
+):
     for n in range(low, high, BLOCK_N):
         p, ds = _scores(query, source, form, n, SIZE, PADDED, BLOCK_N, MASKED)
         state = _add(state, p, ds, reference, source, n, MOVES, SIZE_V, PADDED_V, BLOCK_N, MASKED)
@@ -92,15 +132,31 @@ def _walk(state, query, reference, source, form, low, high, MOVES: tl.constexpr,
 
 @triton.jit(do_not_specialize=["S", "tokens", "window"])
 def _attention_tangent_kernel(
-    Q, K, V, O,  # (pointer, row stride, head stride) of [tokens, H or Hkv, D or Dv]
-    DQ, DK, DV,  # the same for their tangents, or None
+    Q,
+    K,
+    V,
+    O,  # (pointer, row stride, head stride) of [tokens, H or Hkv, D or Dv]
+    DQ,
+    DK,
+    DV,  # the same for their tangents, or None
     Out,  # the same for ȯ
     Lse,  # [H, tokens] float32
-    Sinks, DSinks,  # [H], or None
+    Sinks,
+    DSinks,  # [H], or None
     CuSeqlens,  # [S + 1]
-    S, tokens, H, Hkv, scaling, softcap, window,  # softcap, window: numbers or None
-    SIZE: tl.constexpr, SIZE_V: tl.constexpr, PADDED: tl.constexpr, PADDED_V: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    S,
+    tokens,
+    H,
+    Hkv,
+    scaling,
+    softcap,
+    window,  # softcap, window: numbers or None
+    SIZE: tl.constexpr,
+    SIZE_V: tl.constexpr,
+    PADDED: tl.constexpr,
+    PADDED_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
     MOVES: tl.constexpr = DQ is not None or DK is not None  # whether any ṡ of a key is not 0
     head, start, length, first = query_block(CuSeqlens, S, H, BLOCK_M)
@@ -128,10 +184,12 @@ def _attention_tangent_kernel(
             total += here
             state = _add(state, p, ds, reference, source, n, MOVES, SIZE_V, PADDED_V, BLOCK_N, True)
         if window is not None:
-            state = _walk(state, query, reference, source, form, low, whole, MOVES, SIZE, SIZE_V,
-                          PADDED, PADDED_V, BLOCK_N, True)
-        acc, factor = _walk(state, query, reference, source, form, whole, first, MOVES, SIZE, SIZE_V,
-                            PADDED, PADDED_V, BLOCK_N, False)
+            state = _walk(
+                state, query, reference, source, form, low, whole, MOVES, SIZE, SIZE_V, PADDED, PADDED_V, BLOCK_N, True
+            )
+        acc, factor = _walk(
+            state, query, reference, source, form, whole, first, MOVES, SIZE, SIZE_V, PADDED, PADDED_V, BLOCK_N, False
+        )
 
         if Sinks is not None:
             dsink = 0.0
@@ -144,11 +202,23 @@ def _attention_tangent_kernel(
         store_tile(Out, acc, head, start, first, length, BLOCK_M, SIZE_V, PADDED_V)
 
 
-def attention_tangent(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dq: torch.Tensor | None,
-                      dk: torch.Tensor | None, dv: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor,
-                      cu_seqlens: torch.Tensor, *, scaling: float, window: int | None = None,
-                      softcap: float | None = None, sinks: torch.Tensor | None = None,
-                      dsinks: torch.Tensor | None = None) -> torch.Tensor:
+def attention_tangent(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    dq: torch.Tensor | None,
+    dk: torch.Tensor | None,
+    dv: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    *,
+    scaling: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    dsinks: torch.Tensor | None = None,
+) -> torch.Tensor:
     """The tangent [tokens, H, Dv] of `out`, in its dtype.
 
     out and lse are what `attention.attention` gave for these q, k, v, sinks and settings, whose shapes and
@@ -161,7 +231,22 @@ def attention_tangent(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dq: tor
     block_m, block_n, warps, stages = configuration(q, v, CONFIGURATIONS)
     with torch.cuda.device_of(q):
         _attention_tangent_kernel[grid(q, cu_seqlens, block_m)](
-            *(strided(x) for x in (q, k, v, out, dq, dk, dv, dout)), lse, last_contiguous(sinks),
-            last_contiguous(dsinks), cu_seqlens, len(cu_seqlens) - 1, tokens, H, k.shape[1], scaling, softcap,
-            window, **sizes(q, v), BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps, num_stages=stages)
+            *(strided(x) for x in (q, k, v, out, dq, dk, dv, dout)),
+            lse,
+            last_contiguous(sinks),
+            last_contiguous(dsinks),
+            cu_seqlens,
+            len(cu_seqlens) - 1,
+            tokens,
+            H,
+            k.shape[1],
+            scaling,
+            softcap,
+            window,
+            **sizes(q, v),
+            BLOCK_M=block_m,
+            BLOCK_N=block_n,
+            num_warps=warps,
+            num_stages=stages,
+        )
     return dout

@@ -47,21 +47,50 @@ FLOAT32 = Tile(64, 64, 16, 8, 2)  # full float32 products run on the ordinary co
 ELSEWHERE = Tile(128, 64, 32, 8, 2)  # fits the 64 KiB of shared memory, and registers, that every device has
 
 
-@triton.jit(do_not_specialize=["N", "row_blocks"],
-            do_not_specialize_on_alignment=["Bias", "DBias", "Targets", "States", "AtTarget"])
+@triton.jit(
+    do_not_specialize=["N", "row_blocks"],
+    do_not_specialize_on_alignment=["Bias", "DBias", "Targets", "States", "AtTarget"],
+)
 def _linear_states_kernel(
-    Hidden, DHidden,  # [N, D]; DHidden is not read unless HAS_DHIDDEN
-    Weight, DWeight,  # [V, D]; DWeight is not read unless HAS_DWEIGHT
-    Bias, DBias,  # [V], any floating dtype; not read unless HAS_BIAS, HAS_DBIAS
+    Hidden,
+    DHidden,  # [N, D]; DHidden is not read unless HAS_DHIDDEN
+    Weight,
+    DWeight,  # [V, D]; DWeight is not read unless HAS_DWEIGHT
+    Bias,
+    DBias,  # [V], any floating dtype; not read unless HAS_BIAS, HAS_DBIAS
     Targets,  # [N] int32 or int64
     States,  # [segments, parts, N] float32
     AtTarget,  # [2 + ORDER, N] float32
-    hidden_row, hidden_column, dhidden_row, dhidden_column,  # strides in elements; TMA descriptors have their own
-    weight_row, weight_column, dweight_row, dweight_column, bias_stride, dbias_stride, targets_stride,
-    N, V, D, row_blocks, segments, tiles, scale, inverse_cap,  # tiles of a segment; inverse_cap = 1 / softcap
-    HAS_DHIDDEN: tl.constexpr, HAS_DWEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DBIAS: tl.constexpr,
-    SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+    hidden_row,
+    hidden_column,
+    dhidden_row,
+    dhidden_column,  # strides in elements; TMA descriptors have their own
+    weight_row,
+    weight_column,
+    dweight_row,
+    dweight_column,
+    bias_stride,
+    dbias_stride,
+    targets_stride,
+    N,
+    V,
+    D,
+    row_blocks,
+    segments,
+    tiles,
+    scale,
+    inverse_cap,  # tiles of a segment; inverse_cap = 1 / softcap
+    HAS_DHIDDEN: tl.constexpr,
+    HAS_DWEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_DBIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
     ORDER: tl.constexpr = 1 if HAS_DHIDDEN or HAS_DWEIGHT or HAS_DBIAS else 0
     # Only a bias can mask. Without one, what lies beyond the vocabulary gets a logit that is finite, without weight.
@@ -126,23 +155,45 @@ def _linear_states_kernel(
 
 
 @triton.jit
-def _block(Source, first_row, first_column, n_rows, n_columns, row_stride, column_stride,
-           ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr):
+def _block(
+    Source,
+    first_row,
+    first_column,
+    n_rows,
+    n_columns,
+    row_stride,
+    column_stride,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TMA: tl.constexpr,
+):
     """[ROWS, COLUMNS] of a matrix, from a descriptor or a pointer; 0 beyond its ends."""
     if TMA:
         return Source.load([first_row, first_column])
     else:
         row = (first_row + tl.arange(0, ROWS)[:, None]).to(tl.int64)
         column = first_column + tl.arange(0, COLUMNS)[None, :]
-        return tl.load(Source + row * row_stride + column.to(tl.int64) * column_stride,
-                       mask=(row < n_rows) & (column < n_columns), other=0.0)
+        return tl.load(
+            Source + row * row_stride + column.to(tl.int64) * column_stride,
+            mask=(row < n_rows) & (column < n_columns),
+            other=0.0,
+        )
 
 
-def linear_token_stats(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
-                       dhidden: torch.Tensor | None = None, dweight: torch.Tensor | None = None, *,
-                       bias: torch.Tensor | None = None, dbias: torch.Tensor | None = None,
-                       temperature: float = 1.0, softcap: float | None = None, allow_tf32: bool = False,
-                       gather: Callable[[torch.Tensor], torch.Tensor] | None = None) -> tuple[torch.Tensor, ...]:
+def linear_token_stats(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    dhidden: torch.Tensor | None = None,
+    dweight: torch.Tensor | None = None,
+    *,
+    bias: torch.Tensor | None = None,
+    dbias: torch.Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    allow_tf32: bool = False,
+    gather: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, ...]:
     """logp and entropy, and where anything moves also dlogp and dentropy: float32 tensors [N].
 
     hidden and dhidden are [N, D], weight and dweight [V, D], all of one dtype, float16, bfloat16 or float32, with
@@ -158,11 +209,23 @@ def linear_token_stats(hidden: torch.Tensor, weight: torch.Tensor, targets: torc
     order = int(any(tangent is not None for tangent in (dhidden, dweight, dbias)))
     out = torch.empty(2 + 2 * order, len(hidden), dtype=torch.float32, device=hidden.device)
     for rows in _launches(len(hidden)):
-        states, at_target = _states(hidden[rows], weight, targets[rows], None if dhidden is None else dhidden[rows],
-                                    dweight, bias, dbias, scale, inverse_cap, softcap is not None, allow_tf32, order)
+        states, at_target = _states(
+            hidden[rows],
+            weight,
+            targets[rows],
+            None if dhidden is None else dhidden[rows],
+            dweight,
+            bias,
+            dbias,
+            scale,
+            inverse_cap,
+            softcap is not None,
+            allow_tf32,
+            order,
+        )
         if gather is not None:
             shards = gather(torch.cat([merge_states(states, order, scale), at_target]))
-            states, at_target = shards[:, :-len(at_target)], shards[:, -len(at_target):].sum(0)
+            states, at_target = shards[:, : -len(at_target)], shards[:, -len(at_target) :].sum(0)
         out[:, rows] = stats_of_states(states, at_target, order, scale)
         del states  # before the next launch asks for as much
     return tuple(out)
@@ -175,8 +238,9 @@ def _launches(rows: int) -> list[slice]:
     return [slice(start, min(start + size, rows)) for start in range(0, rows, max(size, 1))]
 
 
-def _states(hidden, weight, targets, dhidden, dweight, bias, dbias, scale, inverse_cap, softcap, allow_tf32,
-            order) -> tuple[torch.Tensor, torch.Tensor]:
+def _states(
+    hidden, weight, targets, dhidden, dweight, bias, dbias, scale, inverse_cap, softcap, allow_tf32, order
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The states of every segment and what is at the targets, as `segments` describes them; one launch."""
     (N, D), V = hidden.shape, len(weight)
     matrices = (hidden, hidden if dhidden is None else dhidden, weight, weight if dweight is None else dweight)
@@ -190,17 +254,40 @@ def _states(hidden, weight, targets, dhidden, dweight, bias, dbias, scale, inver
     sources = matrices
     if tma:
         heights = (tile.rows, tile.rows, tile.columns, tile.columns)
-        sources = [TensorDescriptor.from_tensor(matrix, [height, tile.depth])
-                   for matrix, height in zip(matrices, heights)]
+        sources = [
+            TensorDescriptor.from_tensor(matrix, [height, tile.depth]) for matrix, height in zip(matrices, heights)
+        ]
     states, at_target = new_states(segments, N, order, hidden.device)
     with torch.cuda.device_of(hidden):
         _linear_states_kernel[(row_blocks * segments,)](
-            *sources, *vectors, states, at_target, *(stride for matrix in matrices for stride in matrix.stride()),
-            *(vector.stride(0) for vector in vectors), N, V, D, row_blocks, segments, tiles, scale, inverse_cap,
-            HAS_DHIDDEN=dhidden is not None, HAS_DWEIGHT=dweight is not None, HAS_BIAS=bias is not None,
-            HAS_DBIAS=dbias is not None, SOFTCAP=softcap, PRECISION=_precision(hidden.dtype, allow_tf32), TMA=tma,
-            ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, GROUP=GROUP,
-            num_warps=tile.num_warps, num_stages=tile.num_stages)
+            *sources,
+            *vectors,
+            states,
+            at_target,
+            *(stride for matrix in matrices for stride in matrix.stride()),
+            *(vector.stride(0) for vector in vectors),
+            N,
+            V,
+            D,
+            row_blocks,
+            segments,
+            tiles,
+            scale,
+            inverse_cap,
+            HAS_DHIDDEN=dhidden is not None,
+            HAS_DWEIGHT=dweight is not None,
+            HAS_BIAS=bias is not None,
+            HAS_DBIAS=dbias is not None,
+            SOFTCAP=softcap,
+            PRECISION=_precision(hidden.dtype, allow_tf32),
+            TMA=tma,
+            ROWS=tile.rows,
+            COLUMNS=tile.columns,
+            DEPTH=tile.depth,
+            GROUP=GROUP,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
     return states, at_target
 
 
@@ -236,5 +323,10 @@ def _has_tma(device: torch.device) -> bool:
 
 def _fits_tma(matrix: torch.Tensor) -> bool:
     """Descriptors want rows that lie whole, one after the other, and start at multiples of 16 bytes."""
-    return (matrix.numel() > 0 and matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1]
-            and matrix.data_ptr() % 16 == 0 and matrix.stride(0) * matrix.element_size() % 16 == 0)
+    return (
+        matrix.numel() > 0
+        and matrix.stride(1) == 1
+        and matrix.stride(0) >= matrix.shape[1]
+        and matrix.data_ptr() % 16 == 0
+        and matrix.stride(0) * matrix.element_size() % 16 == 0
+    )

@@ -28,6 +28,7 @@ import triton.language as tl
 BITS = tl.constexpr(1.4426950408889634)  # of a nat
 NATS = tl.constexpr(0.6931471805599453)  # of a bit
 
+
 @triton.jit
 def empty_state(TEMPLATE):
     """The state of a segment without logits, one for each element of TEMPLATE."""
@@ -136,10 +137,13 @@ def merge(a, b, scale, ORDER: tl.constexpr):
             c_dd_b *= rescale_b
             c_dd = c_dd_a + c_dd_b + total_a * share_b * apart_d * apart_d
             # Each segment's third moment about the common means; theirs are share · apart from its own.
-            c_xdd = (c_xdd_a * rescale_a + c_xdd_b * rescale_b
-                     + 2.0 * apart_d * (share_a * c_xd_b - share_b * c_xd_a)
-                     + apart_x * (share_a * c_dd_b - share_b * c_dd_a)
-                     + between * (share_a - share_b) * apart_d * apart_d)
+            c_xdd = (
+                c_xdd_a * rescale_a
+                + c_xdd_b * rescale_b
+                + 2.0 * apart_d * (share_a * c_xd_b - share_b * c_xd_a)
+                + apart_x * (share_a * c_dd_b - share_b * c_dd_a)
+                + between * (share_a - share_b) * apart_d * apart_d
+            )
     return top, total, mean_x, base_d, mean_d, c_xd, base_e, mean_e, c_dd, c_xe, c_xdd
 
 
@@ -174,8 +178,11 @@ def merge_lanes(state, scale, ORDER: tl.constexpr):
             c_xe = tl.sum(c_xe_a * rescale + between * (mean_e_a - mean_e), 1, keep_dims=True)
             c_dd_a *= rescale
             c_dd = tl.sum(c_dd_a + total_a * apart_d * apart_d, 1, keep_dims=True)
-            c_xdd = tl.sum(c_xdd_a * rescale + 2.0 * apart_d * c_xd_a + apart_x * c_dd_a
-                           + between * apart_d * apart_d, 1, keep_dims=True)
+            c_xdd = tl.sum(
+                c_xdd_a * rescale + 2.0 * apart_d * c_xd_a + apart_x * c_dd_a + between * apart_d * apart_d,
+                1,
+                keep_dims=True,
+            )
     return top, total, mean_x, base_d, mean_d, c_xd, base_e, mean_e, c_dd, c_xe, c_xdd
 
 
@@ -230,8 +237,11 @@ def load_state(Place, stride, mask, ORDER: tl.constexpr):
 
 @triton.jit
 def _load_three(Place, stride, mask):
-    return (tl.load(Place, mask=mask, other=0.0), tl.load(Place + stride, mask=mask, other=0.0),
-            tl.load(Place + 2 * stride, mask=mask, other=0.0))
+    return (
+        tl.load(Place, mask=mask, other=0.0),
+        tl.load(Place + stride, mask=mask, other=0.0),
+        tl.load(Place + 2 * stride, mask=mask, other=0.0),
+    )
 
 
 @triton.constexpr_function

@@ -35,8 +35,14 @@ def _stats_kernel(
     States,  # [n_segments, parts, N] float32
     AtTarget,  # [2 + ORDER, N] float32
     Out,  # [2 (1 + ORDER), N] float32
-    N, n_segments, segment_stride, part_stride, target_stride, scale,
-    ORDER: tl.constexpr, ROWS: tl.constexpr,
+    N,
+    n_segments,
+    segment_stride,
+    part_stride,
+    target_stride,
+    scale,
+    ORDER: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     mask = row < N
@@ -57,8 +63,13 @@ def _stats_kernel(
 def _merge_kernel(
     States,  # [n_segments, parts, N] float32
     Out,  # [parts, N] float32
-    N, n_segments, segment_stride, part_stride, scale,
-    ORDER: tl.constexpr, ROWS: tl.constexpr,
+    N,
+    n_segments,
+    segment_stride,
+    part_stride,
+    scale,
+    ORDER: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     mask = row < N
@@ -68,8 +79,10 @@ def _merge_kernel(
 
 def new_states(segments: int, rows: int, order: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Room for `states`, and `at_target` filled with zeros."""
-    return (torch.empty(segments, n_parts(order), rows, dtype=torch.float32, device=device),
-            torch.zeros(2 + order, rows, dtype=torch.float32, device=device))
+    return (
+        torch.empty(segments, n_parts(order), rows, dtype=torch.float32, device=device),
+        torch.zeros(2 + order, rows, dtype=torch.float32, device=device),
+    )
 
 
 def merge_states(states: torch.Tensor, order: int, scale: float) -> torch.Tensor:
@@ -79,7 +92,8 @@ def merge_states(states: torch.Tensor, order: int, scale: float) -> torch.Tensor
     if rows:
         with torch.cuda.device_of(states):
             _merge_kernel[(triton.cdiv(rows, ROWS),)](
-                states, out, rows, segments, states.stride(0), states.stride(1), scale, ORDER=order, ROWS=ROWS)
+                states, out, rows, segments, states.stride(0), states.stride(1), scale, ORDER=order, ROWS=ROWS
+            )
     return out
 
 
@@ -93,6 +107,16 @@ def stats_of_states(states: torch.Tensor, at_target: torch.Tensor, order: int, s
     if rows:
         with torch.cuda.device_of(states):
             _stats_kernel[(triton.cdiv(rows, ROWS),)](
-                states, at_target, out, rows, segments, states.stride(0), states.stride(1), at_target.stride(0),
-                scale, ORDER=order, ROWS=ROWS)
+                states,
+                at_target,
+                out,
+                rows,
+                segments,
+                states.stride(0),
+                states.stride(1),
+                at_target.stride(0),
+                scale,
+                ORDER=order,
+                ROWS=ROWS,
+            )
     return out

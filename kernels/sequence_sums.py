@@ -20,12 +20,29 @@ import triton.language as tl
 BLOCK = 256
 NUM_WARPS = 1
 
-COLUMNS = ("n_tokens", "logp", "entropy", "dlogp", "dentropy", "entropy_dlogp", "entropy_to_go",
-           "length_to_go", "d2logp", "d2entropy")
+COLUMNS = (
+    "n_tokens",
+    "logp",
+    "entropy",
+    "dlogp",
+    "dentropy",
+    "entropy_dlogp",
+    "entropy_to_go",
+    "length_to_go",
+    "d2logp",
+    "d2entropy",
+)
 COLUMNS_OF_ORDER = (3, 8, 10)
 
-_STRIDES = ["logp_stride", "entropy_stride", "dlogp_stride", "dentropy_stride", "d2logp_stride",
-            "d2entropy_stride", "ends_stride"]
+_STRIDES = [
+    "logp_stride",
+    "entropy_stride",
+    "dlogp_stride",
+    "dentropy_stride",
+    "d2logp_stride",
+    "d2entropy_stride",
+    "ends_stride",
+]
 _POINTERS = ["Logp", "Entropy", "DLogp", "DEntropy", "D2Logp", "D2Entropy", "Ends", "Out"]
 
 
@@ -33,14 +50,24 @@ _POINTERS = ["Logp", "Entropy", "DLogp", "DEntropy", "D2Logp", "D2Entropy", "End
 # else here that a kernel could be specialized on.
 @triton.jit(do_not_specialize=["S", *_STRIDES], do_not_specialize_on_alignment=_POINTERS)
 def _sequence_sums_kernel(
-    Logp, Entropy,  # [N], any floating dtype
-    DLogp, DEntropy,  # [N]; not read below ORDER 1
-    D2Logp, D2Entropy,  # [N]; not read below ORDER 2
+    Logp,
+    Entropy,  # [N], any floating dtype
+    DLogp,
+    DEntropy,  # [N]; not read below ORDER 1
+    D2Logp,
+    D2Entropy,  # [N]; not read below ORDER 2
     Ends,  # [S + 1] int32 or int64, the cu_seqlens
     Out,  # [columns, S] float64
-    S, logp_stride, entropy_stride, dlogp_stride, dentropy_stride, d2logp_stride, d2entropy_stride,
+    S,
+    logp_stride,
+    entropy_stride,
+    dlogp_stride,
+    dentropy_stride,
+    d2logp_stride,
+    d2entropy_stride,
     ends_stride,  # strides in elements
-    ORDER: tl.constexpr, BLOCK: tl.constexpr,
+    ORDER: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     sequence = tl.program_id(0).to(tl.int64)
     start = tl.load(Ends + sequence * ends_stride).to(tl.int64)
@@ -103,23 +130,37 @@ def _add(total, values):
     return rounded, (rounded - total[0]) - value
 
 
-def sequence_sums(logp: torch.Tensor, entropy: torch.Tensor, dlogp: torch.Tensor | None = None,
-                  dentropy: torch.Tensor | None = None, d2logp: torch.Tensor | None = None,
-                  d2entropy: torch.Tensor | None = None, *, cu_seqlens: torch.Tensor) -> torch.Tensor:
+def sequence_sums(
+    logp: torch.Tensor,
+    entropy: torch.Tensor,
+    dlogp: torch.Tensor | None = None,
+    dentropy: torch.Tensor | None = None,
+    d2logp: torch.Tensor | None = None,
+    d2entropy: torch.Tensor | None = None,
+    *,
+    cu_seqlens: torch.Tensor,
+) -> torch.Tensor:
     """The first 3, 8 or 10 of COLUMNS, for values up to order 0, 1 or 2: float64 [columns, S].
 
     The values are [N] in any floating dtypes, each order whole or None, cu_seqlens [S + 1] in int32 or int64,
     all with any strides and on one device. Nothing is checked and nothing synchronizes.
     """
     order = (dlogp is not None) + (d2logp is not None)
-    values = [logp if value is None else value
-              for value in (logp, entropy, dlogp, dentropy, d2logp, d2entropy)]
+    values = [logp if value is None else value for value in (logp, entropy, dlogp, dentropy, d2logp, d2entropy)]
     sequences = len(cu_seqlens) - 1
     out = torch.empty(COLUMNS_OF_ORDER[order], sequences, dtype=torch.float64, device=logp.device)
     if sequences == 0:
         return out
     with torch.cuda.device_of(logp):
         _sequence_sums_kernel[(sequences,)](
-            *values, cu_seqlens, out, sequences, *(value.stride(0) for value in values), cu_seqlens.stride(0),
-            ORDER=order, BLOCK=BLOCK, num_warps=NUM_WARPS)
+            *values,
+            cu_seqlens,
+            out,
+            sequences,
+            *(value.stride(0) for value in values),
+            cu_seqlens.stride(0),
+            ORDER=order,
+            BLOCK=BLOCK,
+            num_warps=NUM_WARPS,
+        )
     return out

@@ -30,10 +30,24 @@ def _token_states_kernel(
     Targets,  # [N] int32 or int64
     States,  # [segments, parts, N] float32
     AtTarget,  # [2 + ORDER, N] float32
-    N, V, segments, tiles,  # tiles of a segment
-    logits_row, logits_column, dlogits_row, dlogits_column, d2logits_row, d2logits_column, targets_stride,
-    scale, inverse_cap,  # float32; inverse_cap = 1 / softcap, not read unless SOFTCAP
-    ORDER: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
+    N,
+    V,
+    segments,
+    tiles,  # tiles of a segment
+    logits_row,
+    logits_column,
+    dlogits_row,
+    dlogits_column,
+    d2logits_row,
+    d2logits_column,
+    targets_stride,
+    scale,
+    inverse_cap,  # float32; inverse_cap = 1 / softcap, not read unless SOFTCAP
+    ORDER: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):
     # The segments of a row run side by side: what is read together lies together.
     row = (tl.program_id(0) // segments).to(tl.int64)
@@ -50,8 +64,19 @@ def _token_states_kernel(
     state = empty_state(tl.zeros([1, LANES, 1], dtype=tl.float32))
     for start in range(first, last, BLOCK):
         column = start + columns.to(tl.int64)
-        u, d, e = _load(Logits, DLogits, D2Logits, column, column < V, logits_column, dlogits_column,
-                        d2logits_column, inverse_cap, ORDER, SOFTCAP)
+        u, d, e = _load(
+            Logits,
+            DLogits,
+            D2Logits,
+            column,
+            column < V,
+            logits_column,
+            dlogits_column,
+            d2logits_column,
+            inverse_cap,
+            ORDER,
+            SOFTCAP,
+        )
         # As loaded, a thread has VECTOR neighbours of each repeat; as reshaped, they are those of one lane.
         shape: tl.constexpr = [repeats, LANES, VECTOR]
         tile = tile_state(tl.reshape(u, shape), tl.reshape(d, shape), tl.reshape(e, shape), scale, ORDER)
@@ -64,8 +89,19 @@ def _token_states_kernel(
     # A target outside the vocabulary lies in no segment: nothing is read there.
     target = tl.load(Targets + row * targets_stride + one).to(tl.int64)
     mine = (target >= first) & (target < last)
-    u, d, e = _load(Logits, DLogits, D2Logits, target, mine, logits_column, dlogits_column, d2logits_column,
-                    inverse_cap, ORDER, SOFTCAP)
+    u, d, e = _load(
+        Logits,
+        DLogits,
+        D2Logits,
+        target,
+        mine,
+        logits_column,
+        dlogits_column,
+        d2logits_column,
+        inverse_cap,
+        ORDER,
+        SOFTCAP,
+    )
     place = AtTarget + row + one
     tl.store(place, tl.full([1, 1, 1], 1.0, tl.float32), mask=mine)
     tl.store(place + rows, u, mask=mine)
@@ -76,8 +112,19 @@ def _token_states_kernel(
 
 
 @triton.jit
-def _load(Logits, DLogits, D2Logits, columns, mask, logits_column, dlogits_column, d2logits_column, inverse_cap,
-          ORDER: tl.constexpr, SOFTCAP: tl.constexpr):
+def _load(
+    Logits,
+    DLogits,
+    D2Logits,
+    columns,
+    mask,
+    logits_column,
+    dlogits_column,
+    d2logits_column,
+    inverse_cap,
+    ORDER: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
     """u and its derivatives d and e at `columns` of a row; −inf, 0 and 0 where `mask` is false."""
     u = tl.load(Logits + columns * logits_column, mask=mask, other=float("-inf")).to(tl.float32)
     d, e = tl.zeros_like(u), tl.zeros_like(u)
@@ -90,9 +137,15 @@ def _load(Logits, DLogits, D2Logits, columns, mask, logits_column, dlogits_colum
     return u, d, e
 
 
-def token_stats(logits: torch.Tensor, targets: torch.Tensor, dlogits: torch.Tensor | None = None,
-                d2logits: torch.Tensor | None = None, *, temperature: float = 1.0,
-                softcap: float | None = None) -> tuple[torch.Tensor, ...]:
+def token_stats(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    dlogits: torch.Tensor | None = None,
+    d2logits: torch.Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+) -> tuple[torch.Tensor, ...]:
     """logp and entropy, with `dlogits` also dlogp and dentropy, with `d2logits` also d2logp and d2entropy.
 
     Returns a tuple of 2, 4 or 6 float32 tensors [N]. logits, dlogits and d2logits are [N, V] in float16,
@@ -114,7 +167,27 @@ def token_stats(logits: torch.Tensor, targets: torch.Tensor, dlogits: torch.Tens
     if N:
         with torch.cuda.device_of(logits):
             _token_states_kernel[(N * segments,)](
-                logits, dlogits, d2logits, targets, states, at_target, N, V, segments, tiles,
-                *logits.stride(), *dlogits.stride(), *d2logits.stride(), targets.stride(0), scale, inverse_cap,
-                ORDER=order, SOFTCAP=softcap is not None, BLOCK=block, LANES=LANES, VECTOR=vector, num_warps=NUM_WARPS)
+                logits,
+                dlogits,
+                d2logits,
+                targets,
+                states,
+                at_target,
+                N,
+                V,
+                segments,
+                tiles,
+                *logits.stride(),
+                *dlogits.stride(),
+                *d2logits.stride(),
+                targets.stride(0),
+                scale,
+                inverse_cap,
+                ORDER=order,
+                SOFTCAP=softcap is not None,
+                BLOCK=block,
+                LANES=LANES,
+                VECTOR=vector,
+                num_warps=NUM_WARPS,
+            )
     return tuple(stats_of_states(states, at_target, order, scale))

@@ -36,8 +36,10 @@ def by_differences(policy: Policy) -> str:
         warnings.simplefilter("always")
         sums = measure(policy, batch, direction, order=2)
     jumps = any("jump within the step" in str(warning.message) for warning in said)
-    close = all(np.abs(getattr(sums, column) - values).max() <= CLOSE * np.sqrt(np.mean(np.square(values)))
-                for column, values in (("d2logp", exact.d2logp), ("d2entropy", exact.d2entropy)))
+    close = all(
+        np.abs(getattr(sums, column) - values).max() <= CLOSE * np.sqrt(np.mean(np.square(values)))
+        for column, values in (("d2logp", exact.d2logp), ("d2entropy", exact.d2entropy))
+    )
     if not close and not jumps:
         return "no"
     # Whether a random model's routing flips within the step is chance; that it can is not.
@@ -55,6 +57,7 @@ def nested(policy: Policy) -> str:
 
 def compiled(policy: Policy) -> str:
     """Whether layers go into a graph, and come out of it as they do uncompiled. What compiles it is torch.compile."""
+
     def interpreted(graph, **_settings):
         graph.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
         graph.recompile()
@@ -73,8 +76,13 @@ def compiled(policy: Policy) -> str:
     return "no: routing depends on values" if "data-dependent" in reasons[0] else "no"
 
 
-COLUMNS = {"packed rows": packed, "head": head, "second order by differences": by_differences, "nested": nested,
-           "compiled layers": compiled}
+COLUMNS = {
+    "packed rows": packed,
+    "head": head,
+    "second order by differences": by_differences,
+    "nested": nested,
+    "compiled layers": compiled,
+}
 
 
 def markdown() -> str:

@@ -9,34 +9,92 @@ from torch.overrides import TorchFunctionMode
 from dentropy import Direction, PackedBatch
 
 VOCAB = 40
-LLAMA_LIKE = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                  num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2, bos_token_id=1,
-                  eos_token_id=2, pad_token_id=0)
+LLAMA_LIKE = dict(
+    vocab_size=VOCAB,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    initializer_range=0.2,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+)
 CONFIGS = {
     "llama": ("LlamaConfig", LLAMA_LIKE),
     "qwen2": ("Qwen2Config", LLAMA_LIKE | dict(tie_word_embeddings=True)),
     "qwen3": ("Qwen3Config", LLAMA_LIKE | dict(head_dim=8, tie_word_embeddings=True)),
     "mistral": ("MistralConfig", LLAMA_LIKE | dict(sliding_window=4)),
     "phi3": ("Phi3Config", LLAMA_LIKE | dict(sliding_window=4)),
-    "gemma2": ("Gemma2Config", LLAMA_LIKE | dict(head_dim=8, sliding_window=4, attn_logit_softcapping=5.0,
-                                                 final_logit_softcapping=3.0, query_pre_attn_scalar=8)),
-    "gemma3": ("Gemma3TextConfig", LLAMA_LIKE | dict(head_dim=8, sliding_window=4, query_pre_attn_scalar=8,
-                                                     layer_types=["sliding_attention", "full_attention"])),
-    "gpt2": ("GPT2Config", dict(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64,
-                                initializer_range=0.2, bos_token_id=1, eos_token_id=2)),
-    "gpt_neox": ("GPTNeoXConfig", LLAMA_LIKE | dict(rope_parameters=dict(rope_type="default", rope_theta=10000.0,
-                                                                         partial_rotary_factor=0.5))),
+    "gemma2": (
+        "Gemma2Config",
+        LLAMA_LIKE
+        | dict(
+            head_dim=8,
+            sliding_window=4,
+            attn_logit_softcapping=5.0,
+            final_logit_softcapping=3.0,
+            query_pre_attn_scalar=8,
+        ),
+    ),
+    "gemma3": (
+        "Gemma3TextConfig",
+        LLAMA_LIKE
+        | dict(
+            head_dim=8, sliding_window=4, query_pre_attn_scalar=8, layer_types=["sliding_attention", "full_attention"]
+        ),
+    ),
+    "gpt2": (
+        "GPT2Config",
+        dict(
+            vocab_size=VOCAB,
+            n_embd=32,
+            n_layer=2,
+            n_head=4,
+            n_positions=64,
+            initializer_range=0.2,
+            bos_token_id=1,
+            eos_token_id=2,
+        ),
+    ),
+    "gpt_neox": (
+        "GPTNeoXConfig",
+        LLAMA_LIKE | dict(rope_parameters=dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.5)),
+    ),
     "olmo2": ("Olmo2Config", LLAMA_LIKE),
     "granite": ("GraniteConfig", LLAMA_LIKE | dict(logits_scaling=4.0)),
     "cohere": ("CohereConfig", LLAMA_LIKE | dict(logit_scale=0.25)),
     "starcoder2": ("Starcoder2Config", LLAMA_LIKE | dict(sliding_window=4)),
     "mixtral": ("MixtralConfig", LLAMA_LIKE | dict(num_local_experts=4)),
-    "qwen3_moe": ("Qwen3MoeConfig", LLAMA_LIKE | dict(head_dim=8, num_experts=4, num_experts_per_tok=2,
-                                                      moe_intermediate_size=24)),
-    "gpt_oss": ("GptOssConfig", LLAMA_LIKE | dict(head_dim=8, num_local_experts=4, sliding_window=4,
-                                                  rope_parameters=dict(rope_type="default", rope_theta=10000.0))),
-    "mamba2": ("Mamba2Config", dict(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_heads=8, head_dim=8,
-                                    state_size=8, n_groups=1, chunk_size=8)),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        LLAMA_LIKE | dict(head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24),
+    ),
+    "gpt_oss": (
+        "GptOssConfig",
+        LLAMA_LIKE
+        | dict(
+            head_dim=8,
+            num_local_experts=4,
+            sliding_window=4,
+            rope_parameters=dict(rope_type="default", rope_theta=10000.0),
+        ),
+    ),
+    "mamba2": (
+        "Mamba2Config",
+        dict(
+            vocab_size=VOCAB,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_heads=8,
+            head_dim=8,
+            state_size=8,
+            n_groups=1,
+            chunk_size=8,
+        ),
+    ),
 }
 
 
@@ -77,16 +135,22 @@ def random_batch(seed: int = 0, *, rollouts: int = 9, temperature: float = 1.0, 
     prompts = [rng.integers(3, VOCAB, rng.integers(1, 6)).tolist() for _ in range(-(-rollouts // 3))]
     lengths = [0, 1, *rng.integers(2, 12, rollouts)][:rollouts]
     return PackedBatch.from_lists(
-        [prompts[i // 3] for i in range(rollouts)], [rng.integers(2, VOCAB, n).tolist() for n in lengths],
-        group=[i // 3 for i in range(rollouts)], temperature=temperature,
-        reward=rng.random(rollouts) if reward else None)
+        [prompts[i // 3] for i in range(rollouts)],
+        [rng.integers(2, VOCAB, n).tolist() for n in lengths],
+        group=[i // 3 for i in range(rollouts)],
+        temperature=temperature,
+        reward=rng.random(rollouts) if reward else None,
+    )
 
 
 def random_direction(model, seed: int = 1, names=lambda name: True) -> Direction:
     """Every chosen parameter moves, by noise of the size of its own values."""
     generator = torch.Generator().manual_seed(seed)
-    noise = {name: torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p)
-             for name, p in model.named_parameters() if names(name)}
+    noise = {
+        name: torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p)
+        for name, p in model.named_parameters()
+        if names(name)
+    }
     return Direction({name: v * float(model.get_parameter(name).detach().std() + 0.1) for name, v in noise.items()})
 
 
@@ -100,8 +164,9 @@ def reference_columns(model, batch, direction) -> dict[str, list[float]]:
         causal_lm.set_experts_implementation("eager")
     primals = {name: p.detach() for name, p in model.named_parameters()}
     tangents = {name: direction.tensors.get(name, torch.zeros_like(p)).to(p) for name, p in primals.items()}
-    columns = {name: [] for name in ("logp", "entropy", "dlogp", "dentropy", "entropy_dlogp", "entropy_to_go",
-                                     "length_to_go")}
+    columns = {
+        name: [] for name in ("logp", "entropy", "dlogp", "dentropy", "entropy_dlogp", "entropy_to_go", "length_to_go")
+    }
     for i in range(len(batch)):
         ids, n = torch.tensor([batch.prompt(i) + batch.response(i)]), len(batch.response(i))
 

@@ -10,7 +10,7 @@ import itertools
 
 import numpy as np
 
-from dentropy.tables import SequenceSums
+from dentropy.stats.tables import SequenceSums
 
 END = 0  # the end token; a sequence that reaches the horizon is cut off without it
 
@@ -50,9 +50,7 @@ class TinyPolicy:
         self.sequences = ended + list(itertools.product(inner, repeat=horizon))
         self.lengths = np.array([len(s) for s in self.sequences])
         self.tokens = np.array([s + (0,) * (horizon - len(s)) for s in self.sequences])
-        self.prefix = np.array(
-            [[index[s[:k]] if k < len(s) else 0 for k in range(horizon)] for s in self.sequences]
-        )
+        self.prefix = np.array([[index[s[:k]] if k < len(s) else 0 for k in range(horizon)] for s in self.sequences])
         self.mask = np.arange(horizon) < self.lengths[:, None]
         shape = (3, n_prompts, len(prefixes), vocab)
         self.A, self.B, self.C = np.random.default_rng(seed).standard_normal(shape)

@@ -20,19 +20,50 @@ def report():
 @pytest.fixture
 def run(tmp_path):
     """A run of one case: 800 MB, which dentropy takes 1.25 times as long for as the copy."""
-    def row(ms, mib, times, fraction, **more):
-        return dict(median_ms=ms, min_ms=0.9 * ms, max_ms=1.1 * ms, calls_per_round=1, peak_mib_above_inputs=mib,
-                    rate=800 / ms, times_reference=times, fraction_of_reference=fraction) | more
 
-    providers = {"dentropy": row(500.0, 6.2, 1.25, 0.8, error=1.2e-7), "copy": row(400.0, 0.0, 1.0, 1.0),
-                 "jvp": row(5000.0, 1536.0, 12.5, 0.08, error=3.4e-6),
-                 "fused": dict(not_run="fused is not installed")}
-    case = dict(title="A case", device="cpu", rounds=5, work=8e8, unit="GB/s", reference="copy", headline=True,
-                providers=providers)
+    def row(ms, mib, times, fraction, **more):
+        return (
+            dict(
+                median_ms=ms,
+                min_ms=0.9 * ms,
+                max_ms=1.1 * ms,
+                calls_per_round=1,
+                peak_mib_above_inputs=mib,
+                rate=800 / ms,
+                times_reference=times,
+                fraction_of_reference=fraction,
+            )
+            | more
+        )
+
+    providers = {
+        "dentropy": row(500.0, 6.2, 1.25, 0.8, error=1.2e-7),
+        "copy": row(400.0, 0.0, 1.0, 1.0),
+        "jvp": row(5000.0, 1536.0, 12.5, 0.08, error=3.4e-6),
+        "fused": dict(not_run="fused is not installed"),
+    }
+    case = dict(
+        title="A case",
+        device="cpu",
+        rounds=5,
+        work=8e8,
+        unit="GB/s",
+        reference="copy",
+        headline=True,
+        providers=providers,
+    )
     machine = dict(cpu="A CPU", threads=2, gpu=None, torch="2.13.0", triton="3.9.0")
     path = tmp_path / "run.json"
-    path.write_text(json.dumps(dict(machine_info=machine, commit_info=dict(id="0123456789", dirty=False),
-                                    datetime="2026-01-02T03:04:05", benchmarks=[dict(extra_info=case)])))
+    path.write_text(
+        json.dumps(
+            dict(
+                machine_info=machine,
+                commit_info=dict(id="0123456789", dirty=False),
+                datetime="2026-01-02T03:04:05",
+                benchmarks=[dict(extra_info=case)],
+            )
+        )
+    )
     return path
 
 
@@ -64,6 +95,19 @@ def test_a_run_without_providers_is_refused(report, run, capsys):
 def test_recorded_runs_name_no_machine(path):
     run = json.loads(path.read_text())
     named = set(run["machine_info"]) | set(run["commit_info"])
-    assert named <= {"cpu", "cores", "threads", "gpu", "cuda", "system", "python", "torch", "triton", "transformers",
-                     "numpy", "id", "dirty"}
+    assert named <= {
+        "cpu",
+        "cores",
+        "threads",
+        "gpu",
+        "cuda",
+        "system",
+        "python",
+        "torch",
+        "triton",
+        "transformers",
+        "numpy",
+        "id",
+        "dirty",
+    }
     assert "/home" not in path.read_text() and "/tmp" not in path.read_text()

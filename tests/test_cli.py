@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from dentropy import Direction, PackedBatch, Policy, __version__
 from dentropy.cli import DEFAULT_STEPS, main
 from dentropy.demo.train import build_tokenizer
-from dentropy.progress import rollout_bar, token_bar
+from dentropy.experiment.progress import rollout_bar, token_bar
 
 STEP = 1e-3
 
@@ -75,15 +75,12 @@ class TestSample:
 
     def test_the_temperature_is_kept_and_the_seed_matters(self, tmp_path, capsys):
         for seed in (0, 1):
-            options = (
-                f"--per-prompt 4 --max-new-tokens 8 --temperature 0.7 --seed {seed} --out {tmp_path}/{seed}"
-            )
+            options = f"--per-prompt 4 --max-new-tokens 8 --temperature 0.7 --seed {seed} --out {tmp_path}/{seed}"
             assert main(completed(f"sample {options}")) == 0
         first, second = (PackedBatch.from_jsonl(tmp_path / name) for name in "01")
         assert first.temperature == 0.7 and not torch.equal(first.tokens, second.tokens)
         assert "12 rollouts of 3 prompts" in capsys.readouterr().out
         assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1"]
-
 
     def test_by_default_responses_go_as_far_as_the_positions(self, place, tmp_path):
         """512 new tokens are more than this policy has positions for."""
@@ -109,11 +106,7 @@ class TestProbe:
         assert along["step_size"] == between["step_size"] == STEP
         assert [m["eta"] for m in along["measured"]] == [step * STEP for step in DEFAULT_STEPS]
         assert along["slope"][0]["value"] == pytest.approx(between["slope"][0]["value"], rel=1e-3)
-        assert along["source"] == {
-            "policy": "before",
-            "rollouts": "rollouts.jsonl",
-            "direction": "v.safetensors",
-        }
+        assert along["source"] == {"policy": "before", "rollouts": "rollouts.jsonl", "direction": "v.safetensors"}
 
     def test_an_update_that_bf16_swallowed_is_warned_of(self, place, tmp_path, capsys):
         for name in ("before", "after"):
@@ -140,10 +133,7 @@ class TestProbe:
 
     def test_text_rollouts_with_an_end_token_added(self, tmp_path):
         text = "--direction v.safetensors --rollouts text.jsonl"
-        plain, ended = (
-            self.run(tmp_path / "plain", text),
-            self.run(tmp_path / "ended", f"{text} --append-eos"),
-        )
+        plain, ended = (self.run(tmp_path / "plain", text), self.run(tmp_path / "ended", f"{text} --append-eos"))
         assert (plain["n_tokens"], ended["n_tokens"]) == (3, 4)
 
     def test_the_token_budget_holds_for_every_pass(self, tmp_path, monkeypatch):
@@ -227,9 +217,7 @@ def test_a_missing_package_is_named_before_any_work(place, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(completed(DIRECTION)) == 2
     out, err = capsys.readouterr()
-    assert (
-        out == "" and "matplotlib" in err and "pip install 'dentropy[probe]'" in err and err.count("\n") == 1
-    )
+    assert out == "" and "matplotlib" in err and "pip install 'dentropy[probe]'" in err and err.count("\n") == 1
 
 
 # What a command gets where the case does not say otherwise. All paths are relative to `place`.
@@ -250,15 +238,9 @@ BAD = {
     "not a direction": ("probe --direction rollouts.jsonl", "not a safetensors file"),
     "no update rollouts": (f"{UPDATE} none", "none: no such file"),
     "no optimizer state": (f"{UPDATE} rewarded.jsonl --optimizer-state none", "none"),
-    "not an optimizer state": (
-        f"{UPDATE} rewarded.jsonl --optimizer-state prompts.jsonl",
-        "--optimizer-state",
-    ),
+    "not an optimizer state": (f"{UPDATE} rewarded.jsonl --optimizer-state prompts.jsonl", "--optimizer-state"),
     "broken JSON": (f"{DIRECTION} --rollouts broken.jsonl", "line 2: broken JSON"),
-    "token outside the vocabulary": (
-        f"{DIRECTION} --rollouts outside.jsonl",
-        "token id 99 is outside the vocab",
-    ),
+    "token outside the vocabulary": (f"{DIRECTION} --rollouts outside.jsonl", "token id 99 is outside the vocab"),
     "no rollouts in the file": (f"{DIRECTION} --rollouts empty.jsonl", "no rollouts"),
     "empty responses": (f"{DIRECTION} --rollouts empty_responses.jsonl", "all are empty"),
     "no rewards": (f"{UPDATE} rollouts.jsonl", "no rewards"),

@@ -21,6 +21,7 @@ def along_the_path(eta, logits, dlogits=None, d2logits=None, *, temperature=1.0,
 
 def values_and_derivatives(function, order, device):
     """What function(eta), a tuple, is at eta = 0, and its derivatives up to `order`: a list of tuples."""
+
     def first(eta):
         return jvp(function, (eta,), (torch.ones_like(eta),))
 
@@ -57,11 +58,18 @@ def scales(truth, logits, *tangents, **transform):
     of ż; d2logp = z̈_y − E z̈ − Var ż and d2h = −[Var ż + Cov(z, z̈) + E (z − E z)(ż − E ż)²] in the same way.
     """
     inputs = [tensor.double() for tensor in (logits, *tangents)]
-    orders = values_and_derivatives(lambda eta: (along_the_path(eta, *inputs, **transform),), len(tangents),
-                                    logits.device)
-    z, dz, d2z = ([spread(values) for values, in orders] + [torch.zeros(())] * 2)[:3]
-    return {"logp": truth["logp"].abs(), "entropy": torch.tensor(math.log(logits.shape[-1])),
-            "dlogp": dz, "dentropy": z * dz, "d2logp": d2z + dz**2, "d2entropy": z * d2z + dz**2 * (1 + z)}
+    orders = values_and_derivatives(
+        lambda eta: (along_the_path(eta, *inputs, **transform),), len(tangents), logits.device
+    )
+    z, dz, d2z = ([spread(values) for (values,) in orders] + [torch.zeros(())] * 2)[:3]
+    return {
+        "logp": truth["logp"].abs(),
+        "entropy": torch.tensor(math.log(logits.shape[-1])),
+        "dlogp": dz,
+        "dentropy": z * dz,
+        "d2logp": d2z + dz**2,
+        "d2entropy": z * d2z + dz**2 * (1 + z),
+    }
 
 
 def assert_as_accurate_as_plain_pytorch(stats, logits, targets, *tangents, **transform):

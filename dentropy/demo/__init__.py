@@ -1,1 +1,4 @@
-"""The embedded default: a small task with a checkable reward and the policy trained on it."""
+"""The demo: a small policy that comes with the package, its task, and the experiment on it.
+
+It may import everything but the command line.
+"""

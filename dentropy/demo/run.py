@@ -14,15 +14,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dentropy.batch import PackedBatch
 from dentropy.demo import task
-from dentropy.forward_mode import moved_weights
-from dentropy.measure import measure
-from dentropy.policy import Policy
-from dentropy.policy_gradient import policy_gradient_direction
-from dentropy.probe import ProbeResult, fresh_check, n_passes, probe
-from dentropy.progress import rollout_bar, token_bar
-from dentropy.rollout import sample
+from dentropy.experiment.probe import ProbeResult, fresh_check, n_passes, probe
+from dentropy.experiment.progress import rollout_bar, token_bar
+from dentropy.model.policy import Policy
+from dentropy.passes.forward_mode import moved_weights
+from dentropy.passes.measure import measure
+from dentropy.passes.policy_gradient import policy_gradient_direction
+from dentropy.rollouts.batch import PackedBatch
+from dentropy.rollouts.sampling import sample
 
 POLICY = Path(__file__).with_name("policy")
 STEP_SIZE = 1e-4
@@ -47,9 +47,7 @@ def run(seed: int = 0) -> ProbeResult:
 def _run(seed: int) -> ProbeResult:
     policy, tokenizer = load_policy()
     seeds = {"rollouts": seed, "update_rollouts": seed + 1, "fresh_rollouts": seed + 2}
-    batch = draw_rollouts(
-        policy, tokenizer, PROMPTS, PER_PROMPT, seed=seeds["rollouts"], label="1/4 rollouts"
-    )
+    batch = draw_rollouts(policy, tokenizer, PROMPTS, PER_PROMPT, seed=seeds["rollouts"], label="1/4 rollouts")
     update = draw_rollouts(
         policy,
         tokenizer,

@@ -35,8 +35,12 @@ def build_tokenizer():
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, padding_side="left",
-        model_max_length=MAX_POSITIONS, clean_up_tokenization_spaces=False,
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=END,
+        padding_side="left",
+        model_max_length=MAX_POSITIONS,
+        clean_up_tokenization_spaces=False,
     )
 
 
@@ -45,10 +49,17 @@ def build_model(tokenizer, *, hidden: int, layers: int):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=32 * round(hidden / 12),
-        num_hidden_layers=layers, num_attention_heads=hidden // 32, num_key_value_heads=hidden // 32,
-        max_position_embeddings=MAX_POSITIONS, tie_word_embeddings=True,
-        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=32 * round(hidden / 12),
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 32,
+        num_key_value_heads=hidden // 32,
+        max_position_embeddings=MAX_POSITIONS,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
     return LlamaForCausalLM(config)
 
@@ -67,7 +78,7 @@ def training_batch(tokenizer, rows: int, rng: random.Random) -> dict[str, torch.
         start = 0
         while (end := start + len(prompt) + len(answer)) <= MAX_POSITIONS:
             ids[row, start:end] = torch.tensor(prompt + answer)
-            labels[row, start + len(prompt):end] = torch.tensor(answer)
+            labels[row, start + len(prompt) : end] = torch.tensor(answer)
             positions[row, start:end] = torch.arange(end - start)
             start = end
             prompt, answer = _example(tokenizer, rng)
@@ -88,7 +99,7 @@ def train(tokenizer, *, steps: int, rows: int, hidden: int, layers: int, lr: flo
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.1, fused=True)
     warmup = max(1, steps // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps)),
+        optimizer, lambda step: min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
     )
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
     start = time.monotonic()
@@ -102,8 +113,10 @@ def train(tokenizer, *, steps: int, rows: int, hidden: int, layers: int, lr: flo
         if step % 100 == 0 or step == steps:
             elapsed = time.monotonic() - start
             left = elapsed / step * (steps - step)
-            print(f"step {step}/{steps}  loss {loss.item():.3f} nats/token  "
-                  f"{elapsed:.0f} s, {left:.0f} s left", flush=True)
+            print(
+                f"step {step}/{steps}  loss {loss.item():.3f} nats/token  {elapsed:.0f} s, {left:.0f} s left",
+                flush=True,
+            )
     return model
 
 
@@ -115,10 +128,16 @@ def sample(model, tokenizer, prompts: Sequence[str], *, seed: int) -> tuple[list
     torch.manual_seed(seed)
     inputs = tokenizer(list(prompts), return_tensors="pt", padding=True)
     out = model.generate(
-        **inputs, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=MAX_NEW_TOKENS,
-        output_logits=True, return_dict_in_generate=True,
+        **inputs,
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=MAX_NEW_TOKENS,
+        output_logits=True,
+        return_dict_in_generate=True,
     )
-    tokens = out.sequences[:, inputs["input_ids"].shape[1]:]
+    tokens = out.sequences[:, inputs["input_ids"].shape[1] :]
     entropy = torch.distributions.Categorical(logits=torch.stack(out.logits, dim=1)).entropy()
     return tokenizer.batch_decode(tokens, skip_special_tokens=True), entropy[tokens != tokenizer.pad_token_id]
 
@@ -149,8 +168,13 @@ def save(model, tokenizer, folder: Path) -> None:
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     GenerationConfig(
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=MAX_NEW_TOKENS,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=MAX_NEW_TOKENS,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     ).save_pretrained(folder)
 
 
@@ -172,8 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"argument --hidden: expected a multiple of 32, got {args.hidden}")
     tokenizer = build_tokenizer()
     model = train(
-        tokenizer, steps=args.steps, rows=args.rows, hidden=args.hidden, layers=args.layers,
-        lr=args.lr, seed=args.seed,
+        tokenizer, steps=args.steps, rows=args.rows, hidden=args.hidden, layers=args.layers, lr=args.lr, seed=args.seed
     )
     save(model, tokenizer, args.out)
     evaluate(args.out, n=args.eval, seed=args.seed + 1)

@@ -5,13 +5,13 @@ They import nothing but NumPy; intervals load SciPy and the Pareto k̂ arviz-sta
 
 from dentropy.estimators.attribution import Bins, by_length, by_position, token_attribution
 from dentropy.estimators.audit import AuditCheck, OnPolicyAudit, on_policy_audit
-from dentropy.estimators.curvature import curvature
+from dentropy.estimators.curvatures import curvature
 from dentropy.estimators.diagnostics import ImportanceDiagnostics, importance_diagnostics
 from dentropy.estimators.estimate import Estimate, Statistic
-from dentropy.estimators.importance import ImportanceResult, importance
+from dentropy.estimators.importance_sampling import ImportanceResult, importance
 from dentropy.estimators.prediction import TrustRange, predict, prediction_error, trust_range
 from dentropy.estimators.sample_size import RolloutsNeeded, rollouts_needed
-from dentropy.estimators.slope import slope
+from dentropy.estimators.slopes import slope
 from dentropy.estimators.uncertainty import clustered_stderr
 
 __all__ = [

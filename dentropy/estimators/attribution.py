@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dentropy.estimators._table import PER, check_choice, column, sizes
-from dentropy.estimators.slope import ESTIMATORS
+from dentropy.estimators.columns import PER, check_choice, column, sizes
+from dentropy.estimators.slopes import ESTIMATORS
 
 if TYPE_CHECKING:
-    from dentropy.tables import SequenceSums
+    from dentropy.stats.tables import SequenceSums
 
 LENGTH_BINS = 10
 
@@ -105,7 +105,7 @@ def by_position(contributions: np.ndarray, sums: SequenceSums) -> Bins:
     Example:
         >>> import numpy as np
         >>> from dentropy.estimators import by_position
-        >>> from dentropy.tables import SequenceSums
+        >>> from dentropy.stats.tables import SequenceSums
         >>> sums = SequenceSums(n_tokens=np.array([3.0, 1.0]), logp=np.zeros(2), entropy=np.zeros(2),
         ...                     group=np.arange(2), rollout=np.arange(2))
         >>> by_position(np.array([1.0, 2.0, 3.0, 10.0]), sums).contribution
@@ -132,7 +132,7 @@ def by_length(contributions: np.ndarray, sums: SequenceSums) -> Bins:
     Example:
         >>> import numpy as np
         >>> from dentropy.estimators import by_length
-        >>> from dentropy.tables import SequenceSums
+        >>> from dentropy.stats.tables import SequenceSums
         >>> sums = SequenceSums(n_tokens=np.array([3.0, 1.0, 3.0]), logp=np.zeros(3), entropy=np.zeros(3),
         ...                     group=np.arange(3), rollout=np.arange(3))
         >>> by_length(np.array([1.0, 2.0, 10.0]), sums).contribution

@@ -7,16 +7,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dentropy.estimators._table import column, sizes
+from dentropy.estimators.columns import column, sizes
 from dentropy.estimators.uncertainty import clustered_stderr
 
 if TYPE_CHECKING:
-    from dentropy.tables import SequenceSums
+    from dentropy.stats.tables import SequenceSums
 
 THRESHOLD = 4.0
 CAUSES = (
-    "sampling at another temperature, with top-p or top-k, or from stale weights, "
-    "or a shift between tokens and logits"
+    "sampling at another temperature, with top-p or top-k, or from stale weights, or a shift between tokens and logits"
 )
 
 

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dentropy.estimators._optional import load
+from dentropy.estimators.optional import load
 from dentropy.estimators.uncertainty import clustered_stderr
 
 if TYPE_CHECKING:
-    from dentropy.estimators.importance import ImportanceResult
+    from dentropy.estimators.importance_sampling import ImportanceResult
 
 # A generalized Pareto tail of k > 1 has no mean: there is nothing for an average to converge to.
 NO_MEAN = 1.0
@@ -196,7 +196,8 @@ def _verdict(measured: ImportanceResult, found: ImportanceDiagnostics) -> tuple[
     if khat > found.khat_threshold:
         return "strained", (
             f"k̂ of {product} is {khat:.2f}, above {found.khat_threshold:.2f}: {measured.n} rollouts are few "
-            "for such a tail")
+            "for such a tail"
+        )
     if measured.ess_fraction < STRAINED_FRACTION:
         return "strained", f"the ESS is {measured.ess_fraction:.0%} of {measured.n} rollouts, below a half"
     if off:
@@ -217,4 +218,5 @@ def _tail_doubt(measured: ImportanceResult, found: ImportanceDiagnostics) -> str
         return None
     return (
         f"smoothing the weights moves ΔH from {measured.delta:.3g} to {found.smoothed_delta:.3g}, by more "
-        f"than its standard error {measured.stderr:.2g}")
+        f"than its standard error {measured.stderr:.2g}"
+    )

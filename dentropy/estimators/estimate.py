@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from dentropy.estimators._optional import load
 from dentropy.estimators.jackknife import jackknife_stderr
+from dentropy.estimators.optional import load
 from dentropy.estimators.uncertainty import Groups, variance_terms
 
 # With 9 degrees of freedom a standard error is itself uncertain by 1/sqrt(2·9), about a quarter of itself.
@@ -159,8 +159,11 @@ def _concentration(terms: np.ndarray, groups: Groups, prompts: str) -> list[str]
     warnings = []
     dof = groups.dof(prompts)
     if dof < FEW_DEGREES:
-        count = f"{groups.labels.size} groups" if prompts == "random" else (
-            f"{groups.row.size} rollouts in {groups.labels.size} groups")
+        count = (
+            f"{groups.labels.size} groups"
+            if prompts == "random"
+            else (f"{groups.row.size} rollouts in {groups.labels.size} groups")
+        )
         warnings.append(
             f"few groups: {count} give {dof} degrees of freedom, so the standard error is itself uncertain "
             f"by {1 / np.sqrt(2 * dof):.0%} or more"
@@ -176,7 +179,5 @@ def _concentration(terms: np.ndarray, groups: Groups, prompts: str) -> list[str]
         who = f"group {int(label)}" if prompts == "random" else f"one rollout of group {int(label)}"
         warnings.append(f"{who} alone makes {terms[largest] / total:.0%} of the squared standard error")
     elif effective < FEW_EFFECTIVE and not warnings:
-        warnings.append(
-            f"few groups: the standard error rests on effectively {effective:.1f} of {terms.size} {units}"
-        )
+        warnings.append(f"few groups: the standard error rests on effectively {effective:.1f} of {terms.size} {units}")
     return warnings

@@ -17,11 +17,7 @@ SMALLEST_REST = 1e-6
 
 
 def leave_one_out(
-    formula: Callable[..., np.ndarray],
-    terms: Sequence[np.ndarray],
-    denominators: int,
-    groups: Groups,
-    prompts: str,
+    formula: Callable[..., np.ndarray], terms: Sequence[np.ndarray], denominators: int, groups: Groups, prompts: str
 ) -> tuple[np.ndarray | None, str | None]:
     """The statistic formula(Σ_i terms[0]_i, Σ_i terms[1]_i, ...) with one group, or one rollout, left out.
 
@@ -46,14 +42,15 @@ def leave_one_out(
         rest = [term.sum() - groups.sums(term) for term in terms]
     else:
         members = groups.members[groups.row]
-        rest = [
-            term.sum() + (groups.sums(term)[groups.row] - members * term) / (members - 1) for term in terms
-        ]
+        rest = [term.sum() + (groups.sums(term)[groups.row] - members * term) / (members - 1) for term in terms]
     for left, term in zip(rest[:denominators], terms, strict=False):
         if left.min() < SMALLEST_REST * term.sum():
             out = int(np.argmin(left))
-            name = f"group {int(groups.labels[out])}" if prompts == "random" else (
-                f"one rollout of group {int(groups.labels[groups.row[out]])}")
+            name = (
+                f"group {int(groups.labels[out])}"
+                if prompts == "random"
+                else (f"one rollout of group {int(groups.labels[groups.row[out]])}")
+            )
             return None, f"{name} holds all but a millionth of the weight, so it cannot be left out"
     return formula(*rest), None
 

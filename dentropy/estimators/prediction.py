@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dentropy.estimators.curvature import curvature
+from dentropy.estimators.curvatures import curvature
 from dentropy.estimators.estimate import Estimate, Statistic, with_errors
-from dentropy.estimators.importance import importance
-from dentropy.estimators.slope import slope
+from dentropy.estimators.importance_sampling import importance
+from dentropy.estimators.slopes import slope
 from dentropy.estimators.uncertainty import Groups
 
 if TYPE_CHECKING:
-    from dentropy.tables import SequenceSums
+    from dentropy.stats.tables import SequenceSums
 
 # Where the quadratic prediction differs from the linear one by this fraction of it.
 LINEAR_TOLERANCE = 0.1
@@ -210,9 +210,7 @@ def _combine(terms: dict[str, tuple[float, Statistic]], *, name: str, estimator:
     jackknife = (None, refused[0]) if refused else (total("leave_one_out"), None)
     groups, one = Groups.of(statistics[0].group), statistics[0]
     return Estimate(
-        **with_errors(
-            total("value"), total("influence"), jackknife, groups=groups, prompts=one.prompts, per=one.per
-        ),
+        **with_errors(total("value"), total("influence"), jackknife, groups=groups, prompts=one.prompts, per=one.per),
         contributions=total("contributions"),
         parts={part: float(factor * s.value) for part, (factor, s) in terms.items()},
         name=name,

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dentropy.estimators._table import PROMPTS, check_choice
+from dentropy.estimators.columns import PROMPTS, check_choice
 
 
 def clustered_stderr(

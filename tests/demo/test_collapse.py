@@ -4,7 +4,7 @@ from dentropy import importance, importance_diagnostics, measure, moved_weights,
 from dentropy.demo import task
 from dentropy.demo.run import STEP_SIZE, draw_rollouts, load_policy
 from dentropy.estimators import clustered_stderr
-from dentropy.probe import entropy_per_token
+from dentropy.experiment.probe import entropy_per_token
 
 
 def test_the_verdict_turns_before_the_measurement_goes_wrong():
@@ -20,8 +20,10 @@ def test_the_verdict_turns_before_the_measurement_goes_wrong():
         eta = steps * STEP_SIZE
         measured = importance(base, measure(policy, batch, direction, eta=eta))
         with moved_weights(policy, direction, eta):
-            fresh = measure(policy, sample(policy, prompts, per_prompt=32, max_new_tokens=task.MAX_ANSWER + 1, seed=7,
-                                           batch_size=512))
+            fresh = measure(
+                policy,
+                sample(policy, prompts, per_prompt=32, max_new_tokens=task.MAX_ANSWER + 1, seed=7, batch_size=512),
+            )
         value, influence = entropy_per_token(fresh)
         doubt = 2 * clustered_stderr(influence, fresh.group, "fixed")[0]
         low, high = measured.interval()

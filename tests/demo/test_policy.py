@@ -3,9 +3,8 @@ import random
 from pathlib import Path
 
 import pytest
-
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
+import torch
+import transformers
 
 import dentropy.demo
 from dentropy.demo import task, train
@@ -20,15 +19,17 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def model():
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        FOLDER, dtype=torch.float32, local_files_only=True,
-    ).eval()
+    return transformers.AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32, local_files_only=True).eval()
 
 
 def test_the_shipped_folder_is_complete_and_small():
     names = {path.name for path in FOLDER.iterdir()}
     assert names == {
-        "README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+        "README.md",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
         "tokenizer_config.json",
     }
     assert sum(path.stat().st_size for path in FOLDER.iterdir()) < 5e6
@@ -73,9 +74,9 @@ def test_sampled_answers_earn_a_middling_reward_and_differ_in_length(model, toke
     prompts = task.prompts(256, seed=0)
     inputs = tokenizer(prompts, return_tensors="pt", padding=True)
     out = model.generate(
-        **inputs, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=task.MAX_ANSWER + 1,
+        **inputs, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=task.MAX_ANSWER + 1
     )
-    answers = tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
+    answers = tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     rewards = [task.reward(prompt, answer) for prompt, answer in zip(prompts, answers)]
     assert 0.4 < sum(rewards) / 256 < 0.8
     right = {len(answer) for answer, reward in zip(answers, rewards) if reward}
@@ -93,10 +94,24 @@ def test_generation_config_samples_from_the_whole_vocabulary(model):
 
 def test_training_script_learns_and_writes_a_policy_that_loads(tmp_path, capsys):
     out = tmp_path / "policy"
-    train.main([
-        "--out", str(out), "--steps", "30", "--rows", "4", "--hidden", "32", "--layers", "1", "--lr", "1e-2",
-        "--eval", "16",
-    ])
+    train.main(
+        [
+            "--out",
+            str(out),
+            "--steps",
+            "30",
+            "--rows",
+            "4",
+            "--hidden",
+            "32",
+            "--layers",
+            "1",
+            "--lr",
+            "1e-2",
+            "--eval",
+            "16",
+        ]
+    )
     printed = capsys.readouterr().out
     assert "step 30/30" in printed and "16 answers: mean reward" in printed
     shipped = {path.name for path in FOLDER.iterdir()} - {"README.md"}

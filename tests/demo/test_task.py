@@ -1,5 +1,4 @@
 import ast
-import doctest
 import operator
 import random
 
@@ -37,12 +36,14 @@ def mutated(text, rng):
     """The text with one character inserted, replaced, deleted or doubled."""
     at = rng.randrange(len(text))
     character = rng.choice(task.CHARACTERS + "0+-* ()_ex.\n²٣")
-    return rng.choice([
-        text[:at] + character + text[at:],
-        text[:at] + character + text[at + 1:],
-        text[:at] + text[at + 1:],
-        text[:at] + text[at] + text[at:],
-    ])
+    return rng.choice(
+        [
+            text[:at] + character + text[at:],
+            text[:at] + character + text[at + 1 :],
+            text[:at] + text[at + 1 :],
+            text[:at] + text[at] + text[at:],
+        ]
+    )
 
 
 def test_generated_expressions_have_the_target_value_and_lengths_vary():
@@ -81,10 +82,37 @@ def test_value_agrees_with_pythons_parser_on_random_strings():
     assert sum(value is not None for value in expected) > 1000
 
 
-@pytest.mark.parametrize("answer", [
-    "", "+7", "-7", "7+", "07", "00", "7+00", "3+04", "3++4", "3--4", "3*+4", "7**1", "14/2", "(7)", "3 + 4",
-    " 7", "7\n", "7=", "7=7", "7.0", "0x7", "7e0", "٧", "7<eos>", "1*" * 16 + "7", "9" * 5000,
-])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "",
+        "+7",
+        "-7",
+        "7+",
+        "07",
+        "00",
+        "7+00",
+        "3+04",
+        "3++4",
+        "3--4",
+        "3*+4",
+        "7**1",
+        "14/2",
+        "(7)",
+        "3 + 4",
+        " 7",
+        "7\n",
+        "7=",
+        "7=7",
+        "7.0",
+        "0x7",
+        "7e0",
+        "٧",
+        "7<eos>",
+        "1*" * 16 + "7",
+        "9" * 5000,
+    ],
+)
 def test_malformed_answers_get_nothing(answer):
     assert task.value(answer) is None
     assert task.reward("7=", answer) == 0.0
@@ -115,8 +143,3 @@ def test_numbers_out_of_range_are_refused():
     with pytest.raises(ValueError, match="n: "):
         task.prompts(-1, seed=0)
     assert task.prompts(0, seed=0) == []
-
-
-def test_docstring_examples():
-    results = doctest.testmod(task)
-    assert results.attempted == 4 and results.failed == 0

@@ -1,8 +1,6 @@
 """Token contributions against the definition, token by token, and what they must add up to."""
 
 import dataclasses
-import doctest
-import importlib
 
 import numpy as np
 import pytest
@@ -10,8 +8,8 @@ import torch
 from oracles import TinyPolicy
 
 from dentropy.estimators import by_length, by_position, slope, token_attribution
-from dentropy.reference import sequence_sums, token_stats
-from dentropy.tables import SequenceSums, TokenStats
+from dentropy.stats.plain import sequence_sums, token_stats
+from dentropy.stats.tables import SequenceSums, TokenStats
 
 POLICY = TinyPolicy()
 COLUMNS = POLICY.columns()
@@ -25,8 +23,12 @@ def tiny_table(seed=0):
     (prompt,), (sequence,) = POLICY.sample(np.random.default_rng(seed), 1)
     logp, entropy = POLICY.token_jets(0.0)
     keep = POLICY.mask[sequence]
-    tokens = TokenStats(*(torch.from_numpy(jet[order, prompt, sequence][keep])
-                          for order, jet in ((0, logp), (0, entropy), (1, logp), (1, entropy))))
+    tokens = TokenStats(
+        *(
+            torch.from_numpy(jet[order, prompt, sequence][keep])
+            for order, jet in ((0, logp), (0, entropy), (1, logp), (1, entropy))
+        )
+    )
     return dataclasses.replace(POLICY.table(prompt, sequence, COLUMNS), tokens=tokens)
 
 
@@ -59,10 +61,12 @@ def test_is_the_definition_token_by_token(estimator, per):
     mean, at = h.sum() / size.sum(), 0
     for i, T in enumerate(sums.n_tokens.astype(int)):
         for k in range(T):
-            later = h[at + k + 1:at + T]
-            a = {"causal": sum(later - (mean if per == "token" else 0)),
-                 "exact": h[at:at + T].sum() - mean * size[i],
-                 "mixed": later.sum() - mean * size[i]}[estimator]
+            later = h[at + k + 1 : at + T]
+            a = {
+                "causal": sum(later - (mean if per == "token" else 0)),
+                "exact": h[at : at + T].sum() - mean * size[i],
+                "mixed": later.sum() - mean * size[i],
+            }[estimator]
             expected = (dentropy[at + k] + dlogp[at + k] * a) / size.sum()
             assert found[at + k] == pytest.approx(expected, rel=1e-11, abs=1e-14)
         at += T
@@ -76,8 +80,7 @@ def test_sums_to_the_slope_on_long_rollouts(dtype, estimator, per):
     lengths = np.random.default_rng(1).integers(0, 3000, 40)
     lengths[[0, 7, 39]] = 0
     sums = long_table(lengths, dtype)
-    check_sums(token_attribution(sums, estimator=estimator, per=per),
-               slope(sums, estimator=estimator, per=per), sums)
+    check_sums(token_attribution(sums, estimator=estimator, per=per), slope(sums, estimator=estimator, per=per), sums)
 
 
 def test_positions():
@@ -87,16 +90,15 @@ def test_positions():
     bins = by_position(values, sums)
     position = np.concatenate([np.arange(1, T + 1) for T in lengths])
     assert list(zip(bins.first, bins.last, strict=True)) == [(1, 1), (2, 3), (4, 7), (8, 9)]
-    for first, last, count, contribution in zip(
-            bins.first, bins.last, bins.count, bins.contribution, strict=True):
+    for first, last, count, contribution in zip(bins.first, bins.last, bins.count, bins.contribution, strict=True):
         inside = (first <= position) & (position <= last)
         assert count == inside.sum() and contribution == pytest.approx(values[inside].sum(), rel=1e-12)
     assert bins.count.sum() == lengths.sum()
 
 
-@pytest.mark.parametrize("lengths", [
-    np.random.default_rng(2).integers(1, 60, 200), np.full(30, 7), np.array([4]), np.array([0, 0, 2, 0, 9]),
-])
+@pytest.mark.parametrize(
+    "lengths", [np.random.default_rng(2).integers(1, 60, 200), np.full(30, 7), np.array([4]), np.array([0, 0, 2, 0, 9])]
+)
 def test_lengths(lengths):
     sums = long_table(lengths, torch.float64)
     contributions = slope(sums).contributions
@@ -104,8 +106,7 @@ def test_lengths(lengths):
     assert 1 <= len(bins.first) <= 10 and bins.count.sum() == len(lengths) and bins.count.min() > 0
     assert bins.first[0] == lengths.min() and bins.last[-1] == lengths.max()
     assert np.all(bins.first <= bins.last) and np.all(bins.first[1:] > bins.last[:-1])
-    for first, last, count, contribution in zip(
-            bins.first, bins.last, bins.count, bins.contribution, strict=True):
+    for first, last, count, contribution in zip(bins.first, bins.last, bins.count, bins.contribution, strict=True):
         inside = (first <= lengths) & (lengths <= last)
         assert first in lengths and last in lengths and count == inside.sum()
         assert contribution == pytest.approx(contributions[inside].sum(), rel=1e-12, abs=1e-15)
@@ -151,8 +152,3 @@ def test_bad_input():
     empty = SequenceSums(**{name: c[:0] for name, c in sums.columns().items()}, tokens=sums.tokens)
     with pytest.raises(ValueError, match="sums has no rows"):
         token_attribution(empty)
-
-
-def test_example():
-    result = doctest.testmod(importlib.import_module("dentropy.estimators.attribution"))
-    assert result.attempted > 0 and result.failed == 0

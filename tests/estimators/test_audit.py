@@ -1,8 +1,6 @@
 """The on-policy audit: silent on rollouts of the policy itself, loud on rollouts of another one."""
 
 import dataclasses
-import doctest
-import importlib
 
 import numpy as np
 import pytest
@@ -42,11 +40,14 @@ def test_mean_and_stderr():
     assert check.z == pytest.approx(check.mean / check.stderr, rel=1e-12)
 
 
-@pytest.mark.parametrize("columns, names", [
-    (TinyPolicy(scale=0.6).columns(), {"logp + entropy"}),  # another temperature
-    (POLICY.columns(0.6), {"dlogp"}),  # stale weights, older along the direction
-    (COLUMNS | {"logp": np.roll(COLUMNS["logp"], 1, axis=1)}, {"logp + entropy"}),  # those of other tokens
-])
+@pytest.mark.parametrize(
+    "columns, names",
+    [
+        (TinyPolicy(scale=0.6).columns(), {"logp + entropy"}),  # another temperature
+        (POLICY.columns(0.6), {"dlogp"}),  # stale weights, older along the direction
+        (COLUMNS | {"logp": np.roll(COLUMNS["logp"], 1, axis=1)}, {"logp + entropy"}),  # those of other tokens
+    ],
+)
 def test_rollouts_of_another_policy_are_named(columns, names):
     (sums,) = scored_by(columns, n_groups=256)
     warnings = on_policy_audit(sums).warnings
@@ -85,8 +86,3 @@ def test_bad_input():
     empty = {name: values[:0] for name, values in sums.columns().items()}
     with pytest.raises(ValueError, match="sums has no rows"):
         on_policy_audit(dataclasses.replace(sums, **empty))
-
-
-def test_example():
-    result = doctest.testmod(importlib.import_module("dentropy.estimators.audit"))
-    assert result.attempted > 0 and result.failed == 0

@@ -70,12 +70,16 @@ def test_uncorrected_slope_misses():
 @pytest.mark.slow
 @per_both
 @estimator_all
-@pytest.mark.parametrize("policy", [
-    TinyPolicy(vocab=3, scale=0.5, seed=4),
-    TinyPolicy(vocab=3, n_prompts=64, seed=5),
-    TinyPolicy(vocab=4, n_prompts=64, seed=6),
-    TinyPolicy(vocab=4, horizon=4, end_drift=0.0, seed=7),
-], ids=["3x0.5", "3x1", "4x1", "4x1-no-drift"])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        TinyPolicy(vocab=3, scale=0.5, seed=4),
+        TinyPolicy(vocab=3, n_prompts=64, seed=5),
+        TinyPolicy(vocab=4, n_prompts=64, seed=6),
+        TinyPolicy(vocab=4, horizon=4, end_drift=0.0, seed=7),
+    ],
+    ids=["3x0.5", "3x1", "4x1", "4x1-no-drift"],
+)
 def test_slope_on_other_policies(policy, estimator, per):
     estimates = (slope(s, estimator=estimator, per=per) for s in tables(policy, 10_000)[0])
     check(estimates, policy.truth(0.0, per)[1], 0.93)
@@ -112,8 +116,10 @@ def test_prediction(order, per, n_batches):
 def test_prediction_error(estimator, order, per, n_batches):
     base, first, second = DEFAULT.truth(0.0, per)
     truth = ETA * first + (ETA**2 * second / 2 if order == 2 else 0) - (DEFAULT.truth(ETA, per)[0] - base)
-    estimates = (prediction_error(b, m, ETA, order=order, estimator=estimator, per=per)
-                 for b, m in zip(*tables(DEFAULT, n_batches, etas=(0.0, ETA)), strict=True))
+    estimates = (
+        prediction_error(b, m, ETA, order=order, estimator=estimator, per=per)
+        for b, m in zip(*tables(DEFAULT, n_batches, etas=(0.0, ETA)), strict=True)
+    )
     check(estimates, truth, 0.91)
 
 
@@ -179,8 +185,9 @@ def test_where_intervals_fail_the_warnings_fire(n_batches):
 @sizes
 def test_where_intervals_hold_the_warnings_are_rare(n_batches):
     base, moved = tables(DEFAULT, n_batches, etas=(0.0, ETA))
-    warned = {name: np.mean([concentrated(e) for e in estimates])
-              for name, estimates in statistics(base, moved).items()}
+    warned = {
+        name: np.mean([concentrated(e) for e in estimates]) for name, estimates in statistics(base, moved).items()
+    }
     assert max(warned["slope"], warned["exact slope"], warned["importance"]) < 0.1
     assert warned["curvature"] < 0.4  # it has squares of ℓ' in it: its group sums are far less normal
 

@@ -1,8 +1,6 @@
 """Pareto k̂ against known tails, smoothed weights against fitted quantiles, what the verdict turns on."""
 
 import dataclasses
-import doctest
-import importlib
 import subprocess
 import sys
 import warnings
@@ -14,7 +12,7 @@ from scipy import stats
 
 from dentropy.estimators import importance, importance_diagnostics
 from dentropy.estimators.diagnostics import pareto_smooth
-from dentropy.tables import SequenceSums
+from dentropy.stats.tables import SequenceSums
 
 
 def measured(log_weights, *, per_group=8, seed=0, per="token", prompts="random", group=None):
@@ -22,8 +20,13 @@ def measured(log_weights, *, per_group=8, seed=0, per="token", prompts="random",
     rng, count = np.random.default_rng(seed), len(log_weights)
     n_tokens = rng.integers(20, 40, count)
     rollout = np.arange(count)
-    base = SequenceSums(n_tokens=n_tokens, logp=-2.0 * n_tokens, entropy=n_tokens * rng.uniform(1, 2, count),
-                        group=rollout // per_group if group is None else group, rollout=rollout)
+    base = SequenceSums(
+        n_tokens=n_tokens,
+        logp=-2.0 * n_tokens,
+        entropy=n_tokens * rng.uniform(1, 2, count),
+        group=rollout // per_group if group is None else group,
+        rollout=rollout,
+    )
     entropy = base.entropy * rng.uniform(0.8, 1, count)
     moved = dataclasses.replace(base, logp=base.logp + log_weights, entropy=entropy)
     return importance(base, moved, per=per, prompts=prompts)
@@ -89,7 +92,8 @@ def test_smoothed_delta_is_the_definition_and_leaves_light_tails_alone():
     assert found.smoothed_delta == pytest.approx(float(expected), rel=1e-12)
     assert abs(found.smoothed_delta - result.delta) < 0.1 * result.stderr
     assert importance_diagnostics(measured(heavy(0.9, 0.5))).smoothed_delta != pytest.approx(
-        measured(heavy(0.9, 0.5)).delta, rel=1e-4)
+        measured(heavy(0.9, 0.5)).delta, rel=1e-4
+    )
 
 
 def test_products_are_those_of_the_ratio():
@@ -149,30 +153,37 @@ def test_rollouts_without_tokens_or_without_entropy():
     n_tokens = base.size * (np.arange(512) % 50 > 0)
     entropy = np.where(np.arange(512) % 50 < 2, 0.0, base.moved_entropy)
     rollout = np.arange(512)
-    sums = SequenceSums(n_tokens=n_tokens, logp=np.zeros(512), entropy=entropy, group=rollout // 8,
-                        rollout=rollout)
+    sums = SequenceSums(n_tokens=n_tokens, logp=np.zeros(512), entropy=entropy, group=rollout // 8, rollout=rollout)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = importance_diagnostics(importance(sums, dataclasses.replace(sums, logp=lognormal(0.3))))
     assert found.khat_reason is None and found.verdict == "reliable"
 
 
-MIXED = np.log(np.where(np.arange(512) % 5 == 0, np.random.default_rng(0).uniform(4, 5, 512),
-                        np.random.default_rng(1).uniform(0, 0.2, 512)))
+MIXED = np.log(
+    np.where(
+        np.arange(512) % 5 == 0,
+        np.random.default_rng(0).uniform(4, 5, 512),
+        np.random.default_rng(1).uniform(0, 0.2, 512),
+    )
+)
 
 
-@pytest.mark.parametrize("log_weights, verdict, reason", [
-    (np.zeros(512), "reliable", "the ESS is 100.0% of 512 rollouts"),
-    (lognormal(0.3), "reliable", "the largest k̂"),
-    (lognormal(5.0), "unusable", "the ESS of w"),
-    (heavy(1.2, 0.05, 4000), "unusable", "above 1: a tail without a mean"),
-    (lognormal(0.3, mean=0.4), "unusable", "the mean weight is 0.4"),
-    (heavy(0.9, 0.1), "strained", "above 0.63: 512 rollouts are few for such a tail"),
-    (MIXED, "strained", "of 512 rollouts, below a half"),
-    (lognormal(0.3, mean=1.2), "strained", "the mean weight is 1.2"),
-    (lognormal(0.3, 24), "strained", "no k̂ to judge the weights by: 24 rollouts"),
-    (heavy(0.9, 0.001), "reliable", "the ESS is 99.9% of 512 rollouts"),  # w is too even for a tail to matter
-])
+@pytest.mark.parametrize(
+    "log_weights, verdict, reason",
+    [
+        (np.zeros(512), "reliable", "the ESS is 100.0% of 512 rollouts"),
+        (lognormal(0.3), "reliable", "the largest k̂"),
+        (lognormal(5.0), "unusable", "the ESS of w"),
+        (heavy(1.2, 0.05, 4000), "unusable", "above 1: a tail without a mean"),
+        (lognormal(0.3, mean=0.4), "unusable", "the mean weight is 0.4"),
+        (heavy(0.9, 0.1), "strained", "above 0.63: 512 rollouts are few for such a tail"),
+        (MIXED, "strained", "of 512 rollouts, below a half"),
+        (lognormal(0.3, mean=1.2), "strained", "the mean weight is 1.2"),
+        (lognormal(0.3, 24), "strained", "no k̂ to judge the weights by: 24 rollouts"),
+        (heavy(0.9, 0.001), "reliable", "the ESS is 99.9% of 512 rollouts"),  # w is too even for a tail to matter
+    ],
+)
 def test_verdict_names_the_number_that_decided(log_weights, verdict, reason):
     found = importance_diagnostics(measured(log_weights, per_group=8 if len(log_weights) > 24 else 2))
     assert (found.verdict, reason in found.reason) == (verdict, True), found.reason
@@ -209,15 +220,12 @@ def test_the_verdict_turns_before_intervals_fail(n_batches):
 
 
 def test_arviz_is_asked_for_by_name_and_brings_no_xarray(monkeypatch):
-    code = "import sys; from dentropy.estimators.diagnostics import pareto_smooth as p; import numpy as np;" \
-           "p(np.sin(np.arange(100.0))); print('arviz_stats' in sys.modules, 'xarray' in sys.modules)"
+    code = (
+        "import sys; from dentropy.estimators.diagnostics import pareto_smooth as p; import numpy as np;"
+        "p(np.sin(np.arange(100.0))); print('arviz_stats' in sys.modules, 'xarray' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "True False"
     monkeypatch.setitem(sys.modules, "arviz_stats.base", None)
     with pytest.raises(ImportError, match=r'Pareto k̂ needs arviz-stats: pip install "dentropy\[probe\]"'):
         importance_diagnostics(measured(lognormal(0.3)))
-
-
-def test_example():
-    result = doctest.testmod(importlib.import_module("dentropy.estimators.diagnostics"))
-    assert result.attempted > 0 and result.failed == 0

@@ -1,8 +1,6 @@
 """Which standard error is reported, its interval, and the warnings in words."""
 
 import dataclasses
-import doctest
-import importlib
 import subprocess
 import sys
 
@@ -38,8 +36,11 @@ def errors_of_a_mean(values, group, prompts="random"):
 @pytest.mark.parametrize("prompts, dof", [("random", 15), ("fixed", 48)])
 @pytest.mark.parametrize("level", [0.5, 0.95, 0.999])
 def test_interval_is_student_s(prompts, dof, level):
-    for estimate in (slope(one_table(), prompts=prompts), curvature(one_table(), prompts=prompts),
-                     importance(one_table(), one_table(), prompts=prompts)):
+    for estimate in (
+        slope(one_table(), prompts=prompts),
+        curvature(one_table(), prompts=prompts),
+        importance(one_table(), one_table(), prompts=prompts),
+    ):
         assert estimate.dof == dof and estimate.prompts == prompts
         expected = stats.t.interval(level, dof, estimate.value, 1.0)
         found = estimate.interval(level)
@@ -74,8 +75,9 @@ def test_the_jackknife_is_reported_where_the_two_disagree():
 
 def test_rounding_is_no_disagreement():
     sums = one_table()
-    same = dataclasses.replace(sums, **{n: np.full(64, c[0]) for n, c in sums.columns().items()
-                                        if n not in ("group", "rollout")})
+    same = dataclasses.replace(
+        sums, **{n: np.full(64, c[0]) for n, c in sums.columns().items() if n not in ("group", "rollout")}
+    )
     for estimate in (slope(same), slope(same, prompts="fixed"), importance(same, same)):
         assert estimate.stderr == pytest.approx(0, abs=1e-15)
         assert not any("jackknife" in warning for warning in estimate.warnings)
@@ -99,8 +101,7 @@ def test_a_dominant_group_is_named():
     # lift group 70 until its squared sum is 60% of all
     lift = brentq(lambda x: share(sums + x * (np.eye(16)[7] - 1 / 16)) - 0.6, 0, 1000)
     lifted = values + np.where(group == 70, lift / 10, 0.0)
-    assert errors_of_a_mean(lifted, group)["warnings"] == (
-        "group 70 alone makes 60% of the squared standard error",)
+    assert errors_of_a_mean(lifted, group)["warnings"] == ("group 70 alone makes 60% of the squared standard error",)
     within = values + np.where(np.arange(160) == 33, 60.0, 0.0)
     (warning,) = [w for w in errors_of_a_mean(within, group, "fixed")["warnings"] if "alone" in w]
     assert warning.startswith("one rollout of group 30 alone makes")
@@ -133,7 +134,7 @@ def test_scipy_and_arviz_are_asked_for_by_name_when_they_are_missing(monkeypatch
 def test_importing_and_estimating_needs_numpy_alone():
     code = (
         "import sys; import numpy as np; import dentropy.estimators as e;"
-        "from dentropy.tables import SequenceSums;"
+        "from dentropy.stats.tables import SequenceSums;"
         "c = {n: np.arange(1.0, 5.0) for n in 'n_tokens logp entropy dlogp dentropy entropy_dlogp "
         "entropy_to_go length_to_go'.split()};"
         "s = SequenceSums(**c, group=np.arange(4), rollout=np.arange(4));"
@@ -142,8 +143,3 @@ def test_importing_and_estimating_needs_numpy_alone():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-
-
-def test_example():
-    result = doctest.testmod(importlib.import_module("dentropy.estimators.estimate"))
-    assert result.attempted > 0 and result.failed == 0

@@ -1,8 +1,6 @@
 """Predictions against enumeration, their errors against the measurement, and the range they hold in."""
 
 import dataclasses
-import doctest
-import importlib
 
 import numpy as np
 import pytest
@@ -43,7 +41,8 @@ def test_prediction_is_taylor_s(estimator, per):
     assert quadratic.value == pytest.approx(eta * first.value + eta**2 * second.value / 2, rel=1e-13)
     assert linear.stderr == pytest.approx(eta * first.stderr, rel=1e-12)
     assert quadratic.parts == pytest.approx(
-        {"linear": eta * first.value, "quadratic": eta**2 * second.value / 2}, rel=1e-13)
+        {"linear": eta * first.value, "quadratic": eta**2 * second.value / 2}, rel=1e-13
+    )
     for estimate in (linear, quadratic):
         scale = np.abs(estimate.contributions).sum()
         assert abs(estimate.contributions.sum() - estimate.value) < 1e-14 * scale
@@ -85,6 +84,7 @@ def test_influence_is_the_derivative_with_respect_to_a_rollout_s_weight(order, p
         lambda b, m: predict(b, 0.2, order=order, per=per),
         lambda b, m: prediction_error(b, m, 0.2, order=order, per=per),
     ):
+
         def value(counts, function=function):
             return function(repeat_rows(base, counts), repeat_rows(moved, counts)).value
 
@@ -160,8 +160,9 @@ def test_trust_range_says_when_slope_or_curvature_is_not_told_apart_from_0():
     first, second = slope(sums), curvature(sums)
     vague = trust_range(dataclasses.replace(first, value=first.stderr), second)
     assert "the slope" in vague.warnings[0] and "may be far smaller" in vague.warnings[0]
-    vague = trust_range(dataclasses.replace(first, value=9 * first.stderr),
-                        dataclasses.replace(second, value=-second.stderr))
+    vague = trust_range(
+        dataclasses.replace(first, value=9 * first.stderr), dataclasses.replace(second, value=-second.stderr)
+    )
     assert "the curvature" in vague.warnings[0] and "may be far larger" in vague.warnings[0]
     straight = trust_range(first, dataclasses.replace(second, value=0.0))
     assert straight.eta_star == straight.linear_limit == np.inf
@@ -189,8 +190,3 @@ def test_bad_input():
         trust_range(first, curvature(base, prompts="fixed"))
     with pytest.raises(ValueError, match="other rollouts"):
         trust_range(first, curvature(one_table(1, n_groups=17)))
-
-
-def test_example():
-    result = doctest.testmod(importlib.import_module("dentropy.estimators.prediction"))
-    assert result.attempted > 0 and result.failed == 0

@@ -1,8 +1,6 @@
 """How many rollouts an error bar takes: against the error bars of larger batches."""
 
 import dataclasses
-import doctest
-import importlib
 
 import numpy as np
 import pytest
@@ -61,8 +59,3 @@ def test_bad_input():
             rollouts_needed(slope(sums), stderr)
     with pytest.raises(ValueError, match="no standard error to start from: all 64 rollouts are in one group"):
         rollouts_needed(slope(dataclasses.replace(sums, group=np.zeros(64, dtype=int))), 0.1)
-
-
-def test_example():
-    result = doctest.testmod(importlib.import_module("dentropy.estimators.sample_size"))
-    assert result.attempted > 0 and result.failed == 0

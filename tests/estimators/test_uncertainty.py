@@ -1,8 +1,5 @@
 """Clustered standard errors against textbook forms."""
 
-import doctest
-import importlib
-
 import numpy as np
 import pytest
 
@@ -42,11 +39,17 @@ def test_labels_and_row_order_do_not_matter():
 
 def test_no_stderr_comes_with_its_reason():
     assert clustered_stderr(np.ones(4), np.zeros(4, int)) == (
-        None, "all 4 rollouts are in one group; prompts='random' needs two groups or more")
+        None,
+        "all 4 rollouts are in one group; prompts='random' needs two groups or more",
+    )
     assert clustered_stderr(np.ones(1), np.zeros(1, int)) == (
-        None, "the only rollout is in one group; prompts='random' needs two groups or more")
+        None,
+        "the only rollout is in one group; prompts='random' needs two groups or more",
+    )
     assert clustered_stderr(np.ones(5), np.array([0, 0, 3, 4, 4]), "fixed") == (
-        None, "group 3 has one rollout (1 of 3 groups do); prompts='fixed' needs two or more in every group")
+        None,
+        "group 3 has one rollout (1 of 3 groups do); prompts='fixed' needs two or more in every group",
+    )
 
 
 def test_bad_input():
@@ -56,8 +59,3 @@ def test_bad_input():
         clustered_stderr(np.ones(0), np.arange(0))
     with pytest.raises(ValueError, match=r"group has shape \(3,\), expected \(2,\)"):
         clustered_stderr(np.ones(2), np.arange(3))
-
-
-def test_example():
-    result = doctest.testmod(importlib.import_module("dentropy.estimators.uncertainty"))
-    assert result.attempted > 0 and result.failed == 0

@@ -36,8 +36,9 @@ def registers_and_stack(cubin: bytes) -> tuple[int, int]:
     with tempfile.NamedTemporaryFile("wb", suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        said = subprocess.run([triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name], check=True,
-                              capture_output=True, text=True).stdout
+        said = subprocess.run(
+            [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name], check=True, capture_output=True, text=True
+        ).stdout
     return int(re.search(r"REG:(\d+)", said).group(1)), int(re.search(r"STACK:(\d+)", said).group(1))
 
 
@@ -49,18 +50,20 @@ def compile_calls(calls):
     def compile_only(self, *args, grid, warmup, **kwargs):
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         registers, stack = registers_and_stack(kernel.asm["cubin"])
-        print(f"{name}: {self.__name__}: {registers} registers, {stack} bytes of stack, "
-              f"{kernel.metadata.shared} bytes shared, {kernel.asm['ptx'].count('wgmma.mma_async')} wgmma", flush=True)
+        print(
+            f"{name}: {self.__name__}: {registers} registers, {stack} bytes of stack, "
+            f"{kernel.metadata.shared} bytes shared, {kernel.asm['ptx'].count('wgmma.mma_async')} wgmma",
+            flush=True,
+        )
         return kernel
 
     JITFunction.run = compile_only
-    for name, call in calls.items():
+    for name, call in calls.items():  # noqa: B007 (what compile_only prints)
         call()
 
 
 def calls():
-    from dentropy.kernels import (attention, attention_tangent, linear_token_stats, segments, sequence_sums,
-                                  token_stats)
+    from dentropy.kernels import attention, attention_tangent, linear_token_stats, segments, sequence_sums, token_stats
 
     linear_token_stats._is_like_hopper = lambda device: True
     bf16 = torch.bfloat16
@@ -76,22 +79,32 @@ def calls():
     def linear(**tangents):
         return lambda: linear_token_stats.linear_token_stats(hidden, weight, targets, **tangents)
 
-    found |= {"head, primal": linear(), "head, fixed": linear(dhidden=hidden),
-              "head, moving": linear(dhidden=hidden, dweight=weight),
-              "head, moving alone": linear(dweight=weight),
-              "head, bias and softcap": linear(dhidden=hidden, dweight=weight, bias=vector, dbias=vector, softcap=30.0)}
+    found |= {
+        "head, primal": linear(),
+        "head, fixed": linear(dhidden=hidden),
+        "head, moving": linear(dhidden=hidden, dweight=weight),
+        "head, moving alone": linear(dweight=weight),
+        "head, bias and softcap": linear(dhidden=hidden, dweight=weight, bias=vector, dbias=vector, softcap=30.0),
+    }
     found["head, float32"] = lambda: linear_token_stats.linear_token_stats(
-        hidden.float(), weight.float(), targets, hidden.float(), weight.float())
+        hidden.float(), weight.float(), targets, hidden.float(), weight.float()
+    )
 
     found["shards"] = lambda: segments.merge_states(segments.new_states(3, N, 1, logits.device)[0], 1, 1.0)
     found["sums"] = lambda: sequence_sums.sequence_sums(*[torch.zeros(N)] * 6, cu_seqlens=cu_seqlens)
-    for size, dtype, form in ((64, bf16, {}), (128, bf16, {}), (256, bf16, {}), (128, torch.float32, {}),
-                              (128, bf16, dict(window=100, softcap=30.0, sinks=torch.zeros(8)))):
+    for size, dtype, form in (
+        (64, bf16, {}),
+        (128, bf16, {}),
+        (256, bf16, {}),
+        (128, torch.float32, {}),
+        (128, bf16, dict(window=100, softcap=30.0, sinks=torch.zeros(8))),
+    ):
         q, k = torch.zeros(N, 8, size, dtype=dtype), torch.zeros(N, 2, size, dtype=dtype)
         settings = dict(scaling=0.1) | form
         found[f"attention, head size {size}, {dtype}, {list(form)}"] = lambda q=q, k=k, s=settings: (
             attention.packed_attention(q, k, k, cu_seqlens, **s),
-            attention_tangent.attention_tangent(q, k, k, q, k, k, q, torch.zeros(8, N), cu_seqlens, **s))
+            attention_tangent.attention_tangent(q, k, k, q, k, k, q, torch.zeros(8, N), cu_seqlens, **s),
+        )
     return found
 
 

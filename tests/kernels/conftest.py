@@ -29,6 +29,7 @@ def kernels_in_use(request, monkeypatch):
     """Where there is no GPU: dispatch to the kernels, with tiles so small that few logits make many."""
     if INTERPRETED:
         from dentropy.kernels import token_stats
+
         monkeypatch.setenv("TRITON_INTERPRET", "1")
         for name, size in dict(BLOCK=64, LANES=8, SEGMENT=128).items():
             monkeypatch.setattr(token_stats, name, size)

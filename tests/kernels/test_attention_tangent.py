@@ -10,14 +10,21 @@ from models import random_batch, random_direction, random_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dentropy
-from dentropy import attention_ops
+from dentropy.model import attention_ops
 
 INTERPRETED = not torch.cuda.is_available()
 needs_gpu = pytest.mark.skipif(INTERPRETED, reason="about the compiled kernel, or too long for the interpreter")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LENGTHS = (1, 17, 64, 129)
-SETTINGS = [dict(), dict(window=5), dict(window=40), dict(window=100), dict(softcap=2.0), dict(sinks=True),
-            dict(window=40, softcap=2.0, sinks=True)]
+SETTINGS = [
+    dict(),
+    dict(window=5),
+    dict(window=40),
+    dict(window=100),
+    dict(softcap=2.0),
+    dict(sinks=True),
+    dict(window=40, softcap=2.0, sinks=True),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -37,8 +44,12 @@ def draw(lengths=LENGTHS, heads=(2, 1), sizes=(16, 16), dtype=torch.float32, sin
     def pair(*shape, dtype=dtype):
         return torch.randn(2, *shape, generator=generator).to(device, dtype).unbind()
 
-    pairs = [pair(total, h, d), pair(total, kv_heads, d), pair(total, kv_heads, dv),
-             pair(h, dtype=torch.float32) if sinks else (None, None)]
+    pairs = [
+        pair(total, h, d),
+        pair(total, kv_heads, d),
+        pair(total, kv_heads, dv),
+        pair(h, dtype=torch.float32) if sinks else (None, None),
+    ]
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
     return *zip(*pairs, strict=True), cu_seqlens
 
@@ -59,6 +70,7 @@ def run(primals, tangents, cu_seqlens, **settings):
 def naive(primals, tangents, cu_seqlens, dtype, *, window=None, softcap=None):
     """Output, log-sum-exp and tangent by torch.func.jvp of softmax attention with masks, in `dtype`, one sequence at a
     time; a tangent that is None is 0."""
+
     def one_sequence(q, k, v, sinks=None):
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
         s = torch.einsum("ihd,jhd->hij", q, k) * scaling_of(q)
@@ -76,8 +88,9 @@ def naive(primals, tangents, cu_seqlens, dtype, *, window=None, softcap=None):
     for a, b in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
         pairs = [(x, dx) for x, dx in zip(primals, tangents, strict=True) if x is not None]
         pairs = [(x, torch.zeros_like(x) if dx is None else dx) for x, dx in pairs]
-        pairs = [(x.to(dtype), dx.to(dtype)) if x.dim() == 1 else (x[a:b].to(dtype), dx[a:b].to(dtype))
-                 for x, dx in pairs]
+        pairs = [
+            (x.to(dtype), dx.to(dtype)) if x.dim() == 1 else (x[a:b].to(dtype), dx[a:b].to(dtype)) for x, dx in pairs
+        ]
         (out, lse), (dout, _) = torch.func.jvp(one_sequence, *zip(*pairs, strict=True))
         columns.append((out, lse.T, dout))
     out, lse, dout = (torch.cat(column) for column in zip(*columns, strict=True))
@@ -210,6 +223,7 @@ def test_head_sizes_that_do_not_fit_are_refused():
 
 # How the project uses them.
 
+
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt_oss"])
 def test_a_measured_policy_is_that_of_the_plain_form(architecture, monkeypatch):
     model = random_model(architecture)
@@ -238,6 +252,7 @@ def test_float64_is_left_to_the_plain_form():
 
 
 # What only a GPU shows.
+
 
 @needs_gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -281,8 +296,10 @@ def test_more_sequences_than_flash_attention_takes():
 @needs_gpu
 def test_new_lengths_compile_nothing():
     run(*draw((300, 17)))
-    caches = [kernel.device_caches[torch.cuda.current_device()][0]
-              for kernel in (primal._attention_kernel, tangent._attention_tangent_kernel)]
+    caches = [
+        kernel.device_caches[torch.cuda.current_device()][0]
+        for kernel in (primal._attention_kernel, tangent._attention_tangent_kernel)
+    ]
     compiled = [len(cache) for cache in caches]
     for lengths in ((1,), (16,), (33, 1, 2), (64,) * 16, (301, 17)):
         run(*draw(lengths))

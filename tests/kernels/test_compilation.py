@@ -14,11 +14,13 @@ STACK = 512
 def test_every_kernel_fits_a_hopper_gpu(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     script = Path(__file__).with_name("compile_for_hopper.py")
-    outcome = subprocess.run([sys.executable, script], capture_output=True, text=True,
-                             env=environment | dict(TRITON_CACHE_DIR=str(tmp_path)))
+    outcome = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, env=environment | dict(TRITON_CACHE_DIR=str(tmp_path))
+    )
     assert outcome.returncode == 0, outcome.stderr
-    kernels = re.findall(r"(.+): (\w+): (\d+) registers, (\d+) bytes of stack, (\d+) bytes shared, (\d+) wgmma",
-                         outcome.stdout)
+    kernels = re.findall(
+        r"(.+): (\w+): (\d+) registers, (\d+) bytes of stack, (\d+) bytes shared, (\d+) wgmma", outcome.stdout
+    )
     assert len({kernel for _, kernel, *_ in kernels}) == 7
     for name, kernel, _, stack, shared, products in kernels:
         assert int(stack) <= STACK and int(shared) <= SHARED, (name, kernel)

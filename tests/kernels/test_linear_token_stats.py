@@ -20,15 +20,22 @@ on_gpu = torch.cuda.is_available()
 needs_gpu = pytest.mark.skipif(not on_gpu, reason="about the compiled kernel")
 needs_interpreter = pytest.mark.skipif(on_gpu, reason="about tiles that this device does not take")
 FULL = {name: getattr(head, name) for name in ("FLOAT32", "ELSEWHERE", "SEGMENTS", "GROUP", "ROWS_PER_LAUNCH")}
-SMALL = dict(FLOAT32=head.Tile(16, 32, 16, 4, 2), ELSEWHERE=head.Tile(16, 32, 16, 4, 2), SEGMENTS=3, GROUP=2,
-             ROWS_PER_LAUNCH=128)
+SMALL = dict(
+    FLOAT32=head.Tile(16, 32, 16, 4, 2), ELSEWHERE=head.Tile(16, 32, 16, 4, 2), SEGMENTS=3, GROUP=2, ROWS_PER_LAUNCH=128
+)
 # Blocks: rows 16, 16 and 5, so a group of two and a part of one; seven of the vocabulary in segments of 3, 3 and 1.
 N, V, D = (37, 203, 40) if not on_gpu else (2500, 70_003, 1000)
 BLOCK = SMALL["FLOAT32"].columns if not on_gpu else head.PRIMAL.columns
 DEPTH = SMALL["FLOAT32"].depth if not on_gpu else head.PRIMAL.depth
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MOVING = {"nothing": (), "hidden": ("dhidden",), "head": ("dweight",), "both": ("dhidden", "dweight"),
-          "bias": ("dbias",), "all": ("dhidden", "dweight", "dbias")}
+MOVING = {
+    "nothing": (),
+    "hidden": ("dhidden",),
+    "head": ("dweight",),
+    "both": ("dhidden", "dweight"),
+    "bias": ("dbias",),
+    "all": ("dhidden", "dweight", "dbias"),
+}
 UNIT = torch.finfo(torch.float32).eps
 
 
@@ -59,8 +66,14 @@ def draw(device):
 
     def draw(*moving, rows=N, vocabulary=V, depth=D, dtype=torch.float32, bias=False):
         # Logits of spread 2 and derivatives of spread 1 to 2, whatever the depth.
-        sizes = {"hidden": (rows, depth, 1.0), "weight": (vocabulary, depth, 2.0), "dhidden": (rows, depth, 0.5),
-                 "dweight": (vocabulary, depth, 1.0), "bias": (vocabulary, 1, 1.0), "dbias": (vocabulary, 1, 1.0)}
+        sizes = {
+            "hidden": (rows, depth, 1.0),
+            "weight": (vocabulary, depth, 2.0),
+            "dhidden": (rows, depth, 0.5),
+            "dweight": (vocabulary, depth, 1.0),
+            "bias": (vocabulary, 1, 1.0),
+            "dbias": (vocabulary, 1, 1.0),
+        }
         inputs = {}
         for name in ("hidden", "weight", *moving, *["bias"] * bias):
             height, width, size = sizes[name]
@@ -88,8 +101,11 @@ def logits_and_tangent(dtype, hidden, weight, dhidden=None, dweight=None, bias=N
     """[logits] or [logits, dlogits], made in `dtype` from inputs upcast to it."""
     h, w, dh, dw, b, db = (t if t is None else t.to(dtype) for t in (hidden, weight, dhidden, dweight, bias, dbias))
     out = [h @ w.T if b is None else h @ w.T + b]
-    products = [product for product in (None if dh is None else dh @ w.T, None if dw is None else h @ dw.T, db)
-                if product is not None]
+    products = [
+        product
+        for product in (None if dh is None else dh @ w.T, None if dw is None else h @ dw.T, db)
+        if product is not None
+    ]
     return out + [sum(products).expand_as(out[0])] if products else out
 
 
@@ -100,7 +116,7 @@ def assert_as_accurate_as_plain_pytorch(stats, inputs, **transform):
     rounded = logits_and_tangent(torch.float32, **inputs)
     plain = plain_pytorch(rounded[0], targets, *rounded[1:], dtype=torch.float32, **transform)
     scale = scales(truth, *exact, **transform)
-    assert stats[len(truth):] == (None,) * (6 - len(truth))
+    assert stats[len(truth) :] == (None,) * (6 - len(truth))
     for name, want in truth.items():
         got = getattr(stats, name)
         assert got.dtype == torch.float32 and got.shape == want.shape
@@ -116,8 +132,9 @@ def test_everything_that_can_move_in_every_dtype(draw, moving, dtype):
     assert_as_accurate_as_plain_pytorch(run(**inputs), inputs)
 
 
-@pytest.mark.parametrize("transform", [dict(temperature=0.6), dict(softcap=3.0), dict(softcap=3.0, temperature=1.7)],
-                         ids=str)
+@pytest.mark.parametrize(
+    "transform", [dict(temperature=0.6), dict(softcap=3.0), dict(softcap=3.0, temperature=1.7)], ids=str
+)
 @pytest.mark.parametrize("moving", ["nothing", "bias", "all"])
 def test_bias_temperature_and_softcap(draw, moving, transform):
     inputs = draw(*MOVING[moving], bias=True, dtype=torch.bfloat16)
@@ -157,8 +174,10 @@ LAYOUTS = {  # name: whether descriptors take it, and what it makes of a matrix 
     "contiguous": (True, lambda t: t),
     "every third row": (True, lambda t: in_a_room(t, 8, rows=3)),
     "rows start between": (False, lambda t: in_a_room(t, 3)),
-    "starts between": (False, lambda t: in_a_room(t, 8).reshape(-1).new_full((t.numel() + 1,), math.nan)[1:]
-                       .view(t.shape).copy_(t)),
+    "starts between": (
+        False,
+        lambda t: in_a_room(t, 8).reshape(-1).new_full((t.numel() + 1,), math.nan)[1:].view(t.shape).copy_(t),
+    ),
     "transposed": (False, lambda t: t.T.contiguous().T),
     "every second column": (False, lambda t: t.repeat_interleave(2, 1)[:, ::2]),
 }
@@ -177,8 +196,9 @@ def test_any_strides_with_descriptors_where_they_fit(draw, launches, layout, nam
 
 
 def test_rows_of_an_odd_size_and_vectors_of_any_stride(draw, launches):
-    inputs = draw("dhidden", "dweight", "dbias", rows=19, vocabulary=BLOCK + 5, depth=D - 3, dtype=torch.float16,
-                  bias=True)
+    inputs = draw(
+        "dhidden", "dweight", "dbias", rows=19, vocabulary=BLOCK + 5, depth=D - 3, dtype=torch.float16, bias=True
+    )
     spread = {name: inputs[name].repeat_interleave(3)[::3] for name in ("bias", "dbias", "targets")}
     spread["targets"] = spread["targets"].to(torch.int32)
     stats = run(**inputs | spread)
@@ -234,10 +254,16 @@ def target_at(column):
     return lambda inputs: inputs["targets"].fill_(column)
 
 
-HARD = {"uniform": uniform, "one-hot at the first token": lambda inputs: one_hot(inputs, 0),
-        "one-hot at the last token": lambda inputs: one_hot(inputs, -1), "bias + 1000": shifted, "peaked": peaked,
-        "derivative 30 + noise": derivative_with_a_common_part, "target at the first token": target_at(0),
-        "target at the last token": target_at(V - 1)}
+HARD = {
+    "uniform": uniform,
+    "one-hot at the first token": lambda inputs: one_hot(inputs, 0),
+    "one-hot at the last token": lambda inputs: one_hot(inputs, -1),
+    "bias + 1000": shifted,
+    "peaked": peaked,
+    "derivative 30 + noise": derivative_with_a_common_part,
+    "target at the first token": target_at(0),
+    "target at the last token": target_at(V - 1),
+}
 
 
 @pytest.mark.parametrize("hard", HARD)
@@ -262,7 +288,7 @@ def test_a_constant_derivative_moves_nothing(draw):
 def test_a_bias_of_minus_infinity_takes_a_token_out(draw, masked_derivative, softcap):
     inputs = draw(*MOVING["all"], rows=5, bias=True)
     keep = torch.zeros(V, dtype=torch.bool, device=inputs["hidden"].device)
-    keep[V // 2:V // 2 + BLOCK:2] = True  # nothing of the first segment and the last
+    keep[V // 2 : V // 2 + BLOCK : 2] = True  # nothing of the first segment and the last
     inputs["bias"][~keep], inputs["dbias"][~keep] = -math.inf, masked_derivative
     inputs["targets"] = keep.nonzero()[:, 0][inputs["targets"] % int(keep.sum())]
     kept = {name: tensor[keep] if len(tensor) == V else tensor for name, tensor in inputs.items()}
@@ -318,8 +344,8 @@ def test_bits_of_a_row_do_not_depend_on_the_batch_the_launch_or_the_run(draw, la
     assert torch.equal(fields_of(run(**inputs)), batch)
     assert len(launches) == 4
     for row in (0, 25, 128 + 79, rows - 1):
-        alone = inputs | {name: inputs[name][row:row + 1] for name in of_rows}
-        assert torch.equal(fields_of(run(**alone)), batch[:, row:row + 1])
+        alone = inputs | {name: inputs[name][row : row + 1] for name in of_rows}
+        assert torch.equal(fields_of(run(**alone)), batch[:, row : row + 1])
 
 
 @pytest.mark.parametrize("rows", [1, 127, 128, 8192, 8193, 20_000, 1_000_001])
@@ -350,8 +376,12 @@ def test_inputs_are_left_alone_and_no_graph_is_built(draw):
 
 # The public function.
 
-@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float16), (torch.bfloat16, torch.float32),
-                                    (torch.float32, torch.bfloat16)], ids=str)
+
+@pytest.mark.parametrize(
+    "dtypes",
+    [(torch.bfloat16, torch.float16), (torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)],
+    ids=str,
+)
 def test_factors_of_different_dtypes_are_multiplied_in_float32(draw, launches, dtypes):
     inputs = draw(*MOVING["all"], bias=True, rows=19)
     for name in inputs.keys() - {"targets"}:
@@ -379,8 +409,11 @@ def test_numbers_may_be_numpys(draw, monkeypatch):
     assert_as_accurate_as_plain_pytorch(stats, inputs, temperature=0.5, softcap=4.0)
 
 
-@pytest.mark.parametrize("dtype, setting, want", [(torch.float32, "tf32", "tf32"), (torch.float32, "ieee", "ieee"),
-                                                  (torch.bfloat16, "tf32", "ieee")], ids=str)
+@pytest.mark.parametrize(
+    "dtype, setting, want",
+    [(torch.float32, "tf32", "tf32"), (torch.float32, "ieee", "ieee"), (torch.bfloat16, "tf32", "ieee")],
+    ids=str,
+)
 def test_tf32_only_where_pytorch_may_use_it(draw, launches, dtype, setting, want):
     settings = torch.backends.cuda.matmul
     before, settings.fp32_precision = settings.fp32_precision, setting
@@ -393,14 +426,16 @@ def test_tf32_only_where_pytorch_may_use_it(draw, launches, dtype, setting, want
 
 # Tiles and memory.
 
+
 @needs_interpreter
 @pytest.mark.parametrize("moving", MOVING)
 def test_tiles_of_hopper(draw, launches, moving, monkeypatch):
     monkeypatch.setattr(head, "_is_like_hopper", lambda device: True)
     monkeypatch.setattr(head, "ROWS_PER_LAUNCH", FULL["ROWS_PER_LAUNCH"])
     tile = {"nothing": head.PRIMAL, "hidden": head.FIXED_HEAD}.get(moving, head.MOVING_HEAD)
-    inputs = draw(*MOVING[moving], rows=tile.rows + 3, vocabulary=tile.columns + 5, depth=tile.depth + 8,
-                  dtype=torch.bfloat16)
+    inputs = draw(
+        *MOVING[moving], rows=tile.rows + 3, vocabulary=tile.columns + 5, depth=tile.depth + 8, dtype=torch.bfloat16
+    )
     assert_as_accurate_as_plain_pytorch(run(**inputs), inputs)
     assert [(launch["ROWS"], launch["COLUMNS"], launch["DEPTH"]) for launch in launches] == [tile[:3]]
 
@@ -422,12 +457,16 @@ def assert_relative_errors(stats, inputs):
         assert error <= (5e-5 if name == "dentropy" else 1e-5), f"{name}: {error:.3g}"
 
 
-@pytest.mark.parametrize("major, shared_memory, want", [(9, 232448, True), (10, 232448, True), (12, 101376, False),
-                                                        (8, 166912, False)])
+@pytest.mark.parametrize(
+    "major, shared_memory, want", [(9, 232448, True), (10, 232448, True), (12, 101376, False), (8, 166912, False)]
+)
 def test_only_devices_with_room_for_them_get_tiles_of_hopper(monkeypatch, major, shared_memory, want):
     monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(
-        major=major, shared_memory_per_block_optin=shared_memory))
+    monkeypatch.setattr(
+        torch.cuda,
+        "get_device_properties",
+        lambda device: SimpleNamespace(major=major, shared_memory_per_block_optin=shared_memory),
+    )
     assert head._is_like_hopper.__wrapped__(torch.device("cuda", 0)) == want
     assert not head._is_like_hopper.__wrapped__(torch.device("cpu"))
 
@@ -448,6 +487,7 @@ def test_scratch_memory_stays_small_at_any_size(monkeypatch, vocabulary):
             weakref.finalize(tensor, now.discard, entry)
             peak[0] = max(peak[0], sum(size for _, size in now))
             return tensor
+
         return allocation
 
     class NoLaunch:
@@ -467,6 +507,7 @@ def test_scratch_memory_stays_small_at_any_size(monkeypatch, vocabulary):
 
 
 # What only a GPU can show.
+
 
 @needs_gpu
 @pytest.mark.parametrize("moving", MOVING)

@@ -32,8 +32,17 @@ with pytest.MonkeyPatch.context() as patch:
         store_state(Out + row, rows, tile_state(u, d, e, scale, ORDER), row < rows, ORDER)
 
     @triton.jit
-    def _lanes_kernel(Inputs, OfLanes, Out, V, scale, ORDER: tl.constexpr, REPEATS: tl.constexpr,
-                      LANES: tl.constexpr, VECTOR: tl.constexpr):
+    def _lanes_kernel(
+        Inputs,
+        OfLanes,
+        Out,
+        V,
+        scale,
+        ORDER: tl.constexpr,
+        REPEATS: tl.constexpr,
+        LANES: tl.constexpr,
+        VECTOR: tl.constexpr,
+    ):
         """One row's V = REPEATS · LANES · VECTOR inputs [3, rows, V] to the states of its lanes and of all of them."""
         row, rows = tl.program_id(0), tl.num_programs(0)
         at = Inputs + row * V + tl.reshape(tl.arange(0, REPEATS * LANES * VECTOR), [REPEATS, LANES, VECTOR])
@@ -67,8 +76,16 @@ def tile_states(inputs, order, scale):
     _, rows, columns = inputs.shape
     out = torch.full((n_parts(order), rows), math.nan, device=inputs.device)
     if rows:
-        _tile_kernel[(1,)](inputs.contiguous(), out, rows, columns, scale, ORDER=order,
-                           ROWS=triton.next_power_of_2(rows), COLUMNS=triton.next_power_of_2(columns + 1))
+        _tile_kernel[(1,)](
+            inputs.contiguous(),
+            out,
+            rows,
+            columns,
+            scale,
+            ORDER=order,
+            ROWS=triton.next_power_of_2(rows),
+            COLUMNS=triton.next_power_of_2(columns + 1),
+        )
     return out
 
 
@@ -132,8 +149,10 @@ CASES = {
     "maxima 100 apart, downwards": lambda s: [moved(a, -100.0 * i, None, None) for i, a in enumerate(s)],
     "a common part of the derivatives": lambda s: [moved(a, None, 30.0, -30.0) for a in s],
     "a part of each segment's own": lambda s: [moved(a, None, 30.0 * i, -7.0 * i) for i, a in enumerate(s)],
-    "a common part but for a first segment of no weight":
-        lambda s: [moved(s[0], -1e3, 0.0, 0.0), *(moved(a, None, 30.0, -30.0) for a in s[1:])],
+    "a common part but for a first segment of no weight": lambda s: [
+        moved(s[0], -1e3, 0.0, 0.0),
+        *(moved(a, None, 30.0, -30.0) for a in s[1:]),
+    ],
     "the first masked": lambda s: [masked(s[0]), *(moved(a, None, 30.0, -30.0) for a in s[1:])],
     "the last masked": lambda s: [*s[:-1], masked(s[-1])],
     "all but one masked": lambda s: [masked(s[0]), s[1], *map(masked, s[2:])],
@@ -166,8 +185,12 @@ def test_segments_merge_in_any_order_and_grouping(draw, case, order):
         if part.isfinite().all():
             assert_state_of(state, part, scale)
     whole = torch.cat(parts, 2)
-    for state in (merge_of(merge_of(a, b), c), merge_of(a, merge_of(b, c)), merge_of(merge_of(c, a), b),
-                  merge_of(c, merge_of(b, a))):
+    for state in (
+        merge_of(merge_of(a, b), c),
+        merge_of(a, merge_of(b, c)),
+        merge_of(merge_of(c, a), b),
+        merge_of(c, merge_of(b, a)),
+    ):
         assert_state_of(state, whole, scale)
 
 
@@ -190,8 +213,17 @@ def test_lanes_merge_as_a_sequence_of_segments_does(draw, case, order):
     in_place = torch.stack([part.unflatten(2, (repeats, vector)) for part in parts], 3).flatten(2)
     of_lanes = torch.full((lanes, n_parts(order), 2), math.nan, device=in_place.device)
     out = torch.full_like(of_lanes[0], math.nan)
-    _lanes_kernel[(2,)](in_place, of_lanes, out, repeats * lanes * vector, scale, ORDER=order,
-                        REPEATS=repeats, LANES=lanes, VECTOR=vector)
+    _lanes_kernel[(2,)](
+        in_place,
+        of_lanes,
+        out,
+        repeats * lanes * vector,
+        scale,
+        ORDER=order,
+        REPEATS=repeats,
+        LANES=lanes,
+        VECTOR=vector,
+    )
     for lane, part in zip(of_lanes, parts):
         if part.isfinite().all():
             assert_state_of(lane, part, scale)
@@ -214,7 +246,7 @@ def states_of(parts, targets, order, scale):
     """What the kernels leave for `segments`: states and the values at the targets."""
     u, d, e = torch.cat(parts, 2)
     at_target = torch.stack([value.gather(1, targets[:, None])[:, 0] for value in (torch.ones_like(u), u, d, e)])
-    return torch.stack([tile_states(part, order, scale) for part in parts]), at_target[:2 + order].contiguous()
+    return torch.stack([tile_states(part, order, scale) for part in parts]), at_target[: 2 + order].contiguous()
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -229,7 +261,7 @@ def test_statistics_of_rows_in_segments(draw, columns, rows, order):
     stats = segments.stats_of_states(room[..., :rows], at_target, order, 0.7)
     assert stats.shape == (2 + 2 * order, rows)
     if rows:
-        u, *tangents = torch.cat(parts, 2)[:1 + order]
+        u, *tangents = torch.cat(parts, 2)[: 1 + order]
         assert_as_accurate_as_plain_pytorch(TokenStats(*stats), u, targets, *tangents, temperature=1 / 0.7)
     for few in {min(rows, n) for n in (1, 5)}:
         assert torch.equal(segments.stats_of_states(states[..., :few], at_target[:, :few], order, 0.7), stats[:, :few])
@@ -242,7 +274,7 @@ def test_statistics_of_hard_segments_and_of_shards(draw, case, order):
     parts = CASES[case](draw(9, 30, 17, 5, 12))
     whole = torch.cat(parts, 2)
     keep = (whole[0] > -math.inf)[0]
-    u, *tangents = whole[:1 + order, :, keep]
+    u, *tangents = whole[: 1 + order, :, keep]
     targets = torch.arange(5, device=u.device) % u.shape[1]
     states, at_target = states_of(parts, keep.nonzero()[targets, 0], order, scale)
     shards = torch.stack([segments.merge_states(shard, order, scale) for shard in (states[:2], states[2:])])

@@ -9,7 +9,7 @@ import torch
 from dentropy.kernels import sequence_sums as kernel
 
 from dentropy import TokenStats, sequence_sums, slope
-from dentropy.sequence_sums import plain_sequence_sums
+from dentropy.stats.sequence_sums import plain_sequence_sums
 
 on_gpu = torch.cuda.is_available()
 needs_gpu = pytest.mark.skipif(not on_gpu, reason="about the compiled kernel")
@@ -52,8 +52,11 @@ def run_kernel(stats, ends):
 
 def exact_row(stats, start, end):
     """{column: (the sum, the sum of the sizes of its terms)} of one sequence, rounded once."""
-    fields = {name: [n * (SCALE // d) for n, d in map(float.as_integer_ratio, value[start:end].tolist())]
-              for name, value in stats._asdict().items() if value is not None}
+    fields = {
+        name: [n * (SCALE // d) for n, d in map(float.as_integer_ratio, value[start:end].tolist())]
+        for name, value in stats._asdict().items()
+        if value is not None
+    }
     row = {name: (sum(values) / SCALE, sum(map(abs, values)) / SCALE) for name, values in fields.items()}
     row["n_tokens"] = end - start, 0.0
     if stats.dlogp is not None:
@@ -64,8 +67,7 @@ def exact_row(stats, start, end):
             terms["entropy_to_go"].append(entropy_left * d)
             terms["length_to_go"].append(tokens_left * SCALE * d)
             entropy_left += h
-        row |= {name: (sum(values) / SCALE**2, sum(map(abs, values)) / SCALE**2)
-                for name, values in terms.items()}
+        row |= {name: (sum(values) / SCALE**2, sum(map(abs, values)) / SCALE**2) for name, values in terms.items()}
     return row
 
 
@@ -98,8 +100,9 @@ HARD = {
     "one number, rounded the same way every time": lambda s: [torch.full_like(v, 0.1) for v in s],
     "an entropy outweighs all that follow": lambda s: s._replace(entropy=with_value(s.entropy, 0, 1e12)),
     "an entropy outweighs all before it": lambda s: s._replace(entropy=with_value(s.entropy, -1, 1e12)),
-    "large terms that cancel": lambda s: [v + 1e12 * torch.tensor([1, -1], device=v.device).repeat(len(v) // 2)
-                                          for v in s],
+    "large terms that cancel": lambda s: [
+        v + 1e12 * torch.tensor([1, -1], device=v.device).repeat(len(v) // 2) for v in s
+    ],
     "a large common part": lambda s: [v + 1e6 for v in s],
     "all zero": lambda s: [torch.zeros_like(v) for v in s],
 }
@@ -139,7 +142,7 @@ def test_many_short_sequences(draw, sequences):
 @needs_gpu
 def test_offsets_beyond_two_to_the_31(device):
     room = torch.zeros(2**31 + 2**11, dtype=torch.bfloat16, device=device)
-    values = room[::2**10]  # 2**21 + 2 tokens, 2**10 elements apart
+    values = room[:: 2**10]  # 2**21 + 2 tokens, 2**10 elements apart
     values[-3:] = torch.tensor([1.0, 2.0, 4.0])
     ends = np.array([0, len(values) - 3, len(values)])
     columns = run_kernel(TokenStats(values, values, values, values), ends)
@@ -154,9 +157,11 @@ def test_any_strides_and_dtypes(draw):
     room = torch.full((len(stats.logp), 9), math.nan, device=stats.logp.device)
     room[:, 2:8] = torch.stack(stats, 1)
     apart = torch.as_tensor(ends, device=stats.logp.device).to(torch.int32).repeat_interleave(3)[::3]
-    forms = (TokenStats(*room[:, 2:8].unbind(1)),
-             TokenStats(*(value.double() if i % 2 else value for i, value in enumerate(stats))),
-             TokenStats(*(value.clone().requires_grad_() for value in stats)))
+    forms = (
+        TokenStats(*room[:, 2:8].unbind(1)),
+        TokenStats(*(value.double() if i % 2 else value for i, value in enumerate(stats))),
+        TokenStats(*(value.clone().requires_grad_() for value in stats)),
+    )
     for form in forms:
         for got, expected in zip(run_kernel(form, apart).values(), want.values(), strict=True):
             np.testing.assert_array_equal(got, expected)
@@ -218,6 +223,7 @@ def test_new_sizes_compile_nothing(draw):
 
 # The public function.
 
+
 @pytest.fixture(params=["kernel", "reference"])
 def table(request):
     return sequence_sums if request.param == "kernel" else plain_sequence_sums
@@ -232,10 +238,15 @@ def test_the_public_function_takes_the_kernel(draw, order, monkeypatch):
     def fail(*args):
         raise AssertionError("NumPy was called")
 
-    monkeypatch.setattr(import_module("dentropy.sequence_sums"), "_plain_columns", fail)
+    monkeypatch.setattr(import_module("dentropy.stats.sequence_sums"), "_plain_columns", fail)
     group = list(range(len(LENGTHS)))[::-1]
-    for form in (ends, ends.tolist(), ends.astype(np.int32), torch.from_numpy(ends),
-                 torch.from_numpy(ends).to(stats.logp.device, torch.int32)):
+    for form in (
+        ends,
+        ends.tolist(),
+        ends.astype(np.int32),
+        torch.from_numpy(ends),
+        torch.from_numpy(ends).to(stats.logp.device, torch.int32),
+    ):
         got = sequence_sums(stats, form, group=group).columns()
         assert got.pop("rollout").tolist() == group[::-1] and got.pop("group").tolist() == group
         assert got.keys() == want.keys()
@@ -273,16 +284,19 @@ def test_finite_values_whose_sum_overflows_are_named(table, draw, field, size, n
 BAD = {
     r"stats is a tuple, expected a TokenStats": lambda s: (tuple(s), [0, 4]),
     r"stats\.entropy has shape \[3\], expected \[4\] as stats\.logp": lambda s: (
-        s._replace(entropy=s.entropy[:3]), [0, 4]),
+        s._replace(entropy=s.entropy[:3]),
+        [0, 4],
+    ),
     r"stats\.dlogp has dtype torch\.int64": lambda s: (s._replace(dlogp=s.dlogp.long()), [0, 4]),
     r"stats\.dentropy is on meta, expected (cpu|cuda:0), where": lambda s: (
-        s._replace(dentropy=s.dentropy.to("meta")), [0, 4]),
+        s._replace(dentropy=s.dentropy.to("meta")),
+        [0, 4],
+    ),
     r"stats\.dlogp and stats\.dentropy: one is None": lambda s: (s._replace(dentropy=None), [0, 4]),
     r"cu_seqlens has shape \[1, 2\], expected \[S \+ 1\]": lambda s: (s, [[0, 4]]),
     r"cu_seqlens has dtype float64, expected int32 or int64": lambda s: (s, [0.0, 4.0]),
     r"cu_seqlens goes from 0 to 5, expected 0 to 4": lambda s: (s, [0, 5]),
-    r"cu_seqlens falls from 3 to 2 at index 2": lambda s: (
-        s, torch.tensor([0, 3, 2, 4], device=s.logp.device)),
+    r"cu_seqlens falls from 3 to 2 at index 2": lambda s: (s, torch.tensor([0, 3, 2, 4], device=s.logp.device)),
 }
 
 
@@ -301,15 +315,15 @@ def test_the_slope_with_its_length_correction_follows_from_the_columns(draw):
     """R(η) = Σ w H / Σ w T, weights and entropies moved along the derivatives, by central differences."""
     ends = ends_of(LENGTHS)
     stats = draw(ends[-1], 1, torch.float64)
-    logps, entropies = ([v[a:b].sum().item() for a, b in zip(ends[:-1], ends[1:])]
-                        for v in (stats.dlogp, stats.dentropy))
+    logps, entropies = (
+        [v[a:b].sum().item() for a, b in zip(ends[:-1], ends[1:])] for v in (stats.dlogp, stats.dentropy)
+    )
     totals = [stats.entropy[a:b].sum().item() for a, b in zip(ends[:-1], ends[1:])]
 
     def entropy_per_token(eta):
         weights = [math.exp(eta * dlogp) for dlogp in logps]
         moved = [h + eta * dh for h, dh in zip(totals, entropies)]
-        return (sum(w * h for w, h in zip(weights, moved))
-                / sum(w * length for w, length in zip(weights, LENGTHS)))
+        return sum(w * h for w, h in zip(weights, moved)) / sum(w * length for w, length in zip(weights, LENGTHS))
 
     step = 1e-5
     want = (entropy_per_token(step) - entropy_per_token(-step)) / (2 * step)

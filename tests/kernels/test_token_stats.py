@@ -8,8 +8,9 @@ from dentropy.kernels import segments
 from dentropy.kernels import token_stats as kernel
 from truth import along_the_path, assert_as_accurate_as_plain_pytorch, plain_pytorch
 
-from dentropy import TokenStats, reference
+from dentropy import TokenStats
 from dentropy import token_stats as public_token_stats
+from dentropy.stats import plain
 
 on_gpu = torch.cuda.is_available()
 FULL_SIZES = dict(BLOCK=kernel.BLOCK, LANES=kernel.LANES, SEGMENT=kernel.SEGMENT)
@@ -31,7 +32,7 @@ def fields_of(stats):
 
 @pytest.fixture(params=["kernel", "reference"])
 def token_stats(request):
-    return run_kernel if request.param == "kernel" else reference.token_stats
+    return run_kernel if request.param == "kernel" else plain.token_stats
 
 
 @pytest.fixture
@@ -58,24 +59,24 @@ def draw(device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("vocabulary", [1, 2, 7, BLOCK - 1, BLOCK, BLOCK + 1, LARGE])
 def test_any_vocabulary_dtype_and_order(token_stats, draw, vocabulary, dtype, order):
-    inputs = draw(3, vocabulary, dtype)[:2 + order]
+    inputs = draw(3, vocabulary, dtype)[: 2 + order]
     stats = token_stats(*inputs)
     assert_as_accurate_as_plain_pytorch(stats, *inputs)
     assert all(field.dtype == torch.float32 and field.shape == (3,) for field in fields_of(stats))
-    assert stats[2 + 2 * order:] == (None,) * (4 - 2 * order)
+    assert stats[2 + 2 * order :] == (None,) * (4 - 2 * order)
 
 
 @needs_gpu
 @pytest.mark.parametrize("order", [0, 1, 2])
 @pytest.mark.parametrize("vocabulary", [32000, 49152, 128256, 151936, 262144])
 def test_vocabularies_of_real_models(token_stats, draw, vocabulary, order):
-    inputs = draw(129, vocabulary, torch.bfloat16)[:2 + order]
+    inputs = draw(129, vocabulary, torch.bfloat16)[: 2 + order]
     assert_as_accurate_as_plain_pytorch(token_stats(*inputs), *inputs)
 
 
 @pytest.mark.parametrize("rows, order", [(0, 2), (1, 2), (129, 0)])
 def test_any_number_of_rows(token_stats, draw, rows, order):
-    inputs = draw(rows, 7)[:2 + order]
+    inputs = draw(rows, 7)[: 2 + order]
     stats = token_stats(*inputs)
     assert all(field.shape == (rows,) for field in fields_of(stats))
     if rows:
@@ -147,7 +148,7 @@ def test_softcap_and_temperature_of_any_size(token_stats, draw, softcap, tempera
 def test_masked_logits_contribute_exactly_nothing(token_stats, draw, masked_derivative, softcap):
     inputs = logits, targets, dlogits, d2logits = draw(3, 2 * SEGMENT + BLOCK + 5)
     keep = torch.zeros_like(logits[0], dtype=torch.bool)
-    keep[SEGMENT + BLOCK + 1:2 * SEGMENT:2] = True  # nothing of the first and last segments and a tile between
+    keep[SEGMENT + BLOCK + 1 : 2 * SEGMENT : 2] = True  # nothing of the first and last segments and a tile between
     logits[:, ~keep], dlogits[:, ~keep], d2logits[:, ~keep] = -math.inf, masked_derivative, -masked_derivative
     dlogits[0, ~keep] = 0.0  # only the second derivative is not finite
     targets.copy_(keep.nonzero()[:, 0][targets % int(keep.sum())])
@@ -228,8 +229,14 @@ def test_identities_of_a_distribution_that_moves(token_stats, draw):
     logp, h, dlogp, dh, d2logp, d2h = (field.double() for field in stats)
     p = logp.exp()
     d2p = p * (d2logp + dlogp**2)
-    for got, want in ((p, 1), (p * dlogp, 0), (d2p, 0), (-p * logp, h[0]), (-p * logp * dlogp, dh[0]),
-                      (-d2p * logp - p * dlogp**2, d2h[0])):
+    for got, want in (
+        (p, 1),
+        (p * dlogp, 0),
+        (d2p, 0),
+        (-p * logp, h[0]),
+        (-p * logp * dlogp, dh[0]),
+        (-d2p * logp - p * dlogp**2, d2h[0]),
+    ):
         assert got.sum().item() == pytest.approx(float(want), rel=1e-5, abs=2e-6)
 
 
@@ -284,6 +291,7 @@ def test_inputs_are_left_alone_and_no_graph_is_built(token_stats, draw):
 
 # What only the kernel promises.
 
+
 @pytest.mark.skipif(on_gpu, reason="everything there has these sizes")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_tiles_lanes_and_segments_of_full_size(draw, dtype, monkeypatch):
@@ -295,9 +303,9 @@ def test_tiles_lanes_and_segments_of_full_size(draw, dtype, monkeypatch):
 
 @pytest.mark.parametrize("order", [0, 1, 2])
 def test_bits_of_a_row_do_not_depend_on_the_batch_or_the_run(draw, order):
-    inputs = draw(3, LARGE)[:2 + order]
+    inputs = draw(3, LARGE)[: 2 + order]
     batch, again = (torch.stack(fields_of(run_kernel(*inputs))) for _ in range(2))
-    alone = [torch.stack(fields_of(run_kernel(*(tensor[row:row + 1] for tensor in inputs)))) for row in range(3)]
+    alone = [torch.stack(fields_of(run_kernel(*(tensor[row : row + 1] for tensor in inputs)))) for row in range(3)]
     assert batch.isfinite().all()
     assert torch.equal(again, batch) and torch.equal(torch.cat(alone, 1), batch)
 
@@ -306,7 +314,7 @@ def test_bits_of_a_row_do_not_depend_on_the_batch_or_the_run(draw, order):
 def test_nothing_is_left_unwritten(draw, order, monkeypatch):
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *size, **options: empty(*size, **options).fill_(math.nan))
-    assert all(field.isfinite().all() for field in fields_of(run_kernel(*draw(2, LARGE)[:2 + order])))
+    assert all(field.isfinite().all() for field in fields_of(run_kernel(*draw(2, LARGE)[: 2 + order])))
 
 
 @pytest.mark.parametrize("target", [-1, LARGE, 2**40, -(2**40)])
@@ -326,14 +334,14 @@ def test_validate_raises_for_a_target_out_of_range(draw):
 
 @pytest.mark.parametrize("order", [0, 1, 2])
 def test_the_public_function_takes_the_kernel_where_it_can(draw, order, monkeypatch):
-    inputs, transform = draw(2, BLOCK + 5)[:2 + order], dict(temperature=0.7, softcap=3.0)
+    inputs, transform = draw(2, BLOCK + 5)[: 2 + order], dict(temperature=0.7, softcap=3.0)
     want = fields_of(run_kernel(*inputs, **transform))
 
     def fail(*args, **options):
         raise AssertionError("the reference was called")
 
     with monkeypatch.context() as patch:
-        patch.setattr(reference, "stats_of_logits", fail)
+        patch.setattr(plain, "stats_of_logits", fail)
         got = public_token_stats(*inputs, **transform)
         assert all(torch.equal(a, b) for a, b in zip(fields_of(got), want, strict=True))
     doubles = [tensor.double() if tensor.is_floating_point() else tensor for tensor in inputs]
@@ -343,12 +351,13 @@ def test_the_public_function_takes_the_kernel_where_it_can(draw, order, monkeypa
 @needs_gpu
 @pytest.mark.parametrize("order", [0, 1, 2])
 def test_a_new_number_of_rows_compiles_nothing(draw, order):
-    inputs = draw(64, 4096)[:2 + order]
+    inputs = draw(64, 4096)[: 2 + order]
 
     def compiled():
         device = torch.cuda.current_device()
-        return [len(jitted.device_caches[device][0])
-                for jitted in (kernel._token_states_kernel, segments._stats_kernel)]
+        return [
+            len(jitted.device_caches[device][0]) for jitted in (kernel._token_states_kernel, segments._stats_kernel)
+        ]
 
     run_kernel(*inputs)
     before = compiled()

@@ -1,0 +1,187 @@
+"""The measurement ΔH(η): the change of entropy between two weight settings, by importance sampling."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dentropy.estimators.columns import PER, PROMPTS, check_choice, column, sizes
+from dentropy.estimators.estimate import Statistic, with_errors
+from dentropy.estimators.jackknife import leave_one_out
+from dentropy.estimators.uncertainty import Groups
+
+if TYPE_CHECKING:
+    from dentropy.stats.tables import SequenceSums
+
+_QUANTILES = {"min": 0.0, "p05": 0.05, "p25": 0.25, "median": 0.5, "p75": 0.75, "p95": 0.95, "max": 1.0}
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ImportanceResult(Statistic):
+    """A measured change of entropy, in nats per token (nats per sequence with per="sequence").
+
+    The fields of `Statistic`, whose value is ΔH = moved_value − base_value, also under the name delta, and:
+
+    base_value            H̄, the entropy at the base weights
+    moved_value           R, the entropy at the moved weights, by importance weighting
+    ess, ess_fraction     effective sample size (Σw)²/Σw², and as a fraction of the S rollouts
+    ess_tokens            the same of w_i·T_i: what the denominator of the entropy per token rests on
+    max_weight            the largest weight's share, max w / Σ w
+    mean_weight           mean of w, 1 in expectation on rollouts of the base policy; inf where it overflows
+    log_weight_quantiles  log w in nats: min, p05, p25, median, p75, p95, max
+    log_weights           float64 [S], L_i(η) − L_i(0), in the row order of the base table
+    contributions         float64 [S], one per rollout; they sum to delta
+    moved_entropy         float64 [S], H_i(η)
+    size                  float64 [S], T_i (1 with per="sequence")
+    n                     S, the number of rollouts
+    """
+
+    base_value: float
+    moved_value: float
+    ess: float
+    ess_fraction: float
+    ess_tokens: float
+    max_weight: float
+    mean_weight: float
+    log_weight_quantiles: dict[str, float]
+    log_weights: np.ndarray = field(repr=False)
+    contributions: np.ndarray = field(repr=False)
+    moved_entropy: np.ndarray = field(repr=False)
+    size: np.ndarray = field(repr=False)
+    n: int
+
+    @property
+    def delta(self) -> float:
+        """ΔH, the value."""
+        return self.value
+
+
+def importance(
+    base: SequenceSums, moved: SequenceSums, *, per: str = "token", prompts: str = "random"
+) -> ImportanceResult:
+    """ΔH between two weight settings from rollouts of the first, by self-normalized importance sampling.
+
+    With w_i = exp(L_i(η) − L_i(0)), H̄ = Σ H_i(0) / Σ T_i and R = Σ w_i H_i(η) / Σ w_i T_i, ΔH = R − H̄ is
+    the sum of
+
+        c_i = w_i (H_i(η) − H̄ T_i) / Σ_j w_j T_j − (H_i(0) − H̄ T_i) / Σ_j T_j ,
+
+    which are to first order η times the contributions of the exact slope, but for a term that sums to 0 (the
+    common denominator moves). The influence values have R for the first H̄. per="sequence" puts 1 for T_i.
+
+    Args:
+        base, moved: tables of the same rollouts, scored at the two weight settings, [S] float64; rows are
+            paired by `rollout`, so their order may differ.
+        per: "token" or "sequence".
+        prompts: "random" or "fixed", see `clustered_stderr`.
+
+    Returns:
+        ImportanceResult in nats per token (or per sequence).
+
+    Raises:
+        ValueError: an unknown choice; no rollout or no token at all; a value that is not finite, another set
+            of rollouts, a rollout that occurs twice, or one whose n_tokens or group differ (each names the
+            rollout); weights that vanish on every rollout that has tokens.
+
+    Example:
+        >>> import torch
+        >>> from dentropy import importance, sequence_sums, token_stats
+        >>> seeded = torch.Generator().manual_seed(0)
+        >>> logits, dlogits = torch.randn(2, 6, 5, generator=seeded, dtype=torch.float64)
+        >>> targets, ends = torch.tensor([1, 4, 0, 2, 2, 0]), torch.tensor([0, 3, 4, 6])
+        >>> base = sequence_sums(token_stats(logits, targets), ends)
+        >>> moved = sequence_sums(token_stats(logits + 0.1 * dlogits, targets), ends)
+        >>> result = importance(base, moved)
+        >>> abs(result.moved_value - result.base_value - result.delta) < 1e-12
+        True
+    """
+    check_choice("per", per, PER)
+    check_choice("prompts", prompts, PROMPTS)
+    size = sizes(base, per, "base")
+    rows = _pair(base, moved)
+    entropy, moved_entropy = column(base, "entropy", "base"), column(moved, "entropy", "moved")[rows]
+    log_weights = column(moved, "logp", "moved")[rows] - column(base, "logp", "base")
+
+    # Ratios do not know a common factor of the weights: with 1 for the largest, none overflows.
+    weights = np.exp(log_weights - log_weights.max())
+    total, weighted_total = size.sum(), np.sum(weights * size)
+    if weighted_total == 0:
+        raise ValueError(
+            "moved.logp is so far below base.logp that the weight of every rollout with tokens vanishes "
+            "beside the empty rollouts'; the move is too large to measure by importance sampling"
+        )
+    base_value = entropy.sum() / total
+    moved_value = np.sum(weights * moved_entropy) / weighted_total
+    centred, moved_centred = entropy - base_value * size, weights * (moved_entropy - base_value * size)
+    base_term = centred / total
+    contributions = moved_centred / weighted_total - base_term
+    influence = weights * (moved_entropy - moved_value * size) / weighted_total - base_term
+    groups = Groups.of(base.group)
+    totals = [weights * size, size, moved_centred, centred]
+    jackknife = leave_one_out(_ratio_change, totals, 2, groups, prompts)
+    return ImportanceResult(
+        **with_errors(contributions.sum(), influence, jackknife, groups=groups, prompts=prompts, per=per),
+        base_value=float(base_value),
+        moved_value=float(moved_value),
+        **_weight_diagnostics(log_weights, weights, column(base, "n_tokens", "base")),
+        log_weights=log_weights,
+        contributions=contributions,
+        moved_entropy=moved_entropy,
+        size=size,
+        n=weights.size,
+    )
+
+
+def _ratio_change(
+    moved_size: np.ndarray, size: np.ndarray, moved_entropy: np.ndarray, entropy: np.ndarray
+) -> np.ndarray:
+    """ΔH of a set of rollouts from its totals Σ w T, Σ T, Σ w (H(η) − c T), Σ (H(0) − c T), for any c."""
+    return moved_entropy / moved_size - entropy / size
+
+
+def _weight_diagnostics(log_weights: np.ndarray, weights: np.ndarray, n_tokens: np.ndarray) -> dict:
+    """The fields of ImportanceResult that judge the weights; `weights` are the shifted ones."""
+    # A mean weight past the range of float64 is inf, which says what is to be said: no warning on top.
+    with np.errstate(over="ignore"):
+        mean_weight = np.mean(np.exp(log_weights))
+    ess = _effective_sample_size(weights)
+    quantiles = np.quantile(log_weights, list(_QUANTILES.values()))
+    return {
+        "ess": ess,
+        "ess_fraction": ess / weights.size,
+        "ess_tokens": _effective_sample_size(weights * n_tokens),
+        "max_weight": float(weights.max() / weights.sum()),
+        "mean_weight": float(mean_weight),
+        "log_weight_quantiles": dict(zip(_QUANTILES, quantiles.tolist(), strict=True)),
+    }
+
+
+def _effective_sample_size(weights: np.ndarray) -> float:
+    scaled = weights / weights.max()  # squares of tiny weights would underflow
+    return float(scaled.sum() ** 2 / np.sum(scaled**2))
+
+
+def _pair(base: SequenceSums, moved: SequenceSums) -> np.ndarray:
+    """Row of `moved` for each row of `base`, int64 [S]; ValueError where these are not the same rollouts."""
+    for argument, sums in (("base", base), ("moved", moved)):
+        labels, counts = np.unique(sums.rollout, return_counts=True)
+        if counts.max(initial=1) > 1:
+            twice = int(labels[counts > 1][0])
+            raise ValueError(f"{argument}.rollout holds {twice} more than once, expected every rollout once")
+    differ = np.setxor1d(base.rollout, moved.rollout)
+    if differ.size:
+        place = "moved" if differ[0] in np.asarray(base.rollout) else "base"
+        raise ValueError(f"rollout {differ[0]} is missing in {place}, expected the same rollouts in both")
+    rows = np.empty(len(base.rollout), dtype=np.int64)
+    rows[np.argsort(base.rollout)] = np.argsort(moved.rollout)
+    for name in ("n_tokens", "group"):
+        values, others = np.asarray(getattr(base, name)), np.asarray(getattr(moved, name))[rows]
+        if not np.array_equal(values, others):
+            row = int(np.argmax(values != others))
+            raise ValueError(
+                f"moved.{name} is {int(others[row])} for rollout {int(base.rollout[row])}, "
+                f"expected {int(values[row])} as in base"
+            )
+    return rows

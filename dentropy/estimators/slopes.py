@@ -1,0 +1,140 @@
+"""The slope R'(0): how fast the policy's entropy changes along a direction."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dentropy.estimators.columns import PER, PROMPTS, check_choice, column, sizes
+from dentropy.estimators.estimate import Estimate, with_errors
+from dentropy.estimators.jackknife import leave_one_out
+from dentropy.estimators.uncertainty import Groups
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
+    from dentropy.stats.tables import SequenceSums
+
+ESTIMATORS = ("causal", "exact", "mixed")
+BASELINES = ("none", "entropy")
+
+
+def slope(
+    sums: SequenceSums,
+    *,
+    estimator: str = "causal",
+    per: str = "token",
+    baseline: str | ArrayLike = "entropy",
+    prompts: str = "random",
+) -> Estimate:
+    """Slope at η = 0 of the entropy R(η) = Σ w_i H_i / Σ w_i T_i, w_i = exp(L_i(η) − L_i(0)), from one pass.
+
+    Rollout i has T_i tokens, D = Σ T_i, H̄ = Σ H_i / D; a prime is d/dη. The slope is Σ_i x_i / D with
+
+        "causal"   x_i = H'_i + Σ_k dlogp_k Σ_{j>k} (h_j − H̄)          lowest variance per token
+        "exact"    x_i = H'_i + (H_i − H̄ T_i) ℓ'_i                     the derivative of `importance` here
+        "mixed"    x_i = H'_i + Σ_k (G_k − b_k) dlogp_k − H̄ T_i ℓ'_i   REINFORCE, G_k = Σ_{j≥k} h_j
+
+    per="sequence" is R = Σ w_i H_i / Σ w_i: T_i becomes 1 and D becomes S; the causal form then has no H̄
+    term, for a constant has no future part. All three have the same limit; their ratio bias is of order 1/S.
+
+    Args:
+        sums: a table with tangent columns, [S] float64.
+        estimator, per: as above.
+        baseline: b_k of "mixed" and of the uncorrected value: "none" (0), "entropy" (h_k), or an array
+            [total tokens] in nats, packed in row order, which needs the table's kept tokens; b_k must not
+            depend on the token at k or on anything later.
+        prompts: "random" or "fixed", see `clustered_stderr`.
+
+    Returns:
+        Estimate in nats per token (or per sequence) per unit of η. Its parts pathwise (from H'), score (from
+        the score function) and length_correction (the H̄ term) add up to value; uncorrected is "mixed"
+        without its last term.
+
+    Raises:
+        ValueError: an unknown choice, no tangent columns, no rollout or no token at all, a value that is not
+            finite (the rollout is named), a baseline of another length or without kept tokens.
+
+    Example:
+        >>> import torch
+        >>> from dentropy import sequence_sums, slope, token_stats
+        >>> seeded = torch.Generator().manual_seed(0)
+        >>> logits, dlogits = torch.randn(2, 6, 5, generator=seeded, dtype=torch.float64)
+        >>> stats = token_stats(logits, torch.tensor([1, 4, 0, 2, 2, 0]), dlogits)
+        >>> estimate = slope(sequence_sums(stats, torch.tensor([0, 3, 4, 6])))
+        >>> parts = estimate.parts
+        >>> abs(parts["pathwise"] + parts["score"] + parts["length_correction"] - estimate.value) < 1e-12
+        True
+    """
+    check_choice("estimator", estimator, ESTIMATORS)
+    check_choice("per", per, PER)
+    check_choice("prompts", prompts, PROMPTS)
+    if isinstance(baseline, str):
+        check_choice("baseline", baseline, BASELINES)
+    size = sizes(sums, per)
+    entropy, dlogp, dentropy = (column(sums, name) for name in ("entropy", "dlogp", "dentropy"))
+    total = size.sum()
+    mean_entropy = entropy.sum() / total
+
+    # dsize is what a rollout adds to the derivative of the denominator Σ w_i T_i.
+    score = reinforce = _reinforce_score(sums, baseline)
+    dsize = size * dlogp
+    if estimator == "exact":
+        score = entropy * dlogp
+    elif estimator == "causal":
+        score = column(sums, "entropy_to_go")
+        dsize = column(sums, "length_to_go") if per == "token" else np.zeros_like(size)
+
+    terms = dentropy + score - mean_entropy * dsize
+    value = terms.sum() / total
+    centred = entropy - mean_entropy * size
+    influence = (terms - value * size - dsize.sum() / total * centred) / total
+    groups = Groups.of(sums.group)
+    jackknife = leave_one_out(ratio_slope, [size, centred, terms, dsize], 1, groups, prompts)
+    parts = {
+        "pathwise": dentropy.sum() / total,
+        "score": score.sum() / total,
+        "length_correction": -mean_entropy * dsize.sum() / total,
+        "uncorrected": (dentropy + reinforce).sum() / total,
+    }
+    return Estimate(
+        **with_errors(value, influence, jackknife, groups=groups, prompts=prompts, per=per),
+        contributions=terms / total,
+        parts={name: float(part) for name, part in parts.items()},
+        name="slope",
+        estimator=estimator,
+    )
+
+
+def ratio_slope(size: np.ndarray, entropy: np.ndarray, terms: np.ndarray, dsize: np.ndarray) -> np.ndarray:
+    """The slope of a set of rollouts from its totals: Σ T, Σ (H − c T), Σ x, Σ dT, x with c for its H̄.
+
+    It is the same for every c; the batch's own H̄ keeps the numbers small.
+    """
+    return (terms - entropy / size * dsize) / size
+
+
+def _reinforce_score(sums: SequenceSums, baseline: str | ArrayLike) -> np.ndarray:
+    """Σ_k (G_k − b_k) dlogp_k of each rollout, G_k = Σ_{j≥k} h_j: float64 [S], in nats per unit of η."""
+    # Σ_k (G_k − h_k) dlogp_k is the entropy_to_go column itself.
+    score = column(sums, "entropy_to_go")
+    if isinstance(baseline, str) and baseline == "entropy":
+        return score
+    score = score + column(sums, "entropy_dlogp")
+    if isinstance(baseline, str):
+        return score
+    if sums.tokens is None:
+        raise ValueError("baseline is an array, which needs kept tokens: measure with keep_tokens=True")
+    values = np.asarray(baseline, dtype=np.float64)
+    n_tokens = np.asarray(sums.n_tokens).astype(np.int64)
+    total = int(n_tokens.sum())
+    if values.shape != (total,):
+        raise ValueError(f"baseline has shape {values.shape}, expected ({total},): one value per token")
+    finite = np.isfinite(values)
+    if not finite.all():
+        token = int(np.argmin(finite))
+        raise ValueError(f"baseline is {values[token]} at token {token}, expected finite values")
+    row = np.repeat(np.arange(n_tokens.size), n_tokens)
+    weighted = values * np.asarray(sums.tokens.dlogp, dtype=np.float64)
+    return score - np.bincount(row, weights=weighted, minlength=n_tokens.size)

@@ -1,0 +1,133 @@
+"""The sections on ΔH: predicted and measured at every η, and whether the measurements can be believed."""
+
+from __future__ import annotations
+
+from dentropy.experiment.report.chart import change_chart
+from dentropy.experiment.report.numbers import (
+    Unit,
+    interval,
+    number,
+    percent,
+    plain,
+    quantity,
+    step_text,
+    unit_for,
+    with_error,
+)
+from dentropy.experiment.report.sections import NATS, reasons, section
+from dentropy.experiment.report.tables import table
+from dentropy.experiment.report.tags import Markup, tag
+
+SIGNS = {"reliable": "●", "strained": "◐", "unusable": "✕"}
+KHATS = {"w": "w", "wT": "w·T", "wH": "w·H"}
+
+
+def changes(content: dict) -> Markup:
+    """Predicted and measured ΔH at every η: figure, table, trust."""
+    rows = content["measured"]
+    unit = unit_for([row["delta"] for row in rows], NATS)
+
+    def pair(name: str, error: str | None = None):
+        return lambda row: with_error(row.get(name), row.get(error or f"{name}_stderr"), unit)
+
+    columns = [
+        ("η", "", lambda row: number(row["eta"], step_text(row["eta"]))),
+        ("Steps", "", lambda row: _steps(row, content)),
+        ("Measured ΔH", "± SE", pair("delta", "stderr")),
+        ("95% interval", "", lambda row: interval(row.get("interval"), unit, row["stderr"])),
+        ("Verdict", "", _verdict),
+        ("Predicted", "linear ± SE", pair("predicted_linear")),
+        ("Predicted", "with curvature ± SE", pair("predicted_quadratic")),
+        ("Linear − measured", "± SE", pair("prediction_error")),
+        ("Uncorrected", "prediction", lambda row: quantity(row["predicted_uncorrected"], unit)),
+    ]
+    return section(
+        "changes",
+        "Change of entropy",
+        change_chart(content),
+        table(f"ΔH(η) in {unit.name}", rows, columns),
+        reasons(rows),
+        _fresh(content.get("fresh_check"), unit),
+    )
+
+
+def reliability(content: dict) -> Markup:
+    """Can the measurements be believed: weights, k̂, verdict and its reason."""
+    rows = content["measured"]
+    unit = unit_for([row["delta"] for row in rows], NATS)
+    columns = [
+        ("η", "", lambda row: number(row["eta"], step_text(row["eta"]))),
+        ("Verdict", "and why", _reasoned_verdict),
+        ("ESS", "rollouts", lambda row: _count(row.get("ess"))),
+        ("ESS", "of all", lambda row: percent(row.get("ess_fraction"))),
+        ("ESS of w·T", "rollouts", lambda row: _count(row.get("ess_tokens"))),
+        *[(f"k̂ of {label}", "", lambda row, k=key: _khat(row, k)) for key, label in KHATS.items()],
+        ("Mean weight", "expected 1", lambda row: _fixed(row.get("mean_weight"), 3)),
+        ("Largest weight", "of the total", lambda row: percent(row.get("max_weight"), 2)),
+        ("Smoothed ΔH", unit.name, lambda row: quantity(row.get("smoothed_delta"), unit, row["stderr"])),
+    ]
+    floor = content.get("noise_floor")
+    noise = None
+    if floor is not None:
+        noise = tag("p", "Noise floor of the arithmetic: ", number(floor, plain(floor)), f" {NATS}.")
+    note = "ESS is the effective sample size of the importance weights w."
+    if any(row.get("khat") for row in rows):
+        note += " k̂ is the shape of the tail of what is named: above 1 it has no mean."
+    if any(row.get("smoothed_delta") is not None for row in rows):
+        note += " Smoothed ΔH has a fitted tail in place of the largest weights."
+    return section(
+        "reliability",
+        "Can the measurement be trusted?",
+        table("Importance weights at every η", rows, columns),
+        tag("p", note, class_="note"),
+        noise,
+    )
+
+
+def _fresh(fresh: dict | None, unit: Unit) -> Markup | None:
+    if fresh is None:
+        return None
+    text = (
+        f"Checked at η = {step_text(fresh['eta'])} against {fresh['n_sequences']:,} rollouts "
+        f"({fresh['n_tokens']:,} tokens) drawn anew from the moved policy: ΔH = "
+    )
+    return tag(
+        "p",
+        text,
+        with_error(fresh["delta"], fresh["stderr"], unit),
+        ", fresh − measured = ",
+        with_error(fresh["difference"], fresh["difference_stderr"], unit),
+        f" ({unit.name}).",
+    )
+
+
+def _verdict(row: dict) -> Markup | None:
+    verdict = row.get("verdict")
+    if row.get("below_noise_floor"):
+        return tag("span", "□ below noise", class_="verdict")
+    if verdict is None:
+        return None
+    return tag("span", tag("span", SIGNS[verdict], aria_hidden="true"), f" {verdict}", class_=f"verdict {verdict}")
+
+
+def _reasoned_verdict(row: dict) -> Markup | None:
+    verdict = _verdict(row)
+    why = "rounding of the arithmetic, not data" if row.get("below_noise_floor") else row.get("verdict_reason")
+    return verdict and tag("div", verdict, " ", tag("small", why), class_="words")
+
+
+def _steps(row: dict, content: dict) -> Markup:
+    steps = row["eta"] / content["step_size"]
+    return number(steps, step_text(float(f"{steps:.4g}")))
+
+
+def _khat(row: dict, key: str) -> Markup | None:
+    return _fixed((row.get("khat") or {}).get(key), 2)
+
+
+def _fixed(value: float | None, decimals: int) -> Markup | None:
+    return None if value is None else number(value, f"{value:.{decimals}f}".replace("-", "−"))
+
+
+def _count(value: float | None) -> Markup | None:
+    return None if value is None else number(value, f"{value:,.0f}")

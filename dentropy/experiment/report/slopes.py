@@ -1,0 +1,72 @@
+"""The section on the derivatives at η = 0: slopes, curvature, and how far they reach."""
+
+from __future__ import annotations
+
+from dentropy.experiment.report.numbers import Unit, interval, number, plain, quantity, unit_for, with_error
+from dentropy.experiment.report.sections import NATS, PER_ETA, eta, reasons, section
+from dentropy.experiment.report.tables import table
+from dentropy.experiment.report.tags import Markup, join, tag
+
+
+def slopes(content: dict) -> Markup:
+    """The slope by every estimator, the curvature and how far they reach."""
+    rows = content["slope"]
+    parts = ("pathwise", "score", "length_correction", "uncorrected")
+    unit = unit_for([row[name] for row in rows for name in ("value", *parts)], PER_ETA)
+    columns = [
+        ("Estimator", "", lambda row: row["estimator"]),
+        ("Slope", "± SE", lambda row: with_error(row["value"], row["stderr"], unit)),
+        ("95% interval", "", lambda row: interval(row.get("interval"), unit, row["stderr"])),
+        ("Jackknife SE", "", lambda row: _error(row.get("jackknife_stderr"), unit)),
+        *[
+            (name.replace("_", " ").capitalize(), "", lambda row, n=name: quantity(row[n], unit, row["stderr"]))
+            for name in parts
+        ],
+    ]
+    note = (
+        "Slope = pathwise + score + length correction. The uncorrected value is the mixed slope without its "
+        "length correction; the causal slope is the one that predicts."
+    )
+    return section(
+        "slope",
+        "Slope at η = 0" if content.get("curvature") is None else "Slope and curvature at η = 0",
+        table(f"Slope in {unit.name}", rows, columns),
+        tag("p", note, class_="note"),
+        reasons(rows),
+        _curvature(content),
+        _trust(content.get("trust")),
+    )
+
+
+def _curvature(content: dict) -> Markup | None:
+    found = content.get("curvature")
+    if found is None:
+        return None
+    parts = ("score", "cross", "pathwise")
+    unit = unit_for([found[name] for name in ("value", *parts)], f"{NATS} per unit of η²")
+    columns = [
+        ("Curvature", "± SE", lambda row: with_error(row["value"], row["stderr"], unit)),
+        ("95% interval", "", lambda row: interval(row.get("interval"), unit, row["stderr"])),
+        ("Jackknife SE", "", lambda row: _error(row.get("jackknife_stderr"), unit)),
+        *[(name.capitalize(), "", lambda row, n=name: quantity(row[n], unit, row["stderr"])) for name in parts],
+        ("Differences over", "± η", lambda row: eta(row.get("step"))),
+    ]
+    return join([table(f"Curvature in {unit.name}", [found], columns), reasons([found])])
+
+
+def _trust(trust: dict | None) -> Markup | None:
+    if trust is None or trust.get("eta_star") is None:
+        return None
+    star = number(trust["eta_star"], plain(trust["eta_star"], trust.get("stderr")))
+    reach = eta(trust.get("linear_until"))
+    return tag(
+        "p",
+        "The linear and the quadratic term are equal at η* = ",
+        star,
+        reach and ["; up to η = ", reach, " the linear prediction is within 10% of the quadratic one"],
+        ".",
+    )
+
+
+def _error(stderr: float | None, unit: Unit) -> Markup | None:
+    return quantity(stderr, unit, stderr)

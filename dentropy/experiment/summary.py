@@ -1,0 +1,139 @@
+"""The summary of a run: the content of results.json as a text that a person reads."""
+
+from __future__ import annotations
+
+
+def summary(content: dict) -> str:
+    """The summary of a run from the content of its results.json, without a final newline."""
+    parts = [_head(content), _slopes(content), _changes(content), _verdicts(content)]
+    if content["fresh_check"] is not None:
+        parts.append(_fresh(content["fresh_check"], content["measured"]))
+    parts.append(_audit(content["audit"]))
+    if warnings(content):
+        parts.append("\n".join(["Warnings", *(f"  {text}" for text in warnings(content))]))
+    return "\n\n".join(parts)
+
+
+def warnings(content: dict) -> list[str]:
+    """All warnings of the run, each once, with what it is about."""
+    found = list(content["audit"]["warnings"])
+    named = [(f"{row['estimator']} slope", row) for row in content["slope"]]
+    named += [("curvature", content.get("curvature")), ("η*", content.get("trust"))]
+    named += [(f"ΔH at η = {row['eta']:.3g}", row) for row in content["measured"]]
+    for name, row in named:
+        found += [f"{name}: {text}" for text in (row or {}).get("warnings") or []]
+    found += [f"{path} is {value}" for path, value in (content.get("not_finite") or {}).items()]
+    return list(dict.fromkeys(found))
+
+
+def _head(content: dict) -> str:
+    lines = [f"{name}: {value}" for name, value in content["source"].items()]
+    lines.append(
+        f"{content['n_sequences']:,} rollouts of {content['n_groups']:,} prompts, "
+        f"{content['n_tokens']:,} tokens, temperature {content['temperature']:g}, "
+        f"{content['dtype']} on {content['device']}"
+    )
+    entropy = _with_error(content["base_entropy"], content["base_entropy_stderr"], "{:.4f}", "{:.4f}")
+    lines.append(f"entropy of the policy: {entropy} nats per token")
+    return "\n".join(lines)
+
+
+def _slopes(content: dict) -> str:
+    parts = ("pathwise", "score", "length_correction")
+    slopes = content["slope"]
+    rows = [
+        (s["estimator"], _with_error(s["value"], s["stderr"]), *(_number(s[part]) for part in parts)) for s in slopes
+    ]
+    mixed = next(s for s in slopes if s["estimator"] == "mixed")
+    rows.append(("uncorrected", *(_number(mixed[part]) for part in ("uncorrected", "pathwise", "score")), "-"))
+    head = ("estimator", "slope ± SE", "pathwise", "score", "length correction")
+    title = "Slope of the entropy at η = 0, in nats per token per unit of η"
+    return "\n".join([title, *_aligned(head, rows), *_reach(content), *_reasons(slopes)])
+
+
+def _reach(content: dict) -> list[str]:
+    if content["curvature"] is None:
+        return []
+    curvature, trust = content["curvature"], content["trust"]
+    value = _with_error(curvature["value"], curvature["stderr"]).strip()
+    if curvature["stderr"] is None or abs(curvature["value"]) < 2 * curvature["stderr"]:
+        return [f"curvature {value} per unit of η²: not told apart from 0"]
+    limit = "at no η" if trust["linear_until"] is None else f"beyond η = {trust['linear_until']:.2g}"
+    return [f"curvature {value} per unit of η²; it changes the linear prediction by a tenth {limit}"]
+
+
+def _verdicts(content: dict) -> str:
+    lines = [f"  {m['eta']: .3g}  {m['verdict']}: {m['verdict_reason']}" for m in content["measured"]]
+    floor = f"Rounding alone can make a ΔH of {content['noise_floor']:.1e} nats per token (the noise floor)."
+    return "\n".join(["Can the measurements be believed?", *lines, floor])
+
+
+def _changes(content: dict) -> str:
+    step = content["step_size"]
+    rows = [
+        (
+            f"{m['eta']: .3g}",
+            f"{m['eta'] / step: .3g}",
+            _number(m["predicted_uncorrected"]),
+            _with_error(m["predicted_linear"], m["predicted_linear_stderr"]),
+            "-" if m["predicted_quadratic"] is None else _number(m["predicted_quadratic"]),
+            _with_error(m["delta"], m["stderr"]),
+            f"{m['ess_fraction']:.1%}",
+        )
+        for m in content["measured"]
+    ]
+    head = ("η", "steps", "uncorrected", "predicted ± SE", "quadratic", "measured ± SE", "ESS")
+    title = (
+        f"Change of the entropy ΔH(η), in nats per token; one step is η = {step:g}\n"
+        "predicted = η · causal slope, quadratic with η²/2 · curvature; measured by importance sampling"
+    )
+    return "\n".join([title, *_aligned(head, rows), *_reasons(content["measured"])])
+
+
+def _fresh(fresh: dict, measured: list[dict]) -> str:
+    at = next(m for m in measured if m["eta"] == fresh["eta"])
+    rows = [
+        ("importance sampling", _with_error(at["delta"], at["stderr"])),
+        ("fresh rollouts", _with_error(fresh["delta"], fresh["stderr"])),
+        ("difference", _with_error(fresh["difference"], fresh["difference_stderr"])),
+    ]
+    title = (
+        f"Check at η = {fresh['eta']:g}: ΔH from {fresh['n_sequences']:,} rollouts "
+        f"({fresh['n_tokens']:,} tokens) drawn anew from the moved policy"
+    )
+    return "\n".join([title, *_aligned(("", "ΔH ± SE"), rows)])
+
+
+def _audit(audit: dict) -> str:
+    z = {name: check["z"] for name, check in audit["on_policy"].items() if check is not None}
+    scores = ", ".join(f"{name} z = " + ("undefined" if value is None else f"{value:.1f}") for name, value in z.items())
+    return (
+        f"Audit: {audit['rollouts_used']:,} of {audit['rollouts_expected']:,} rollouts and "
+        f"{audit['tokens_used']:,} of {audit['tokens_expected']:,} tokens used; on policy: {scores}"
+    )
+
+
+def _number(value: float | None, form: str = "{: .3e}") -> str:
+    return "not finite" if value is None else form.format(value)
+
+
+def _with_error(value: float | None, stderr: float | None, form: str = "{: .3e}", error_form: str = "{:.1e}") -> str:
+    return f"{_number(value, form)} ± " + ("?" if stderr is None else error_form.format(stderr))
+
+
+def _reasons(entries) -> list[str]:
+    """Why there are no standard errors: each reason once."""
+    reasons = {entry["stderr_reason"]: None for entry in entries if entry["stderr_reason"] is not None}
+    return [f"no standard error (?): {reason}" for reason in reasons]
+
+
+def _aligned(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    """The rows under their head, the first column to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    return [
+        "  "
+        + "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in [head, *rows]
+    ]

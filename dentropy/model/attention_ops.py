@@ -1,0 +1,275 @@
+"""Packed causal attention and its tangent as PyTorch operators, and their plain PyTorch form.
+
+    s = scaling · q kᵀ,   p = softmax(s),   o = p v,
+    ṡ = scaling · (q̇ kᵀ + q k̇ᵀ),   ṗ = p ∘ (ṡ − Σ p ṡ),   ȯ = ṗ v + p v̇,
+
+with softcap s → c·tanh(s/c), sliding windows (key j is seen from query i while i − j < window) and attention sinks
+(one more logit per head that takes probability and has no value). Every sequence attends to itself alone, so the cost
+is the sum of T², not the square of the sum.
+
+A compiler sees neither through a Triton kernel nor through a loop over sequences of any lengths, and operators drop
+tangents. Hence these are opaque operators of plain tensors, each the others' derivative:
+
+    attention           o, and lse [H, total], which is empty where the plain form serves
+    attention_tangent   ȯ, from o and lse
+    attention_adjoint   the gradients of q, k, v and sinks from that of o, the transpose of the tangent. It is linear,
+                        and its own reverse mode is the tangent again: `compiled_layers` is built on that, and traces it
+                        without ever running it. Reverse mode proper goes through `plain_attention`.
+
+    q [total, H, D], k [total, Hkv, D], v [total, Hkv, Dv], any strides; H is a multiple of Hkv
+    dq, dk, dv, dsinks   of the shape and dtype of q, k, v, sinks; None is a tangent of 0 and costs nothing
+    cu_seqlens [S + 1]   where each sequence begins, from 0 to total; max_length is no less than the longest
+    scaling              of the scores; window, softcap and sinks [H] may be None
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from dentropy.stats.dispatch import kernels_serve
+
+# The plain form takes a sequence's queries this many at a time, so that scores need memory linear in its length and few
+# are computed to be masked; short sequences of one length share their operations, up to so many tokens.
+QUERY_BLOCK = 128
+TOGETHER = 1024
+
+
+@torch.library.custom_op("dentropy::attention", mutates_args=())
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_length: int,
+    scaling: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    settings = dict(scaling=scaling, window=window, softcap=softcap, sinks=sinks)
+    if kernels_serve(q):
+        from dentropy.kernels.attention import attention as kernel  # Triton loads on first use
+
+        out, lse = kernel(q, k, v, cu_seqlens, max_length, **settings)
+        return out.contiguous(), lse
+    return plain_attention((q, k, v), None, cu_seqlens, **settings)[0], q.new_empty(0, dtype=torch.float32)
+
+
+@torch.library.custom_op("dentropy::attention_tangent", mutates_args=())
+def attention_tangent(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dq: Tensor | None,
+    dk: Tensor | None,
+    dv: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    scaling: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dsinks: Tensor | None = None,
+) -> Tensor:
+    settings = dict(scaling=scaling, window=window, softcap=softcap, sinks=sinks, dsinks=dsinks)
+    if kernels_serve(q):
+        from dentropy.kernels.attention_tangent import attention_tangent as kernel
+
+        return kernel(q, k, v, dq, dk, dv, out, lse, cu_seqlens, **settings)
+    return plain_attention((q, k, v), (dq, dk, dv), cu_seqlens, **settings)[1]
+
+
+@torch.library.custom_op("dentropy::attention_adjoint", mutates_args=())
+def attention_adjoint(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    scaling: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    raise NotImplementedError("attention_adjoint is for tracing; with gradients use plain_attention")
+
+
+@attention.register_fake
+def _(q, k, v, cu_seqlens, max_length, scaling, window=None, softcap=None, sinks=None):
+    rows = (q.shape[1], q.shape[0]) if kernels_serve(q) else (0,)
+    return q.new_empty(*q.shape[:2], v.shape[-1]), q.new_empty(rows, dtype=torch.float32)
+
+
+@attention_tangent.register_fake
+def _(q, k, v, dq, dk, dv, out, lse, cu_seqlens, scaling, window=None, softcap=None, sinks=None, dsinks=None):
+    return torch.empty_like(out)
+
+
+@attention_adjoint.register_fake
+def _(grad, q, k, v, out, lse, cu_seqlens, scaling, window, softcap, sinks):
+    return (
+        torch.empty_like(q),
+        torch.empty_like(k),
+        torch.empty_like(v),
+        q.new_empty(0 if sinks is None else len(sinks)),
+    )
+
+
+def _keep(ctx, inputs, output):
+    q, k, v, cu_seqlens, _, *settings, sinks = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens, sinks)
+    ctx.settings = settings
+
+
+def _transpose(ctx, grad, _):
+    *tensors, sinks = ctx.saved_tensors
+    dq, dk, dv, dsinks = attention_adjoint(grad, *tensors, *ctx.settings, sinks)
+    return dq, dk, dv, *[None] * 5, None if sinks is None else dsinks
+
+
+def _keep_adjoint(ctx, inputs, output):
+    _, *tensors, scaling, window, softcap, sinks = inputs
+    ctx.set_materialize_grads(False)  # what is not asked for stays None and costs nothing
+    ctx.save_for_backward(*tensors, sinks)
+    ctx.settings = scaling, window, softcap
+
+
+def _transpose_adjoint(ctx, dq, dk, dv, dsinks):
+    """With respect to the gradient alone, in which the adjoint is linear."""
+    q, k, v, out, lse, cu_seqlens, sinks = ctx.saved_tensors
+    return attention_tangent(
+        q, k, v, dq, dk, dv, out, lse, cu_seqlens, *ctx.settings, sinks, None if sinks is None else dsinks
+    ), *[None] * 10
+
+
+attention.register_autograd(_transpose, setup_context=_keep)
+attention_adjoint.register_autograd(_transpose_adjoint, setup_context=_keep_adjoint)
+
+
+def attention_with_tangent(
+    primals: Sequence[Tensor],
+    tangents: Sequence[Tensor | None],
+    cu_seqlens: Tensor,
+    max_length: int,
+    *,
+    dsinks: Tensor | None = None,
+    **settings,
+) -> tuple[Tensor, Tensor]:
+    """The output and its tangent, both [total, H, Dv]."""
+    if not kernels_serve(*primals):  # both at once share their probabilities
+        return plain_attention(primals, tangents, cu_seqlens, **settings, dsinks=dsinks)
+    out, lse = attention(*primals, cu_seqlens, max_length, **settings)
+    return out, attention_tangent(*primals, *tangents, out, lse, cu_seqlens, **settings, dsinks=dsinks)
+
+
+def plain_attention(
+    primals: Sequence[Tensor],
+    tangents: Sequence[Tensor | None] | None,
+    cu_seqlens: Tensor,
+    *,
+    scaling: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dsinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Output [total, H, Dv] and its tangent (None where `tangents` is), in PyTorch arithmetic that autograd and
+    torch.func go through. Sequences of one length are computed together."""
+    device = primals[0].device
+    if len(primals[0]) == 0:  # no sequence has a token
+        out, dout = (primals[0].new_empty(0, primals[0].shape[1], primals[2].shape[-1]) for _ in range(2))
+        return out, None if tangents is None else dout
+    pieces, order = [], []
+    for places, n in _groups_of_one_length(cu_seqlens.diff().tolist()):
+        rows = torch.tensor(places, device=device)[:, None] + torch.arange(n, device=device)
+
+        def at_rows(x):  # [total, heads, D] -> [M, heads, T, D]
+            return None if x is None else x[rows].transpose(1, 2)  # noqa: B023
+
+        chosen = [at_rows(x) for x in primals]
+        moving = None if tangents is None else [at_rows(x) for x in tangents]
+        pieces.append(
+            _causal_attention(
+                *chosen, tangents=moving, scaling=scaling, window=window, softcap=softcap, sinks=sinks, dsinks=dsinks
+            )
+        )
+        order.append(rows.flatten())
+    back = torch.argsort(torch.cat(order))
+    outs, douts = zip(*pieces, strict=True)
+    return torch.cat(outs)[back], None if tangents is None else torch.cat(douts)[back]
+
+
+def _groups_of_one_length(lengths: list[int]) -> Iterator[tuple[list[int], int]]:
+    """(where the sequences begin, their length), at most about TOGETHER tokens at a time."""
+    starts: dict[int, list[int]] = {}
+    for start, n in zip(accumulate(lengths, initial=0), lengths):
+        if n > 0:
+            starts.setdefault(n, []).append(start)
+    for n, places in starts.items():
+        together = max(1, TOGETHER // n)
+        for i in range(0, len(places), together):
+            yield places[i : i + together], n
+
+
+def _causal_attention(q, k, v, *, tangents, scaling, window, softcap, sinks, dsinks):
+    """M sequences of T tokens: q [M, H, T, D], k and v [M, Hkv, T, D] to o [M·T, H, D] and ȯ, or None."""
+    heads, length = q.shape[1:3]
+    dtype, work = q.dtype, torch.promote_types(q.dtype, torch.float32)
+    grouped = (k.shape[1], heads // k.shape[1])
+
+    def by_group(x):  # [M, heads, T, D] -> [M, Hkv, heads / Hkv, T, D], in the working precision
+        return None if x is None else x.to(work).unflatten(1, (grouped[0], -1))
+
+    q, k, v = by_group(q), by_group(k), by_group(v)
+    dq, dk, dv = (None, None, None) if tangents is None else (by_group(t) for t in tangents)
+    outs, douts = [], []
+    for first in range(0, length, QUERY_BLOCK):
+        last = min(first + QUERY_BLOCK, length)
+        low = 0 if window is None else max(0, first - window + 1)
+        rows, keys = slice(first, last), slice(low, last)
+        kt = k[..., keys, :].transpose(-1, -2)
+        s = q[..., rows, :] @ kt * scaling
+        slope = scaling
+        if softcap is not None:
+            t = torch.tanh(s / softcap)
+            s, slope = softcap * t, scaling * (1 - t * t)
+        s = s.masked_fill(_hidden_keys(first, last, low, window, s.device), -torch.inf)
+        p, p_sink = _softmax(s, sinks, grouped)
+        outs.append(p @ v[..., keys, :])
+        if tangents is None:
+            continue
+        terms = [] if dq is None else [dq[..., rows, :] @ kt]
+        terms += [] if dk is None else [q[..., rows, :] @ dk[..., keys, :].transpose(-1, -2)]
+        ds = sum(terms) * slope
+        mean = (p * ds).sum(-1, keepdim=True)
+        if dsinks is not None:
+            mean = mean + p_sink * dsinks.to(work).view(*grouped, 1, 1)
+        dout = (p * (ds - mean)) @ v[..., keys, :]
+        douts.append(dout if dv is None else dout + p @ dv[..., keys, :])
+
+    def packed(blocks):  # [M, Hkv, heads / Hkv, T, D] -> [M · T, heads, D]
+        return torch.cat(blocks, dim=-2).flatten(1, 2).transpose(1, 2).flatten(0, 1).to(dtype)
+
+    return packed(outs), packed(douts) if douts else None
+
+
+def _hidden_keys(first: int, last: int, low: int, window: int | None, device) -> Tensor:
+    """True where query `first`..`last` must not see key `low`..`last`: later keys, and those before the window."""
+    distance = torch.arange(first, last, device=device)[:, None] - torch.arange(low, last, device=device)
+    hidden = distance < 0
+    return hidden if window is None else hidden | (distance >= window)
+
+
+def _softmax(s: Tensor, sinks: Tensor | None, grouped: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
+    """Probabilities of the keys [..., Q, K] and of the sink [..., Q, 1] (None without sinks)."""
+    if sinks is None:
+        return torch.softmax(s, -1), None
+    column = sinks.to(s.dtype).view(*grouped, 1, 1).expand(*s.shape[:-1], 1)
+    p = torch.softmax(torch.cat([s, column], -1), -1)
+    return p[..., :-1], p[..., -1:]

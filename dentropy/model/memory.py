@@ -1,0 +1,14 @@
+"""What PyTorch says of memory: how much is left, and which errors mean that there was too little."""
+
+import torch
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that PyTorch can still hand out on a CUDA device: the driver's, and those it keeps for itself."""
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """On CUDA it has a class of its own; on a CPU only the allocator's words tell it from other errors."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: " in str(error)

@@ -1,0 +1,101 @@
+"""Which parameters a slope comes through: the gradient of the entropy, dotted with the direction piece by piece.
+
+Forward mode gives R'(0) = ∇H·v in one number; reverse mode gives ∇H, and with it every parameter's share. That the
+shares add up to the forward-mode slope is also the best test of both.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+from torch import nn
+
+from dentropy.estimators.attribution import score_coefficients
+from dentropy.model.direction import Direction
+from dentropy.model.policy import Policy
+from dentropy.passes.microbatches import AUTO
+from dentropy.passes.reverse_mode import gradient
+from dentropy.rollouts.batch import PackedBatch
+from dentropy.stats.tables import SequenceSums
+
+
+def parameter_attribution(
+    policy: Policy,
+    batch: PackedBatch,
+    direction: Direction,
+    sums: SequenceSums,
+    *,
+    estimator: str = "causal",
+    per: str = "token",
+    token_budget: int | str = AUTO,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, float]:
+    """Name of each parameter that moves -> its contribution to the slope; together they are the slope, to rounding.
+
+    One reverse pass of Σ_k (h_k + a_k logp_k) / D with the estimator's coefficients a_k (see `token_attribution`),
+    dotted with v. Contributions are in nats per token (or per sequence) per unit of η.
+    sums: `measure(policy, batch, direction, keep_tokens=True)` at eta = 0. Memory: the activations of token_budget
+    tokens and a gradient for every parameter that moves.
+
+    Raises ValueError as `token_attribution` and `Direction.on` do.
+
+    >>> shares = parameter_attribution(policy, batch, direction, sums)          # doctest: +SKIP
+    >>> sum(shares.values()) - slope(sums).value                                # doctest: +SKIP
+    1.3e-12
+    """
+    score, total = score_coefficients(sums, estimator=estimator, per=per)
+    names = {id(p): name for name, p in policy.model.named_parameters()}
+    parameters, tangents = zip(*direction.on(policy.model), strict=True)
+    with _every_embedding_row(policy.model):
+        gradients = gradient(
+            policy,
+            batch,
+            parameters,
+            np.full(len(score), 1 / total),
+            score / total,
+            token_budget=token_budget,
+            progress=progress,
+        )
+    return {
+        names[id(p)]: float((g.double() * v.double()).sum())
+        for p, g, v in zip(parameters, gradients, tangents, strict=True)
+    }
+
+
+@contextmanager
+def _every_embedding_row(model: nn.Module) -> Iterator[None]:
+    """Without padding rows: reverse mode gives them no gradient, though forward mode, rightly, lets them move."""
+    padded = [(m, m.padding_idx) for m in model.modules() if getattr(m, "padding_idx", None) is not None]
+    try:
+        for module, _ in padded:
+            module.padding_idx = None
+        yield
+    finally:
+        for module, index in padded:
+            module.padding_idx = index
+
+
+_LAYER = re.compile(r"(?:^|\.)(\d+)\.")
+
+
+def by_layer(shares: dict[str, float]) -> dict[str, float]:
+    """Shares summed by decoder layer ("layer 3"); parameters outside the layers keep their module's name."""
+    return _summed(shares, lambda name: f"layer {m[1]}" if (m := _LAYER.search(name)) else _module(name))
+
+
+def by_kind(shares: dict[str, float]) -> dict[str, float]:
+    """Shares summed over layers by the module's place in its layer ("self_attn.q_proj")."""
+    return _summed(shares, lambda name: _module(name[m.end() :] if (m := _LAYER.search(name)) else name))
+
+
+def _summed(shares: dict[str, float], key: Callable[[str], str]) -> dict[str, float]:
+    sums: dict[str, float] = {}
+    for name, share in shares.items():
+        sums[key(name)] = sums.get(key(name), 0.0) + share
+    return sums
+
+
+def _module(name: str) -> str:
+    """ "lm_head" for "lm_head.weight"; a parameter that belongs to no module keeps its name."""
+    return name.rpartition(".")[0] or name

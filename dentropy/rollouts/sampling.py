@@ -1,0 +1,190 @@
+"""Sampling rollouts from a policy: exactly from softmax(z / temperature), and nothing else.
+
+Importance weights and entropies are those of the distribution the tokens were drawn from. The settings that
+checkpoints ship for `generate` (top-k, top-p, repetition penalty, suppressed tokens, ...) would draw from
+another one, so none of them is used here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from dentropy.rollouts.batch import PackedBatch, token_ids
+from dentropy.rollouts.readers import json_lines, tokens_of
+
+
+def sample(
+    policy,
+    prompts: Sequence[Sequence[int]],
+    *,
+    per_prompt: int,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    seed: int = 0,
+    eos_token_id: int | Sequence[int] | None = None,
+    batch_size: int = 64,
+    progress: Callable[[int, int], None] | None = None,
+) -> PackedBatch:
+    """Draw `per_prompt` responses to each prompt from the policy at `temperature`.
+
+    `prompts` are lists of token ids. A response ends with the first of the end tokens that is drawn, which
+    belongs to it, or after `max_new_tokens`. `eos_token_id` None means the model's own end tokens
+    (`end_tokens`), an empty list none at all. `batch_size` rows are generated at a time; `progress`, if
+    given, is called with the numbers of rollouts and of tokens just finished. The draw is fixed by `seed` (on
+    one machine and one `batch_size`), and the global random state is left as it was.
+
+    Returns a batch of len(prompts)·per_prompt rollouts in the order of the prompts; `group` is the prompt's
+    index, also where prompts are equal: each is a draw of its own.
+
+    Raises ValueError for prompts that are empty or have ids outside the vocabulary, a temperature that is not positive,
+    counts below 1, and more new tokens than the policy has positions for.
+
+    Example:
+        >>> from dentropy.demo import task
+        >>> from dentropy.demo.run import load_policy
+        >>> policy, tokenizer = load_policy()
+        >>> batch = sample(policy, [tokenizer.encode("17=")], per_prompt=4, max_new_tokens=33)
+        >>> len(batch), batch.n_groups
+        (4, 1)
+    """
+    prompts = _checked_prompts(prompts, policy)
+    _check_request(policy, prompts, per_prompt, max_new_tokens, batch_size, temperature)
+    ends = end_tokens(policy) if eos_token_id is None else _as_tuple(eos_token_id)
+
+    group = [index for index in range(len(prompts)) for _ in range(per_prompt)]
+    by_length = sorted(range(len(group)), key=lambda row: len(prompts[group[row]]))  # little padding
+    responses: list[list[int]] = [[] for _ in group]
+    with _clean_generation(policy.model), _seeded(policy.device, seed):
+        for start in range(0, len(by_length), batch_size):
+            rows = by_length[start : start + batch_size]
+            drawn = _generate(policy, [prompts[group[row]] for row in rows], max_new_tokens, temperature, ends)
+            for row, response in zip(rows, drawn, strict=True):
+                responses[row] = response
+            if progress is not None:
+                progress(len(rows), sum(map(len, drawn)))
+    return PackedBatch.from_lists([prompts[g] for g in group], responses, group=group, temperature=temperature)
+
+
+def end_tokens(policy) -> tuple[int, ...]:
+    """The model's own end tokens: from its generation config, else from its config; () where it has none."""
+    for config in (policy.model.generation_config, policy.model.config):
+        if config is not None and getattr(config, "eos_token_id", None) is not None:
+            return _as_tuple(config.eos_token_id)
+    return ()
+
+
+def read_prompts(path: str | Path, tokenizer=None) -> list[list[int]]:
+    """Token ids of the prompts in a JSONL file, one per line.
+
+    A line holds `"prompt_ids"` (a list of token ids) or `"prompt"`: a text, or a list of chat messages, to
+    which the tokenizer's chat template is applied with the generation prompt added. Prompts are encoded as
+    `PackedBatch.from_jsonl` encodes them. Raises ValueError, naming the line, for one that is none of these
+    and where a tokenizer is needed but not given.
+    """
+    prompts = [
+        tokens_of(where, row, ("prompt_ids",), ("prompt",), tokenizer, is_prompt=True, append_eos=False)
+        for where, row in json_lines(Path(path))
+    ]
+    if not prompts:
+        raise ValueError(f"{path}: no prompts, expected one JSON object per line")
+    return prompts
+
+
+def _checked_prompts(prompts, policy) -> list[list[int]]:
+    if len(prompts) == 0:
+        raise ValueError("prompts: expected at least one, got none")
+    checked = [token_ids(prompt, "prompts", index).tolist() for index, prompt in enumerate(prompts)]
+    for index, ids in enumerate(checked):
+        if not ids:
+            raise ValueError(f"prompts[{index}]: empty, expected at least one token (a start token will do)")
+        if max(ids) >= policy.vocab_size:
+            raise ValueError(
+                f"prompts[{index}]: token id {max(ids)} is outside the vocabulary, "
+                f"expected ids below {policy.vocab_size}"
+            )
+    return checked
+
+
+def _check_request(policy, prompts, per_prompt, max_new_tokens, batch_size, temperature) -> None:
+    for name, count in (("per_prompt", per_prompt), ("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+        if count < 1:
+            raise ValueError(f"{name}: expected at least 1, got {count}")
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature: expected a positive number, got {temperature}")
+    longest = max(map(len, prompts))
+    if policy.max_positions is not None and longest + max_new_tokens > policy.max_positions:
+        raise ValueError(
+            f"max_new_tokens: {max_new_tokens} after a prompt of {longest} tokens, expected at most "
+            f"{policy.max_positions - longest}: the policy has {policy.max_positions} positions"
+        )
+
+
+def _as_tuple(ids: int | Sequence[int]) -> tuple[int, ...]:
+    return (ids,) if isinstance(ids, int) else tuple(ids)
+
+
+def _generate(policy, prompts, max_new_tokens, temperature, ends) -> list[list[int]]:
+    """One batch of responses, cut after the first end token."""
+    from transformers import GenerationConfig
+
+    longest = max(map(len, prompts))
+    padded = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=policy.device)
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=policy.device)
+    config = GenerationConfig(
+        do_sample=True,
+        temperature=temperature,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=list(ends) or None,
+        pad_token_id=0,
+    )
+    sequences = policy.model.generate(padded, attention_mask=mask, generation_config=config)
+    return [_cut(response, ends) for response in sequences[:, longest:].tolist()]
+
+
+def _cut(response: list[int], ends: tuple[int, ...]) -> list[int]:
+    """Up to the first end token, with it; what follows is padding, whatever its id."""
+    for position, token in enumerate(response):
+        if token in ends:
+            return response[: position + 1]
+    return response
+
+
+@contextmanager
+def _clean_generation(model) -> Iterator[None]:
+    """Eval mode, and no settings but ours: `generate` fills the gaps of a given config from the model's."""
+    from transformers import GenerationConfig
+
+    # PEFT hands the settings of its wrapper down to the model inside, and leaves them there.
+    owners = [model, model.get_base_model()] if hasattr(model, "get_base_model") else [model]
+    settings = [(owner, owner.generation_config) for owner in owners]
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        for owner in owners:
+            owner.generation_config = GenerationConfig()
+        yield
+    finally:
+        for owner, found in settings:
+            owner.generation_config = found
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def _seeded(device: torch.device, seed: int) -> Iterator[None]:
+    """The device's generator at `seed`; every generator that is touched gets its state back afterwards."""
+    if device.type == "cpu":
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            yield
+    else:
+        backend = torch.get_device_module(device)
+        with torch.random.fork_rng(devices=[device], device_type=device.type), backend.device(device):
+            backend.manual_seed(seed)
+            yield

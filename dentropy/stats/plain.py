@@ -1,0 +1,318 @@
+"""The reference: token statistics in plain PyTorch, on any device, in float32 or float64.
+
+It is what the Triton kernels are tested against and what runs where they cannot (CPU, float64, second order).
+All six quantities are softmax-weighted moments of the logits z and their derivatives ż and z̈. Rows are taken
+a few at a time, so that the buffers stay in the processor's cache and each moment can have a pass of its own:
+first the means, then the central moments of what is left, so that nothing cancels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from dentropy.stats.checks import check_logits
+from dentropy.stats.sequence_sums import plain_sequence_sums as sequence_sums
+from dentropy.stats.tables import TokenStats
+from dentropy.stats.vocabulary_parallel import checked_linear
+
+__all__ = ["linear_token_stats", "sequence_sums", "token_stats"]
+
+# Elements of one chunk buffer. On a CPU the three to five buffers of a chunk should stay in its caches;
+# elsewhere a chunk must be large enough to be worth its kernel launches.
+CPU_CHUNK = 2**19
+DEVICE_CHUNK = 2**24
+# Elements of one chunk of logits made from hidden states: enough rows to run the product at full speed.
+LOGITS_CHUNK = 2**26
+PRODUCT_BLOCK = 2**14
+
+
+def token_stats(
+    logits: Tensor,
+    targets: Tensor,
+    dlogits: Tensor | None = None,
+    d2logits: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    validate: bool = False,
+) -> TokenStats:
+    """`dentropy.token_stats` in plain PyTorch; the same arguments, results and errors."""
+    check_logits(logits, targets, dlogits, d2logits, temperature, softcap, validate)
+    return stats_of_logits(logits, targets, dlogits, d2logits, temperature=temperature, softcap=softcap)
+
+
+def linear_token_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    dhidden: Tensor | None = None,
+    dweight: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    dbias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    process_group=None,
+    validate: bool = False,
+) -> TokenStats:
+    """`dentropy.linear_token_stats` in plain PyTorch; the same arguments, results and errors."""
+    targets, gather = checked_linear(
+        hidden, weight, targets, dhidden, dweight, bias, dbias, temperature, softcap, process_group, validate
+    )
+    return stats_of_hidden(
+        hidden, weight, targets, dhidden, dweight, bias, dbias, temperature=temperature, softcap=softcap, gather=gather
+    )
+
+
+@torch.no_grad()
+def stats_of_logits(
+    logits: Tensor,
+    targets: Tensor,
+    dlogits: Tensor | None = None,
+    d2logits: Tensor | None = None,
+    *,
+    temperature: float,
+    softcap: float | None,
+) -> TokenStats:
+    """The body of `token_stats`, without its checks."""
+    state = _state_of_logits(logits, targets, dlogits, d2logits, temperature=temperature, softcap=softcap)
+    return _stats_of_states(state.unsqueeze(0), (softcap or 1.0) / temperature)
+
+
+def _state_of_logits(
+    logits: Tensor, targets: Tensor, *tangents: Tensor | None, temperature: float, softcap: float | None
+) -> Tensor:
+    """The state [fields, N] of a vocabulary, or of one of its shards, from whose first token the targets count."""
+    given = [tensor for tensor in (logits, *tangents) if tensor is not None]
+    dtype = working_dtype(*given)
+    rows, vocabulary = logits.shape
+    chunk = max(1, min(rows, (CPU_CHUNK if logits.is_cpu else DEVICE_CHUNK) // vocabulary))
+    buffers = torch.empty(len(given) + 2, chunk, vocabulary, dtype=dtype, device=logits.device)
+    state = torch.empty(sum(STATE_FIELDS[: len(given)]), rows, dtype=dtype, device=logits.device)
+    # A target outside is read at a valid place, and not counted as found.
+    found = (targets >= 0) & (targets < vocabulary)
+    columns = targets.long().clamp(0, vocabulary - 1).unsqueeze(1)
+    for start in range(0, rows, chunk):
+        part = slice(start, min(start + chunk, rows))
+        views = buffers[:, : part.stop - start]
+        for view, tensor in zip(views, given):
+            view.copy_(tensor[part])
+        fields = _chunk_state(
+            *views[: len(given)],
+            scratch=views[len(given) :],
+            columns=columns[part],
+            found=found[part].unsqueeze(1),
+            temperature=temperature,
+            softcap=softcap,
+        )
+        for row, field in zip(state, fields):
+            row[part] = field.squeeze(1)
+    return state
+
+
+# What an order adds to the state: 1 where the target was found and u there, max u, Σ w, E x; then d at the target,
+# E d in two parts, Σ w (x − E x)(d − E d); then e at the target, E e in two parts and the sums of (d − E d)²,
+# (x − E x)(e − E e) and (x − E x)(d − E d)². Weights are w = eˣ with x = z − max z.
+STATE_FIELDS = (5, 4, 6)
+
+
+def _chunk_state(
+    u: Tensor,
+    du: Tensor | None = None,
+    ddu: Tensor | None = None,
+    *,
+    scratch: Tensor,
+    columns: Tensor,
+    found: Tensor,
+    temperature: float,
+    softcap: float | None,
+) -> list[Tensor]:
+    """The fields of the state, each [n, 1], for n rows of logits and tangents [n, V], all of which are overwritten.
+
+    Works in units in which z = scale · u, so that temperature and softcap cost no pass of their own. Only u
+    minus its maximum is ever scaled: that keeps it at or below 0, and with it logp, whatever the rounding.
+    """
+    weight, product = scratch
+    tangents = [tangent for tangent in (du, ddu) if tangent is not None]
+    if softcap is not None:
+        _apply_softcap(u, du, ddu, softcap, weight)
+    scale = (softcap or 1.0) / temperature
+    at_target = [torch.where(found, tensor.gather(1, columns), 0.0) for tensor in (u, *tangents)]
+    top = u.amax(1, keepdim=True)
+    u.sub_(top).mul_(scale / math.log(2))  # PyTorch's exp2 is several times faster than its exp on a CPU
+    # Boolean passes cost as much as exponentials on a CPU, so they run only where a −inf is there; on other
+    # devices asking would synchronize.
+    masked = torch.isneginf(u) if not u.is_cpu or not u.amin(1).gt(-math.inf).all() else None
+    if masked is not None:
+        masked |= torch.isneginf(top)  # a row of −inf alone: −inf − (−inf) is NaN
+        u.masked_fill_(masked, -math.inf)
+    torch.exp2(u, out=weight)
+    if masked is not None:
+        for tensor in (u, *tangents):
+            tensor.masked_fill_(masked, 0.0)
+    total = weight.sum(1, keepdim=True)
+    share = total.masked_fill(total == 0.0, 1.0).reciprocal_()
+
+    def moment(first: Tensor, *others: Tensor) -> Tensor:
+        torch.mul(weight, first, out=product)
+        for factor in others:
+            product.mul_(factor)
+        return product.sum(1, keepdim=True)
+
+    mean_u = moment(u) * share
+    fields = [found.to(u.dtype), at_target[0], top, total, mean_u * math.log(2)]
+    u.sub_(mean_u).mul_(math.log(2))  # from here on z − E z
+    means = []
+    for tangent in tangents:
+        base = moment(tangent) * share
+        tangent.sub_(base)
+        # The second mean is what rounding left of a first one that is large beside the spread of ż.
+        means.append((base, moment(tangent) * share))
+    if du is not None:
+        fields += [at_target[1], *means[0], moment(du, u)]
+    if ddu is not None:
+        rest, c_xd = means[0][1], fields[-1]
+        fields += [
+            at_target[2],
+            *means[1],
+            moment(du, du) - total * rest * rest,
+            moment(ddu, u),
+            moment(du, du, u) - 2 * rest * c_xd,
+        ]
+    return fields
+
+
+def _stats_of_states(states: Tensor, scale: float) -> TokenStats:
+    """From the states of all shards of a vocabulary, [shards, fields, N], merged about their common means.
+
+    The formulas are those of `dentropy.kernels.moments`.
+    """
+    fields = iter(states.unbind(1))
+    found, u_target, top, total, mean_x = (next(fields) for _ in range(STATE_FIELDS[0]))
+    highest = top.amax(0)
+    shift = torch.where(top == highest, 0.0, ((top - highest) * scale).clamp(min=-1e4))  # finite: 0 · shift is 0
+    rescale = shift.exp()
+    total = total * rescale
+    everything = total.sum(0).masked_fill(found.sum(0) != 1, math.nan)  # a target that nobody has: a row of NaN
+    everything = everything.masked_fill(everything == 0, math.nan)
+    share = total / everything
+    x = mean_x + shift
+    mean_x = (share * x).sum(0)
+    x = x - mean_x
+    log_total = everything.log()
+    out = [(u_target.sum(0) - highest) * scale - log_total, log_total - mean_x]
+
+    def common_mean() -> tuple[Tensor, Tensor]:
+        """The next tangent at the target less its mean, and what the shards' means are apart from that."""
+        target, base, rest = (next(fields) for _ in range(3))
+        centre = (share * base).sum(0)
+        apart = base - centre + rest
+        rest = (share * apart).sum(0)
+        return target.sum(0) - centre - rest, apart - rest
+
+    if states.shape[1] > STATE_FIELDS[0]:
+        target, d = common_mean()
+        c_xd = next(fields) * rescale
+        out += [scale * target, -scale * (c_xd + total * x * d).sum(0) / everything]
+    if states.shape[1] > sum(STATE_FIELDS[:2]):
+        target, e = common_mean()
+        c_dd, c_xe, c_xdd = (next(fields) * rescale for _ in range(3))
+        variance = scale**2 * (c_dd + total * d * d).sum(0) / everything
+        third = c_xdd + 2 * d * c_xd + x * c_dd + total * x * d * d
+        out += [
+            scale * target - variance,
+            -(variance + (scale * (c_xe + total * x * e) + scale**2 * third).sum(0) / everything),
+        ]
+    return TokenStats(*out)
+
+
+def _apply_softcap(u: Tensor, du: Tensor | None, ddu: Tensor | None, softcap: float, scratch: Tensor) -> None:
+    """In place: raw logits to t = tanh(raw / softcap), and their tangents to those of t."""
+    masked = torch.isneginf(u)
+    u.div_(softcap).tanh_()
+    if ddu is not None:
+        torch.mul(u, du, out=scratch)
+        ddu.addcmul_(scratch, du, value=-2.0 / softcap)
+    if du is not None:
+        slope = torch.mul(u, u, out=scratch).neg_().add_(1.0).div_(softcap)
+        for tangent in (du, ddu):
+            if tangent is not None:
+                tangent.mul_(slope)
+    u.masked_fill_(masked, -math.inf)  # a token outside the vocabulary stays there
+
+
+@torch.no_grad()
+def stats_of_hidden(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    dhidden: Tensor | None,
+    dweight: Tensor | None,
+    bias: Tensor | None,
+    dbias: Tensor | None,
+    *,
+    temperature: float,
+    softcap: float | None,
+    gather: Callable[[Tensor], Tensor] | None = None,
+) -> TokenStats:
+    """The body of `linear_token_stats`: makes the logits of a few rows at a time.
+
+    Where weight is one of several shards of the vocabulary, targets count from its first row and `gather` takes a
+    tensor of this shard, [fields, N], to those of all shards in order, [shards, fields, N].
+    """
+    factors = (hidden, weight, dhidden, dweight)
+    dtype = working_dtype(*factors, bias, dbias)
+    if dtype == torch.float64 or not _products_in_float32(*factors):
+        hidden, weight, dhidden, dweight = (t if t is None else t.to(dtype) for t in factors)
+    rows, vocabulary = len(hidden), len(weight)
+    chunk = max(1, min(rows, LOGITS_CHUNK // vocabulary))
+    moving = any(tensor is not None for tensor in (dhidden, dweight, dbias))
+    buffers = torch.empty(1 + moving, chunk, vocabulary, dtype=dtype, device=hidden.device)
+    parts = []
+    for start in range(0, max(rows, 1), chunk):  # no rows at all still make one, empty, part
+        part = slice(start, min(start + chunk, rows))
+        logits, *tangent = buffers[:, : part.stop - start]
+        _write_products(logits, bias, (hidden[part], weight))
+        if moving:
+            moved = None if dhidden is None else dhidden[part]
+            _write_products(tangent[0], dbias, (moved, weight), (hidden[part], dweight))
+        parts.append(_state_of_logits(logits, targets[part], *tangent, temperature=temperature, softcap=softcap))
+    state = torch.cat(parts, 1)  # gathered whole: how many rows make a part depends on this shard's size
+    return _stats_of_states(state.unsqueeze(0) if gather is None else gather(state), (softcap or 1.0) / temperature)
+
+
+def _write_products(out: Tensor, bias: Tensor | None, *products: tuple[Tensor | None, Tensor | None]) -> None:
+    """out [n, V] = bias + the sum of a bᵀ over the pairs a [n, D], b [V, D] without a None."""
+    written = bias is not None
+    if written:
+        out.copy_(bias)
+    for a, b in products:
+        if a is None or b is None:
+            continue
+        if a.dtype == out.dtype:
+            out.addmm_(a, b.T, beta=float(written))  # with beta = 0 what `out` held is not read
+        else:  # in blocks of the vocabulary, because this form of the product cannot accumulate in place
+            for start in range(0, len(b), PRODUCT_BLOCK):
+                block = slice(start, start + PRODUCT_BLOCK)
+                product = torch.mm(a, b[block].T, out_dtype=out.dtype)
+                out[:, block] = out[:, block].add_(product) if written else product
+        written = True
+    if not written:
+        out.zero_()
+
+
+def _products_in_float32(*factors: Tensor | None) -> bool:
+    """Whether torch.mm multiplies these into float32: half precision of one dtype on CUDA."""
+    present = [factor for factor in factors if factor is not None]
+    dtypes = {factor.dtype for factor in present}
+    return present[0].is_cuda and len(dtypes) == 1 and dtypes <= {torch.float16, torch.bfloat16}
+
+
+def working_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """float64 where any of the tensors is, float32 otherwise."""
+    dtypes = {tensor.dtype for tensor in tensors if tensor is not None}
+    return torch.float64 if torch.float64 in dtypes else torch.float32

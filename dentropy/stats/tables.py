@@ -1,0 +1,138 @@
+"""The two tables of dentropy: one row per token (`TokenStats`) and one row per rollout (`SequenceSums`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class TokenStats(NamedTuple):
+    """Log-probability and entropy of each token's distribution, with derivatives along one direction.
+
+    With p = softmax(z) over the vocabulary, y the token and a dot for d/dη, the fields are tensors of shape
+    [N] in nats (derivatives: nats per unit of η), float32, or float64 where the inputs were float64. What was
+    not asked for is None: the first derivatives need ż, the second ones ż and z̈.
+
+    ============ ========================================================
+    `logp`       z_y − lse(z)
+    `entropy`    lse(z) − E_p[z]
+    `dlogp`      ż_y − E_p[ż]
+    `dentropy`   −Cov_p(z, ż)
+    `d2logp`     z̈_y − E_p[z̈] − Var_p(ż)
+    `d2entropy`  −(Var_p(ż) + Cov_p(z, z̈) + E_p[(z − E z)(ż − E ż)²])
+    ============ ========================================================
+    """
+
+    logp: Tensor
+    entropy: Tensor
+    dlogp: Tensor | None = None
+    dentropy: Tensor | None = None
+    d2logp: Tensor | None = None
+    d2entropy: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SequenceSums:
+    """One row per rollout: all that the estimators need to know about a forward pass.
+
+    The columns are NumPy float64 arrays of shape [S] (`group` and `rollout` int64), in nats. For a rollout of
+    tokens k = 1..T with log-probabilities logp_k, entropies h_k and derivatives dlogp_k, dh_k, d2logp_k,
+    d2h_k:
+
+    =================== ============================== ===============================================
+    `n_tokens`          T                              always
+    `logp`              Σ logp_k                       always
+    `entropy`           Σ h_k                          always
+    `dlogp`             Σ dlogp_k                      None when the pass had no tangent
+    `dentropy`          Σ dh_k                         None when the pass had no tangent
+    `entropy_dlogp`     Σ h_k dlogp_k                  None when the pass had no tangent
+    `entropy_to_go`     Σ_k dlogp_k Σ_{j>k} h_j        None when the pass had no tangent
+    `length_to_go`      Σ_k (T − k) dlogp_k            None when the pass had no tangent
+    `d2logp`            Σ d2logp_k                     None below second order
+    `d2entropy`         Σ d2h_k                        None below second order
+    `second_order_step` step in η of the differences   None unless d2logp and d2entropy are differences
+    `group`             the prompt the rollout is for  always
+    `rollout`           its index in the batch         always
+    =================== ============================== ===============================================
+
+    `tokens` holds the per-token values behind the rows (on the CPU, packed in row order), or None.
+    Columns are converted to these types; one that is not of shape [S], and a `group` or `rollout` that is not
+    made of integers, is a ValueError.
+
+    Example:
+        >>> import numpy as np
+        >>> from dentropy.stats.tables import SequenceSums
+        >>> sums = SequenceSums(n_tokens=np.array([2.0]), logp=np.array([-1.5]), entropy=np.array([1.2]),
+        ...                     group=np.array([0]), rollout=np.array([0]))
+        >>> len(SequenceSums.concatenate([sums, sums]))
+        2
+    """
+
+    n_tokens: np.ndarray
+    logp: np.ndarray
+    entropy: np.ndarray
+    dlogp: np.ndarray | None = None
+    dentropy: np.ndarray | None = None
+    entropy_dlogp: np.ndarray | None = None
+    entropy_to_go: np.ndarray | None = None
+    length_to_go: np.ndarray | None = None
+    d2logp: np.ndarray | None = None
+    d2entropy: np.ndarray | None = None
+    second_order_step: np.ndarray | None = None
+    group: np.ndarray
+    rollout: np.ndarray
+    tokens: TokenStats | None = None
+
+    def __post_init__(self):
+        shape = np.shape(self.n_tokens)
+        for name, column in self.columns().items():
+            column = np.asarray(column)
+            if column.ndim != 1 or column.shape != shape:
+                raise ValueError(
+                    f"{name} has shape {list(column.shape)}, expected [S] as n_tokens, whose shape is {list(shape)}"
+                )
+            integer = name in ("group", "rollout")
+            if column.dtype.kind not in ("iu" if integer else "fiu"):
+                expected = "integers" if integer else "numbers"
+                raise ValueError(f"{name} has dtype {column.dtype}, expected {expected}")
+            object.__setattr__(self, name, column.astype(np.int64 if integer else np.float64, copy=False))
+
+    def __len__(self) -> int:
+        return len(self.n_tokens)
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """The columns that are present, by name, in the order of the table above (without `tokens`)."""
+        present = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "tokens"}
+        return {name: column for name, column in present.items() if column is not None}
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[SequenceSums]) -> SequenceSums:
+        """The rows of all `parts`, in order; `group` and `rollout` are kept as they are.
+
+        Raises ValueError where `parts` is empty or the parts do not all have the same columns (and tokens).
+        """
+        parts = list(parts)
+        if not parts:
+            raise ValueError("parts is empty, expected at least one SequenceSums")
+        names = list(parts[0].columns())
+        for index, part in enumerate(parts):
+            if list(part.columns()) != names or _token_fields(part) != _token_fields(parts[0]):
+                raise ValueError(
+                    f"parts[{index}] has the columns {list(part.columns())} and the tokens "
+                    f"{_token_fields(part)}, expected those of parts[0]: {names} and "
+                    f"{_token_fields(parts[0])}"
+                )
+        columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+        token_fields = _token_fields(parts[0])
+        tokens = {name: torch.cat([getattr(part.tokens, name) for part in parts]) for name in token_fields}
+        return cls(**columns, tokens=TokenStats(**tokens) if tokens else None)
+
+
+def _token_fields(sums: SequenceSums) -> list[str]:
+    """Names of the per-token values that are kept."""
+    return [] if sums.tokens is None else [n for n, v in sums.tokens._asdict().items() if v is not None]

@@ -1,0 +1,145 @@
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from dentropy.experiment import figures
+
+STEP = 1e-6
+S = 300
+QUANTILES = {"min": -3, "p05": -1.5, "p25": -0.6, "median": 0.0, "p75": 0.6, "p95": 1.5, "max": 3}
+
+
+def run(etas=(-1e-6, 0.5e-6, 1e-6, 2e-6), *, slope=-3e3, uncorrected=1e3, stderr=2e-4, fresh=True):
+    """(content of results.json, columns of rollouts.csv) of a made-up run: only what the figures read."""
+    rng = np.random.default_rng(0)
+    exact = rng.normal(slope / S, abs(slope) / S, S)
+    columns = {"slope_exact": exact, "slope_uncorrected": rng.normal(uncorrected / S, 5 * abs(uncorrected) / S, S)}
+    measured = []
+    for k, eta in enumerate(etas):
+        columns[f"delta_contribution_{k}"] = eta * exact + rng.normal(0, 1e-8, S)
+        spread = abs(eta) / STEP
+        measured.append(
+            {
+                "eta": eta,
+                "delta": columns[f"delta_contribution_{k}"].sum(),
+                "stderr": stderr,
+                "below_noise_floor": False,
+                "verdict": "reliable",
+                "predicted_linear": eta * slope,
+                "predicted_linear_stderr": stderr,
+                "predicted_uncorrected": eta * uncorrected,
+                "ess": S / (1 + spread),
+                "ess_fraction": 1 / (1 + spread),
+                "max_weight": 0.02 * spread,
+                "log_weight_quantiles": {name: spread * value for name, value in QUANTILES.items()},
+            }
+        )
+    content = {
+        "step_size": STEP,
+        "n_sequences": S,
+        "curvature": None,
+        "measured": measured,
+        "slope": [
+            {"estimator": "exact", "value": 0.0, "stderr": 0.0, "uncorrected": uncorrected},
+            {"estimator": "causal", "value": slope, "stderr": stderr, "uncorrected": uncorrected},
+        ],
+        "fresh_check": {"eta": etas[-1], "delta": measured[-1]["delta"], "stderr": stderr} if fresh else None,
+    }
+    return content, columns
+
+
+def texts(figure):
+    figure.canvas.draw()
+    axes = figure.axes[0]
+    return axes.get_title(loc="left"), axes.get_ylabel()
+
+
+def test_lines_and_points_are_the_numbers_in_readable_units():
+    content, _ = run()
+    figure = figures.delta_entropy(content)
+    title, label = texts(figure)
+    (axes,) = figure.axes
+    lines = {line.get_label(): line for line in axes.get_lines()}
+    uncorrected = lines["predicted, uncorrected slope"]
+    corrected = lines["predicted, corrected slope (causal) ± 2 SE"]
+    np.testing.assert_allclose(uncorrected.get_xydata(), [[-1, -1], [2, 2]])  # 1e3 · η in units of 1e-3 nats
+    np.testing.assert_allclose(corrected.get_xydata(), [[-1, 3], [2, -6]])
+    points = next(c for c in axes.containers if c.get_label().startswith("measured"))
+    np.testing.assert_allclose(points.lines[0].get_xdata(), [-1, 0.5, 1, 2])
+    np.testing.assert_allclose(points.lines[0].get_ydata(), [1e3 * m["delta"] for m in content["measured"]])
+    (bars,) = points.lines[2]
+    np.testing.assert_allclose([np.ptp(segment[:, 1]) for segment in bars.get_segments()], 4 * 0.2)
+    assert "10⁻³ nats per token" in label
+    assert f"{1e3 * content['measured'][2]['delta']:.2f} ± 0.20".replace("-", "−") in title
+    assert "−3.00 ± 0.20 with the length correction, 1.00 without" in title
+
+
+@pytest.mark.parametrize("etas", [(-1e-6, 1e-6, 2e-6), (1e-9,), (3e-5, -3e-5)])
+def test_axes_carry_no_offset_and_everything_lies_in_the_frame(etas):
+    content, columns = run(etas)
+    for figure in (figures.delta_entropy(content), figures.contributions(content, columns), figures.weights(content)):
+        figure.canvas.draw()
+        whole = figure.bbox
+        for axes in figure.axes:
+            assert axes.xaxis.get_offset_text().get_text() == axes.yaxis.get_offset_text().get_text() == ""
+            box = axes.get_tightbbox()
+            assert whole.x0 <= box.x0 and box.x1 <= whole.x1 and whole.y0 <= box.y0 and box.y1 <= whole.y1
+    low, high = figures.delta_entropy(content).axes[0].get_ylim()
+    for entry in content["measured"]:
+        unit = 10.0 ** (-3 * np.floor(np.log10(max(abs(m["delta"]) + 4e-4 for m in content["measured"])) / 3))
+        assert low < (entry["delta"] - 2 * entry["stderr"]) * unit
+        assert (entry["delta"] + 2 * entry["stderr"]) * unit < high
+
+
+def test_a_wild_uncorrected_slope_does_not_flatten_the_measurement():
+    content, _ = run(uncorrected=4e5)
+    (axes,) = figures.delta_entropy(content).axes
+    values = [1e3 * entry["delta"] for entry in content["measured"]]
+    assert np.ptp(values) / np.ptp(axes.get_ylim()) > 0.3
+    assert "(runs to 800 at 2 steps)" in axes.get_legend().get_texts()[0].get_text()
+
+
+def test_histograms_share_bins_and_hold_every_rollout():
+    content, columns = run()
+    figure = figures.contributions(content, columns)
+    edges = [[(bar.get_x(), bar.get_width()) for bar in axes.patches] for axes in figure.axes]
+    assert len(edges) == 3 and edges[0] == edges[1] == edges[2]
+    for axes in figure.axes:
+        assert sum(bar.get_height() for bar in axes.patches) == S
+    measured = columns["delta_contribution_2"]  # η = 1e-6, the step
+    for axes, name in zip(figure.axes[:2], ("slope_uncorrected", "slope_exact"), strict=True):
+        note = axes.get_title(loc="left").replace("−", "-")
+        assert f"sum {1e-6 * columns[name].sum():.3g} nats per token" in note
+        assert f"correlation with measured {np.corrcoef(columns[name], measured)[0, 1]:.2f}" in note
+
+
+def test_weights_show_the_ess_and_name_the_worst():
+    content, _ = run()
+    figure = figures.weights(content)
+    title, _ = texts(figure)
+    top, bottom = figure.axes
+    np.testing.assert_allclose(bottom.get_lines()[0].get_xydata(), [[-1, 50], [0.5, 200 / 3], [1, 50], [2, 100 / 3]])
+    assert "100 of 300 (ESS 33.3%)" in title and "4.0% of the total" in title
+    assert bottom.get_ylim()[0] == 0
+
+
+def test_runs_without_standard_errors_or_movement_are_drawn(tmp_path):
+    content, columns = run(stderr=None, fresh=False)
+    figures.write(content, columns, tmp_path)
+    still = {name: np.zeros(S) for name in columns}
+    content, _ = run(slope=-1e-30, uncorrected=0.0, fresh=False)
+    for entry in content["measured"]:
+        entry |= {"delta": 0.0, "stderr": 0.0}
+    figures.write(content, still, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in tmp_path.iterdir())
+
+
+def test_pyplot_stays_out():
+    code = (
+        "import sys; from dentropy.experiment import figures; figures._figure(1, height=3);"
+        "sys.exit('matplotlib.pyplot' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

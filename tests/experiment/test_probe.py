@@ -1,0 +1,208 @@
+import dataclasses
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from models import InFloat64, random_direction, random_model
+
+from dentropy import Direction, PackedBatch, Policy, SequenceSums, importance, measure, moved_weights, probe, sample
+from dentropy.experiment.probe import FreshCheck, check_etas, fresh_check, n_passes
+
+PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12], [13, 14]]
+STEP = 0.01
+ETAS = (-STEP, 0.5 * STEP, STEP, 2 * STEP)
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return Policy(random_model("llama"))
+
+
+@pytest.fixture(scope="module")
+def batch(policy):
+    return sample(policy, PROMPTS, per_prompt=10, max_new_tokens=12)
+
+
+@pytest.fixture(scope="module")
+def direction(policy):
+    return Direction(random_direction(policy.model).tensors, step_size=STEP)
+
+
+@pytest.fixture(scope="module")
+def result(policy, batch, direction):
+    return probe(policy, batch, direction, ETAS)
+
+
+def test_the_exact_slope_is_the_derivative_of_the_measurement():
+    with InFloat64():
+        policy = Policy(random_model("llama").double())
+        direction = random_direction(policy.model)
+        batch = sample(policy, PROMPTS, per_prompt=4, max_new_tokens=8)
+        found = probe(policy, batch, direction, [-1e-6, 1e-6])
+    down, up = (change.measured.delta for change in found.changes)
+    assert (up - down) / 2e-6 == pytest.approx(found.slopes["exact"].value, rel=1e-6)
+    assert set(found.slopes) == {"causal", "exact", "mixed"}
+
+
+def test_every_eta_is_measured_at_its_own_weights(policy, batch, direction, result):
+    for eta, change in zip(ETAS, result.changes, strict=True):
+        measured, moved = change.measured, change.moved
+        with moved_weights(policy, direction, eta):
+            by_hand = measure(policy, batch)
+        assert measured.delta == pytest.approx(importance(result.base, by_hand).delta, abs=1e-9)
+        np.testing.assert_allclose(moved.entropy, by_hand.entropy, rtol=1e-6)
+    assert result.etas == ETAS and result.step_size == STEP
+
+
+def test_the_base_entropy_is_the_mean_over_tokens(policy, batch, result):
+    tokens = measure(policy, batch, keep_tokens=True).tokens
+    assert result.base_entropy == pytest.approx(tokens.entropy.double().mean().item(), rel=1e-6)
+    assert 0 < result.base_stderr < result.base_entropy
+
+
+def test_zero_among_the_etas_is_measured_as_nothing(policy, batch, direction):
+    found = probe(policy, batch, direction, [0.0, STEP])
+    at_zero, at_step = found.changes
+    assert abs(at_zero.measured.delta) < 1e-5 < abs(at_step.measured.delta)
+    assert at_zero.measured.ess_fraction == pytest.approx(1.0, abs=1e-6)
+    assert not at_zero.below_noise and not at_step.below_noise
+
+
+def test_a_change_below_the_noise_floor_is_no_measurement(policy, batch, direction):
+    found = probe(policy, batch, direction, [1e-12, STEP], parameters=False)
+    tiny, step = found.changes
+    assert tiny.below_noise and tiny.diagnostics.verdict == "unusable" and "noise floor" in tiny.diagnostics.reason
+    assert not step.below_noise
+
+
+@pytest.mark.parametrize("parameters", [True, False])
+def test_progress_counts_every_pass(policy, batch, direction, parameters):
+    counts = []
+    found = probe(policy, batch, direction, ETAS, token_budget=100, parameters=parameters, progress=counts.append)
+    assert sum(counts) == batch.n_tokens * n_passes(policy, ETAS, parameters) and len(counts) > 5 * 4
+    assert (found.parameters is None) == (not parameters)
+
+
+def test_curvature_predictions_and_shares_belong_to_the_slope(result):
+    second = result.curvature
+    for change in result.changes:
+        linear = change.eta * result.slopes["causal"].value
+        assert change.linear.value == pytest.approx(linear)
+        assert change.quadratic.value == pytest.approx(linear + change.eta**2 / 2 * second.value)
+        assert change.error.value == pytest.approx(linear - change.measured.delta)
+    assert result.trust.eta_star == pytest.approx(2 * abs(result.slopes["causal"].value / second.value))
+    scale = sum(map(abs, result.parameters.values()))
+    assert sum(result.parameters.values()) == pytest.approx(result.slopes["causal"].value, abs=1e-5 * scale)
+
+
+def test_half_precision_has_no_curvature(batch):
+    half = Policy(random_model("llama").to(torch.bfloat16))
+    with pytest.warns(UserWarning, match="vanish"):
+        found = probe(half, batch, random_direction(half.model), [STEP], parameters=False)
+    assert found.curvature is None and found.trust is None and found.changes[0].quadratic is None
+    assert "per unit of η²" not in found.summary()
+
+
+@pytest.mark.parametrize(
+    "etas, message",
+    [
+        ([], "etas: expected at least one, got none"),
+        ([0.0], "η = 0 only"),
+        ([1e-6, float("nan")], "expected finite numbers, got nan"),
+        ([float("inf")], "expected finite numbers, got inf"),
+        ([1e-6, 2e-6, 1e-6], "1e-06 is given 2 times"),
+    ],
+)
+def test_bad_etas_are_refused_before_any_work(etas, message):
+    with pytest.raises(ValueError, match=message):
+        check_etas(etas)
+    with pytest.raises(ValueError, match=message):
+        probe(None, None, None, etas)
+
+
+def test_the_summary_shows_the_numbers(result):
+    text = result.summary()
+    assert f"{result.base_entropy:.4f} ± {result.base_stderr:.4f} nats per token" in text
+    for estimate in result.slopes.values():
+        assert f"{estimate.value: .3e} ± {estimate.stderr:.1e}" in text
+    for eta, measured in ((change.eta, change.measured) for change in result.changes):
+        line = next(line for line in text.splitlines() if line.split()[:1] == [f"{eta:.3g}"])
+        assert f"{measured.delta: .3e} ± {measured.stderr:.1e}" in line and f"{measured.ess_fraction:.1%}" in line
+        assert f"{eta * result.slopes['causal'].value: .3e}" in line
+        assert f"{eta * result.slopes['mixed'].parts['uncorrected']: .3e}" in line
+
+
+def test_one_group_has_no_standard_error_and_says_why(policy, direction):
+    found = probe(policy, sample(policy, [[5, 6]], per_prompt=6, max_new_tokens=8), direction, [STEP])
+    assert found.base_stderr is None and found.changes[0].measured.stderr is None
+    assert "± ?" in found.summary() and "no standard error (?): all 6 rollouts are in one group" in found.summary()
+
+
+def test_an_off_policy_batch_is_called_one(policy, batch, direction):
+    flat = PackedBatch.from_lists([[5]] * 40, np.random.default_rng(0).integers(3, 40, (40, 12)).tolist())
+    found = probe(policy, flat, direction, [STEP])
+    assert any("logp + entropy" in warning for warning in found.audit.warnings)
+    assert "Warnings\n  logp + entropy" in found.summary()
+
+
+class TestFreshCheck:
+    def test_it_agrees_with_the_measurement_and_knows_its_error(self, policy, batch, direction, result):
+        eta = ETAS[-1]
+        with moved_weights(policy, direction, eta):
+            drawn = sample(policy, PROMPTS, per_prompt=200, max_new_tokens=12, seed=5)
+            fresh = measure(policy, drawn)
+        check = fresh_check(result, eta, fresh)
+        assert isinstance(check, FreshCheck) and check.n_sequences == 800 and check.n_tokens == drawn.n_tokens
+        assert check.value == pytest.approx(fresh.entropy.sum() / fresh.n_tokens.sum())
+        assert check.delta == pytest.approx(check.value - result.base_entropy)
+        assert check.difference == pytest.approx(check.delta - result.changes[-1].measured.delta)
+        assert abs(check.difference) < 4 * check.difference_stderr
+
+    @pytest.mark.parametrize("prompts", ["random", "fixed"])
+    def test_standard_errors_against_simulation(self, prompts):
+        """Prompts have entropies of their own: random ones are paired by prompt, fixed ones add nothing. Both
+        standard errors match the spread over many made-up experiments."""
+        rng = np.random.default_rng(0)
+        checks = [fresh_check(*made_up(rng, prompts)) for _ in range(400)]
+        for name, error in (("delta", "stderr"), ("difference", "difference_stderr")):
+            spread = np.std([getattr(check, name) for check in checks])
+            claimed = np.mean([getattr(check, error) ** 2 for check in checks]) ** 0.5
+            assert claimed == pytest.approx(spread, rel=0.15)
+
+    def test_an_eta_that_was_not_measured(self, result):
+        with pytest.raises(ValueError, match="eta: 0.5 was not measured"):
+            fresh_check(result, 0.5, result.base)
+
+    def test_other_prompts(self, result):
+        other = dataclasses.replace(result.base, group=result.base.group + 1)
+        with pytest.raises(ValueError, match="its groups differ"):
+            fresh_check(result, ETAS[0], other)
+
+
+def made_up(rng, prompts):
+    """(result, eta, fresh) of 40 prompts with effects of their own, 4 rollouts each; nothing is moved."""
+    effect = rng.normal(size=40) if prompts == "random" else np.linspace(-1, 1, 40)
+    group = np.repeat(np.arange(40), 4)
+
+    def draw():
+        n_tokens = rng.integers(2, 9, 160).astype(float)
+        return n_tokens, n_tokens * (2 + effect[group]) + rng.normal(size=160)
+
+    def table(n_tokens, entropy, logp):
+        return SequenceSums(n_tokens=n_tokens, entropy=entropy, logp=logp, group=group, rollout=np.arange(160))
+
+    n_tokens, entropy = draw()
+    base = table(n_tokens, entropy, np.zeros(160))
+    moved = table(n_tokens, entropy, 0.1 * rng.normal(size=160))
+    change = SimpleNamespace(measured=importance(base, moved, prompts=prompts))
+    result = SimpleNamespace(
+        base=base, base_entropy=entropy.sum() / n_tokens.sum(), etas=(1.0,), changes=(change,), prompts=prompts
+    )
+    return result, 1.0, table(*draw(), np.zeros(160))
+
+
+def test_the_global_random_state_is_not_touched(policy, batch, direction):
+    before = torch.get_rng_state()
+    probe(policy, batch, direction, [STEP])
+    assert torch.equal(torch.get_rng_state(), before)

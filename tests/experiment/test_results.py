@@ -1,0 +1,296 @@
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from models import random_direction, random_model
+
+import dentropy
+from dentropy import Direction, Policy, probe, sample
+from dentropy.experiment import results
+from dentropy.experiment.probe import fresh_check
+
+STEP = 0.01
+ETAS = (-STEP, STEP, 2 * STEP)
+
+RESULTS_MD = Path(dentropy.__file__).with_name("results.md")
+
+
+@pytest.fixture(scope="module")
+def result():
+    policy = Policy(random_model("llama"))
+    batch = sample(policy, [[5, 6, 7], [8], [9, 10], [11]], per_prompt=8, max_new_tokens=12)
+    batch = dataclasses.replace(batch, reward=np.random.default_rng(0).random(len(batch)))
+    found = probe(policy, batch, Direction(random_direction(policy.model).tensors, STEP), ETAS)
+    return dataclasses.replace(
+        found,
+        seeds={"rollouts": 0},
+        source={"policy": "random"},
+        fresh=fresh_check(found, ETAS[-1], found.changes[-1].moved),
+    )
+
+
+@pytest.fixture(scope="module")
+def run(result, tmp_path_factory):
+    return result.save(tmp_path_factory.mktemp("runs") / "deeper" / "run")
+
+
+@pytest.fixture(scope="module")
+def content(run):
+    return json.loads((run / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def rows(run):
+    return pd.read_csv(run / "rollouts.csv")
+
+
+def test_the_folder_holds_what_it_should_and_nothing_is_left_beside_it(run):
+    assert sorted(path.name for path in run.iterdir()) == [
+        "contributions.png",
+        "delta_entropy.png",
+        "report.html",
+        "results.json",
+        "rollouts.csv",
+        "weights.png",
+    ]
+    assert [path.name for path in run.parent.iterdir()] == ["run"]
+
+
+def test_every_number_about_the_batch(content, rows, result):
+    assert content["schema_version"] == 1
+    assert content["n_sequences"] == len(rows) == 32
+    assert content["n_tokens"] == rows.n_tokens.sum() == result.batch.n_tokens
+    assert content["n_groups"] == rows.group.nunique() == 4
+    assert content["scale"] == 1 / rows.n_tokens.sum()
+    assert content["base_entropy"] == pytest.approx(rows.entropy.sum() / rows.n_tokens.sum(), rel=1e-14)
+    assert (content["temperature"], content["dtype"], content["device"]) == (1.0, "float32", "cpu")
+    assert (content["step_size"], content["prompts"], content["seeds"]) == (STEP, "random", {"rollouts": 0})
+    assert content["versions"]["dentropy"] == dentropy.__version__ and content["versions"]["torch"]
+    assert content["not_finite"] == {}
+
+
+def test_slopes_follow_from_the_columns(content, rows):
+    D, mean = rows.n_tokens.sum(), rows.entropy.sum() / rows.n_tokens.sum()
+    expected = {
+        "causal": rows.dentropy + rows.entropy_to_go - mean * rows.length_to_go,
+        "exact": rows.dentropy + (rows.entropy - mean * rows.n_tokens) * rows.dlogp,
+        "mixed": rows.dentropy + rows.entropy_to_go - mean * rows.n_tokens * rows.dlogp,
+        "uncorrected": rows.dentropy + rows.entropy_to_go,
+    }
+    for name, x in expected.items():
+        np.testing.assert_allclose(rows[f"slope_{name}"], x / D, rtol=1e-10, atol=1e-16)
+    assert [entry["estimator"] for entry in content["slope"]] == ["causal", "exact", "mixed"]
+    for entry in content["slope"]:
+        x = expected[entry["estimator"]]
+        assert entry["value"] == pytest.approx(x.sum() / D, rel=1e-10)
+        assert entry["value"] == pytest.approx(entry["pathwise"] + entry["score"] + entry["length_correction"])
+        assert entry["pathwise"] == pytest.approx(rows.dentropy.sum() / D)
+        assert entry["uncorrected"] == pytest.approx(expected["uncorrected"].sum() / D)
+        c = {"causal": rows.length_to_go.sum()}.get(entry["estimator"], (rows.n_tokens * rows.dlogp).sum())
+        psi = (x - entry["value"] * rows.n_tokens - c / D * (rows.entropy - mean * rows.n_tokens)) / D
+        assert entry["stderr"] == pytest.approx(clustered(psi, rows.group), rel=1e-9)
+
+
+def test_measurements_follow_from_the_columns(content, rows):
+    D, mean = rows.n_tokens.sum(), rows.entropy.sum() / rows.n_tokens.sum()
+    causal = next(entry for entry in content["slope"] if entry["estimator"] == "causal")
+    assert [entry["eta"] for entry in content["measured"]] == list(ETAS)
+    for k, entry in enumerate(content["measured"]):
+        w, moved = np.exp(rows[f"log_weight_{k}"]), rows[f"moved_entropy_{k}"]
+        R = (w * moved).sum() / (w * rows.n_tokens).sum()
+        assert entry["moved_entropy"] == pytest.approx(R, rel=1e-12)
+        assert entry["delta"] == pytest.approx(R - mean, rel=1e-9)
+        base = (rows.entropy - mean * rows.n_tokens) / D
+        np.testing.assert_allclose(
+            rows[f"delta_contribution_{k}"],
+            w * (moved - mean * rows.n_tokens) / (w * rows.n_tokens).sum() - base,
+            atol=1e-15,
+        )
+        assert rows[f"delta_contribution_{k}"].sum() == pytest.approx(entry["delta"], rel=1e-9)
+        psi = w * (moved - R * rows.n_tokens) / (w * rows.n_tokens).sum() - base
+        assert entry["stderr"] == pytest.approx(clustered(psi, rows.group), rel=1e-9)
+        assert entry["predicted_linear"] == pytest.approx(entry["eta"] * causal["value"])
+        assert entry["predicted_linear_stderr"] == pytest.approx(abs(entry["eta"]) * causal["stderr"])
+        assert entry["predicted_uncorrected"] == pytest.approx(entry["eta"] * causal["uncorrected"])
+        assert entry["ess"] == pytest.approx(w.sum() ** 2 / (w**2).sum())
+        assert entry["ess_fraction"] == pytest.approx(entry["ess"] / len(rows))
+        wT = w * rows.n_tokens
+        assert entry["ess_tokens"] == pytest.approx(wT.sum() ** 2 / (wT**2).sum())
+        assert entry["max_weight"] == pytest.approx(w.max() / w.sum()) and entry["mean_weight"] == pytest.approx(
+            w.mean()
+        )
+        assert entry["log_weight_quantiles"]["p25"] == pytest.approx(rows[f"log_weight_{k}"].quantile(0.25))
+
+
+def clustered(psi, group):
+    sums = psi.groupby(group).sum()
+    return np.sqrt(len(sums) / (len(sums) - 1) * (sums**2).sum())
+
+
+def test_the_audit_accounts_for_every_token_and_contribution(content, rows, result):
+    audit = content["audit"]
+    assert audit["tokens_used"] == audit["tokens_expected"] == rows.n_tokens.sum()
+    assert audit["rollouts_used"] == audit["rollouts_expected"] == len(rows)
+    names = {"slope_causal", "slope_exact", "slope_mixed", "delta_0", "delta_1", "delta_2"}
+    assert audit["contributions"].keys() == names | {"parameters"}
+    for name in names:
+        pair = audit["contributions"][name]
+        assert pair["sum"] == pytest.approx(pair["expected"], rel=1e-9)
+    shares = audit["contributions"]["parameters"]  # another pass of float32 arithmetic
+    assert shares["sum"] == pytest.approx(shares["expected"], abs=1e-5 * sum(map(abs, result.parameters.values())))
+    check = audit["on_policy"]["logp_plus_entropy"]
+    assert check["mean"] == pytest.approx((rows.logp + rows.entropy).mean())
+    assert check["z"] == pytest.approx(check["mean"] / check["stderr"])
+    assert audit["on_policy"]["dlogp"]["mean"] == pytest.approx(rows.dlogp.mean())
+    assert audit["warnings"] == result.audit.warnings
+
+
+def test_a_token_lost_on_the_way_shows_in_the_audit(result):
+    longer = dataclasses.replace(result.batch, response_lens=result.batch.response_lens + np.eye(32, dtype=int)[5])
+    audit = results.document(dataclasses.replace(result, batch=longer))["audit"]
+    assert audit["tokens_used"] == audit["tokens_expected"] - 1
+
+
+def test_rows_are_those_of_the_batch_whatever_the_order_of_the_table(result, rows):
+    order = np.random.default_rng(0).permutation(32)
+    base = type(result.base)(**{name: column[order] for name, column in result.base.columns().items()})
+    estimates = {
+        name: dataclasses.replace(estimate, contributions=estimate.contributions[order])
+        for name, estimate in result.slopes.items()
+    }
+    changes = [
+        dataclasses.replace(
+            change,
+            measured=dataclasses.replace(
+                change.measured,
+                log_weights=change.measured.log_weights[order],
+                contributions=change.measured.contributions[order],
+            ),
+        )
+        for change in result.changes
+    ]
+    second = dataclasses.replace(result.curvature, contributions=result.curvature.contributions[order])
+    shuffled = dataclasses.replace(result, base=base, slopes=estimates, curvature=second, changes=changes)
+    table = results.table(shuffled)
+    assert list(table) == list(rows.columns)
+    for name, column in table.items():
+        np.testing.assert_array_equal(column, rows[name])
+    assert rows.rollout.tolist() == list(range(32)) and rows.reward.tolist() == result.batch.reward.tolist()
+
+
+def test_floats_come_back_bit_for_bit(run, result):
+    rows = pd.read_csv(run / "rollouts.csv", dtype=str)
+    assert [float(text) for text in rows.entropy] == result.base.entropy.tolist()
+
+
+def test_attribution_adds_up_to_the_slope(content, result):
+    causal = next(entry for entry in content["slope"] if entry["estimator"] == "causal")
+    scale = sum(map(abs, result.parameters.values()))
+    for name, parts in content["attribution"].items():
+        assert sum(part["contribution"] for part in parts) == pytest.approx(causal["value"], abs=1e-5 * scale), name
+    assert sum(part["tokens"] for part in content["attribution"]["by_position"]) == content["n_tokens"]
+    assert sum(part["rollouts"] for part in content["attribution"]["by_length"]) == content["n_sequences"]
+
+
+def test_the_curvature_follows_from_the_columns(content, rows):
+    d, mean = rows.n_tokens.sum(), content["base_entropy"]
+    exact = next(entry["value"] for entry in content["slope"] if entry["estimator"] == "exact")
+    terms = (
+        (rows.entropy - mean * rows.n_tokens) * (rows.dlogp**2 + rows.d2logp)
+        + 2 * rows.dlogp * (rows.dentropy - exact * rows.n_tokens)
+        + rows.d2entropy
+    )
+    assert content["curvature"]["value"] == pytest.approx(terms.sum() / d, rel=1e-9)
+    np.testing.assert_allclose(rows.curvature, terms / d, rtol=1e-9, atol=1e-12)
+    assert content["trust"]["linear_until"] == pytest.approx(content["trust"]["eta_star"] / 10)
+
+
+def test_every_field_is_documented(content, rows):
+    text = RESULTS_MD.read_text()
+    documented = set(re.findall(r"`([a-z_0-9]+?)(?:_K)?`", text))
+    fields = set(content) | set(content["slope"][0]) | set(content["measured"][0]) | set(content["audit"])
+    fields |= set(content["fresh_check"]) | set(content["audit"]["on_policy"]) | set(content["attribution"])
+    fields |= set(content["curvature"]) | set(content["trust"])
+    fields |= {re.sub(r"_\d+$", "", column) for column in rows.columns}
+    assert fields - documented == set()
+
+
+def test_the_recipe_for_the_contributions_works_as_written(run, rows, monkeypatch):
+    text = RESULTS_MD.read_text()
+    names = {}
+    monkeypatch.chdir(run)
+    exec(re.search("```python\n(.*?)```", text, re.DOTALL)[1], names)
+    for name in ("causal", "exact", "mixed", "uncorrected"):
+        np.testing.assert_allclose(names[name], rows[f"slope_{name}"], rtol=1e-10, atol=1e-16)
+    np.testing.assert_allclose(names["curvature"], rows.curvature, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(names["delta"], rows.delta_contribution_0, rtol=1e-10, atol=1e-16)
+
+
+def test_the_fresh_check_is_written(content, result):
+    assert content["fresh_check"] == dataclasses.asdict(result.fresh)
+
+
+def test_load_and_the_summary_of_a_saved_run(run, content, result):
+    from dentropy.experiment.summary import summary
+
+    assert results.load(run) == content
+    assert summary(results.load(run)) == result.summary()
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (None, "not a run folder, it holds no results.json"),
+        ("{", "not valid JSON"),
+        ("[]", "schema_version is None, this version reads 1"),
+        ('{"schema_version": 2}', "schema_version is 2, this version reads 1"),
+    ],
+)
+def test_other_folders_are_refused(tmp_path, text, message):
+    if text is not None:
+        (tmp_path / "results.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        results.load(tmp_path)
+
+
+def test_numbers_json_does_not_know_are_named(result):
+    first, second, third = result.changes
+    infinite = dataclasses.replace(second.measured, mean_weight=float("inf"))
+    changes = (first, dataclasses.replace(second, measured=infinite), third)
+    content = results.document(dataclasses.replace(result, changes=changes))
+    assert content["not_finite"] == {"measured.1.mean_weight": "inf"}
+    assert content["measured"][1]["mean_weight"] is None
+    json.dumps(content, allow_nan=False)
+
+
+class TestOut:
+    def test_an_empty_folder_is_used(self, result, tmp_path):
+        out = tmp_path / "run"
+        out.mkdir()
+        assert result.save(out) == out and (out / "results.json").exists()
+
+    def test_a_folder_with_something_in_it_is_refused_and_kept(self, result, tmp_path):
+        (tmp_path / "notes.txt").write_text("mine")
+        with pytest.raises(ValueError, match="exists and is not empty"):
+            result.save(tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+    def test_a_file_and_a_place_below_a_file_are_refused(self, tmp_path):
+        (tmp_path / "file").write_text("mine")
+        with pytest.raises(ValueError, match="exists and is not a folder"):
+            results.check_out(tmp_path / "file")
+        with pytest.raises(ValueError, match="is not a folder that can be written"):
+            results.check_out(tmp_path / "file" / "run")
+
+    def test_a_failure_leaves_nothing(self, result, tmp_path, monkeypatch):
+        def fail(*_):
+            raise OSError("disk full")
+
+        monkeypatch.setattr("dentropy.experiment.figures.write", fail)
+        with pytest.raises(OSError, match="disk full"):
+            result.save(tmp_path / "run")
+        assert list(tmp_path.iterdir()) == []
