@@ -5,7 +5,7 @@ whose derivatives at η = 0 are given,
 
     z = softcap · tanh(u / softcap) / temperature ,      p = softmax(z) ,      a dot is d/dη at η = 0,
 
-the six quantities of a token y are those of `TokenStats`, and a row of `SequenceSums` sums them over a rollout's tokens.
+the six quantities of a token y are those of `TokenStats`, and a row of `SequenceSums` sums them over a rollout.
 """
 
 from __future__ import annotations
