@@ -8,11 +8,11 @@ from dentropy.estimators.audit import AuditCheck, OnPolicyAudit, on_policy_audit
 from dentropy.estimators.curvatures import curvature
 from dentropy.estimators.diagnostics import ImportanceDiagnostics, importance_diagnostics
 from dentropy.estimators.estimate import Estimate, Statistic
+from dentropy.estimators.groups import clustered_stderr
 from dentropy.estimators.importance_sampling import ImportanceResult, importance
 from dentropy.estimators.prediction import TrustRange, predict, prediction_error, trust_range
 from dentropy.estimators.sample_size import RolloutsNeeded, rollouts_needed
 from dentropy.estimators.slopes import slope
-from dentropy.estimators.uncertainty import clustered_stderr
 
 __all__ = [
     "AuditCheck",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dentropy.estimators.columns import PER, check_choice, column, sizes
+from dentropy.estimators.columns import check_choice, column, entropy_ratio
 from dentropy.estimators.slopes import ESTIMATORS
 
 if TYPE_CHECKING:
@@ -60,21 +60,16 @@ def token_attribution(sums: SequenceSums, *, estimator: str = "causal", per: str
 def score_coefficients(sums: SequenceSums, *, estimator: str, per: str) -> tuple[np.ndarray, float]:
     """(a, D): the factor a_k of each token's dlogp_k in `token_attribution`, float64 [total tokens], and D."""
     check_choice("estimator", estimator, ESTIMATORS)
-    check_choice("per", per, PER)
-    size = sizes(sums, per)
-    entropy, n_tokens = column(sums, "entropy"), _lengths(sums)
+    ratio, n_tokens = entropy_ratio(sums, per), _lengths(sums)
     h, _, _ = _kept_tokens(sums, n_tokens)
-    total = size.sum()
-    mean_entropy = entropy.sum() / total
-
     if estimator == "exact":
-        return np.repeat(entropy - mean_entropy * size, n_tokens), total
+        return np.repeat(ratio.centred, n_tokens), ratio.total
     score = _sum_of_later(h, n_tokens)
     if estimator == "mixed":
-        score -= mean_entropy * np.repeat(size, n_tokens)
+        score -= ratio.mean * np.repeat(ratio.size, n_tokens)
     elif per == "token":
-        score -= mean_entropy * (np.repeat(n_tokens, n_tokens) - _positions(n_tokens))
-    return score, total
+        score -= ratio.mean * (np.repeat(n_tokens, n_tokens) - _positions(n_tokens))
+    return score, ratio.total
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,23 +176,22 @@ def _sum_of_later(values: np.ndarray, n_tokens: np.ndarray) -> np.ndarray:
 def _kept_tokens(sums: SequenceSums, n_tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """entropy, dlogp and dentropy of every kept token, float64 [total tokens] each."""
     if sums.tokens is None:
-        raise ValueError("sums.tokens is None, expected kept tokens: measure with keep_tokens=True")
+        raise ValueError("sums.tokens: None, expected those of a table measured with keep_tokens=True")
     found = []
     for name in ("entropy", "dlogp", "dentropy"):
         values = getattr(sums.tokens, name)
         if values is None:
-            raise ValueError(f"sums.tokens.{name} is None: measure with a direction and keep_tokens=True")
+            raise ValueError(f"sums.tokens.{name}: None, expected those of a pass with a direction")
         values = np.asarray(values, dtype=np.float64)
         _check_length(f"sums.tokens.{name}", values, n_tokens.sum(), "token")
         finite = np.isfinite(values)
         if not finite.all():
             token = int(np.argmin(finite))
-            raise ValueError(f"sums.tokens.{name} is {values[token]} at token {token}, expected finite")
+            raise ValueError(f"sums.tokens.{name}: {values[token]} at token {token}, expected finite")
         found.append(values)
     return tuple(found)
 
 
 def _check_length(argument: str, values: np.ndarray, expected: int, unit: str) -> None:
     if np.shape(values) != (expected,):
-        found = np.shape(values)
-        raise ValueError(f"{argument} has shape {found}, expected ({expected},): one value per {unit}")
+        raise ValueError(f"{argument}: shape {np.shape(values)}, expected ({expected},): one value per {unit}")

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dentropy.estimators.columns import column, sizes
-from dentropy.estimators.uncertainty import clustered_stderr
+from dentropy.estimators.columns import column, entropy_ratio
+from dentropy.estimators.groups import Groups
 
 if TYPE_CHECKING:
     from dentropy.stats.tables import SequenceSums
@@ -70,17 +70,16 @@ def on_policy_audit(sums: SequenceSums) -> OnPolicyAudit:
         >>> [warning.split(":")[0] for warning in on_policy_audit(greedy).warnings]
         ['logp + entropy']
     """
-    sizes(sums, "token")
+    ratio, groups = entropy_ratio(sums, "token"), Groups.of(sums.group)
     warnings: list[str] = []
-    group = np.asarray(sums.group)
-    balance = _check("logp + entropy", column(sums, "logp") + column(sums, "entropy"), group, warnings)
-    score = None if sums.dlogp is None else _check("dlogp", column(sums, "dlogp"), group, warnings)
+    balance = _check("logp + entropy", column(sums, "logp") + ratio.entropy, groups, warnings)
+    score = None if sums.dlogp is None else _check("dlogp", column(sums, "dlogp"), groups, warnings)
     return OnPolicyAudit(logp_plus_entropy=balance, dlogp=score, warnings=warnings)
 
 
-def _check(name: str, values: np.ndarray, group: np.ndarray, warnings: list[str]) -> AuditCheck:
+def _check(name: str, values: np.ndarray, groups: Groups, warnings: list[str]) -> AuditCheck:
     mean = float(values.mean())
-    stderr, reason = clustered_stderr((values - mean) / values.size, group)
+    stderr, reason = groups.stderr((values - mean) / values.size)
     if stderr == 0:
         stderr, reason = None, "every group has the same sum"
     z = None if stderr is None else mean / stderr

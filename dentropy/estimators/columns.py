@@ -1,7 +1,8 @@
-"""Checked access to the columns of a table of per-rollout sums, shared by the estimators."""
+"""Checked access to the columns of a table of per-rollout sums, and the ratio that every estimator starts from."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,7 +11,6 @@ if TYPE_CHECKING:
     from dentropy.stats.tables import SequenceSums
 
 PER = ("token", "sequence")
-PROMPTS = ("random", "fixed")
 
 _SECOND_ORDER = ("d2logp", "d2entropy")
 
@@ -18,35 +18,59 @@ _SECOND_ORDER = ("d2logp", "d2entropy")
 def check_choice(argument: str, value: object, choices: tuple[str, ...]) -> None:
     """ValueError unless `value` is one of `choices`."""
     if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{argument} is {value!r}, expected one of {', '.join(map(repr, choices))}")
+        raise ValueError(f"{argument}: {value!r}, expected one of {', '.join(map(repr, choices))}")
 
 
 def column(sums: SequenceSums, name: str, argument: str = "sums") -> np.ndarray:
     """The column `name` as float64 [S]; ValueError where it is missing or a value is not finite."""
     values = getattr(sums, name)
     if values is None:
-        fix = (
-            "order=2 (or give token_stats the d2logits)"
-            if name in _SECOND_ORDER
-            else ("a direction (or give token_stats the dlogits)")
-        )
-        raise ValueError(f"{argument}.{name} is None: the table has no such derivative; measure with {fix}")
+        expected = "order=2 or d2logits" if name in _SECOND_ORDER else "a direction or dlogits"
+        raise ValueError(f"{argument}.{name}: None, expected the column of a table made with {expected}")
     values = np.asarray(values, dtype=np.float64)
     finite = np.isfinite(values)
     if not finite.all():
         row = int(np.argmin(finite))
         raise ValueError(
-            f"{argument}.{name} is {values[row]} for rollout {int(sums.rollout[row])} "
+            f"{argument}.{name}: {values[row]} for rollout {int(sums.rollout[row])} "
             f"({np.sum(~finite)} of {values.size} rollouts are not finite), expected finite values"
         )
     return values
 
 
-def sizes(sums: SequenceSums, per: str, argument: str = "sums") -> np.ndarray:
-    """What a rollout counts for in the denominator, float64 [S]: its tokens, or 1 with per="sequence"."""
+@dataclass(frozen=True, eq=False)
+class EntropyRatio:
+    """R = Σ H_i / Σ T_i at the weights of a table. float64; per="sequence" has 1 for T_i.
+
+    entropy  [S], H_i
+    size     [S], T_i
+    total    D = Σ T_i
+    mean     H̄ = Σ H_i / D
+    centred  [S], H_i − H̄ T_i; over D these are the influence values of H̄
+    """
+
+    entropy: np.ndarray
+    size: np.ndarray
+    total: float
+    mean: float
+    centred: np.ndarray
+
+    def influence(self, terms: np.ndarray, dmean: np.ndarray) -> np.ndarray:
+        """ψ [S] of the estimate Σ x_i / D, x_i being `terms` [S] that hold −H̄ times `dmean` [S]."""
+        value = terms.sum() / self.total
+        return (terms - value * self.size - dmean.sum() / self.total * self.centred) / self.total
+
+
+def entropy_ratio(sums: SequenceSums, per: str, argument: str = "sums") -> EntropyRatio:
+    """The entropy per token or sequence of a table; ValueError for another `per`, for no rollout or no token at all."""
+    check_choice("per", per, PER)
     n_tokens = column(sums, "n_tokens", argument)
     if n_tokens.size == 0:
-        raise ValueError(f"{argument} has no rows, expected at least one rollout")
+        raise ValueError(f"{argument}: no rows, expected at least one rollout")
     if n_tokens.sum() == 0:
-        raise ValueError(f"{argument}.n_tokens is 0 for all {n_tokens.size} rollouts, expected tokens in one")
-    return n_tokens if per == "token" else np.ones_like(n_tokens)
+        raise ValueError(f"{argument}.n_tokens: 0 for all {n_tokens.size} rollouts, expected tokens in one")
+    entropy = column(sums, "entropy", argument)
+    size = n_tokens if per == "token" else np.ones_like(n_tokens)
+    total = size.sum()
+    mean = entropy.sum() / total
+    return EntropyRatio(entropy, size, total, mean, entropy - mean * size)

@@ -6,17 +6,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dentropy.estimators.columns import PER, PROMPTS, check_choice, column, sizes
-from dentropy.estimators.estimate import Estimate, with_errors
+from dentropy.estimators.columns import column, entropy_ratio
+from dentropy.estimators.estimate import Estimate, check_estimate, check_same_rollouts
+from dentropy.estimators.groups import Groups
 from dentropy.estimators.jackknife import leave_one_out
 from dentropy.estimators.slopes import ratio_slope, slope
-from dentropy.estimators.uncertainty import Groups
 
 if TYPE_CHECKING:
     from dentropy.stats.tables import SequenceSums
 
 
-def curvature(sums: SequenceSums, *, per: str = "token", prompts: str = "random") -> Estimate:
+def curvature(
+    sums: SequenceSums, *, per: str = "token", prompts: str = "random", first: Estimate | None = None
+) -> Estimate:
     """Second derivative at η = 0 of R(η) = Σ w_i H_i / Σ w_i T_i, every ratio term included.
 
     With D = Σ T_i, H̄ = Σ H_i / D, q_i = ℓ'_i² + ℓ''_i and R' the exact slope,
@@ -29,6 +31,7 @@ def curvature(sums: SequenceSums, *, per: str = "token", prompts: str = "random"
         sums: a table with first- and second-order columns, [S] float64.
         per: "token" or "sequence".
         prompts: "random" or "fixed", see `clustered_stderr`.
+        first: the exact slope of this table where it is there already, with the same `per` and `prompts`.
 
     Returns:
         Estimate in nats per token (or per sequence) per unit of η². Its parts add up to value: score (the q
@@ -36,7 +39,7 @@ def curvature(sums: SequenceSums, *, per: str = "token", prompts: str = "random"
 
     Raises:
         ValueError: an unknown choice, no second-order columns, no rollout or no token at all, a value that is
-            not finite (the rollout is named).
+            not finite (the rollout is named), a `first` of another kind.
 
     Example:
         >>> import torch
@@ -48,36 +51,29 @@ def curvature(sums: SequenceSums, *, per: str = "token", prompts: str = "random"
         >>> abs(sum(estimate.parts.values()) - estimate.value) < 1e-12
         True
     """
-    check_choice("per", per, PER)
-    check_choice("prompts", prompts, PROMPTS)
-    size = sizes(sums, per)
+    ratio, groups = entropy_ratio(sums, per), Groups.of(sums.group, prompts)
     d2logp, d2entropy = column(sums, "d2logp"), column(sums, "d2entropy")
-    first = slope(sums, estimator="exact", per=per)
-    entropy, dlogp, dentropy = (column(sums, name) for name in ("entropy", "dlogp", "dentropy"))
-    total = size.sum()
-    centred = entropy - entropy.sum() / total * size
+    dlogp, dentropy = column(sums, "dlogp"), column(sums, "dentropy")
+    if first is None:
+        first = slope(sums, estimator="exact", per=per, prompts=prompts)
+    check_estimate("first", first, "slope", estimator="exact")
+    check_same_rollouts("first", first, groups, per)
+    size, total = ratio.size, ratio.total
     q = dlogp**2 + d2logp
 
-    score = centred * q
+    score = ratio.centred * q
     cross = 2 * dlogp * (dentropy - first.value * size)
     terms = score + cross + d2entropy
-    value = terms.sum() / total
-    through_mean = np.sum(size * q) / total
     through_slope = 2 * np.sum(size * dlogp) / total
-    influence = (terms - value * size - through_mean * centred) / total - through_slope * first.influence
     # cross without R': its ratio is another one when a group is left out
-    totals = [
-        size,
-        centred,
-        first.contributions * total,
-        size * dlogp,
-        score + 2 * dlogp * dentropy + d2entropy,
-        size * q,
-    ]
-    groups = Groups.of(sums.group)
-    jackknife = leave_one_out(_ratio_curvature, totals, 1, groups, prompts)
-    return Estimate(
-        **with_errors(value, influence, jackknife, groups=groups, prompts=prompts, per=per),
+    without_slope = score + 2 * dlogp * dentropy + d2entropy
+    totals = [size, ratio.centred, first.contributions * total, size * dlogp, without_slope, size * q]
+    return Estimate.of(
+        terms.sum() / total,
+        ratio.influence(terms, size * q) - through_slope * first.influence,
+        leave_one_out(_ratio_curvature, totals, 1, groups),
+        groups,
+        per=per,
         contributions=terms / total,
         parts={
             "score": float(score.sum() / total),

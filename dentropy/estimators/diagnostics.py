@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dentropy.estimators.optional import load
-from dentropy.estimators.uncertainty import clustered_stderr
 
 if TYPE_CHECKING:
     from dentropy.estimators.importance_sampling import ImportanceResult
@@ -169,7 +168,7 @@ def _mean_weight_error(measured: ImportanceResult) -> tuple[float | None, float 
     shift = measured.log_weights.max()
     weights = np.exp(measured.log_weights - shift)
     mean = weights.mean()
-    stderr, _ = clustered_stderr((weights - mean) / weights.size, measured.group, measured.prompts)
+    stderr, _ = measured.groups.stderr((weights - mean) / weights.size)
     if stderr is None or stderr == 0 or np.ptp(measured.log_weights) < ROUNDING:
         return stderr, None
     with np.errstate(over="ignore"):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Self
 
 import numpy as np
 
-from dentropy.estimators.jackknife import jackknife_stderr
+from dentropy.estimators.groups import Groups
+from dentropy.estimators.jackknife import LeftOut
 from dentropy.estimators.optional import load
-from dentropy.estimators.uncertainty import Groups, variance_terms
 
 # With 9 degrees of freedom a standard error is itself uncertain by 1/sqrt(2·9), about a quarter of itself.
 FEW_DEGREES = 9
@@ -40,6 +41,7 @@ class Statistic:
     influence         float64 [S], ψ_i: the derivative of value with respect to rollout i's weight
     leave_one_out     float64 [G], value without each group in the order of the sorted labels ("fixed": [S],
                       without each rollout); None with jackknife_reason
+    groups            the prompt groups, and what prompts they are of
     group             int64 [S], the prompt group of each rollout
     prompts           "random" or "fixed"
     per               "token" or "sequence"
@@ -55,14 +57,62 @@ class Statistic:
     warnings: tuple[str, ...]
     influence: np.ndarray = field(repr=False)
     leave_one_out: np.ndarray | None = field(repr=False)
-    group: np.ndarray = field(repr=False)
-    prompts: str
+    groups: Groups
     per: str
+
+    @classmethod
+    def of(cls, value: float, influence: np.ndarray, left_out: LeftOut, groups: Groups, **fields) -> Self:
+        """The statistic with its errors: all that follows from ψ and from what `leave_one_out` gave.
+
+        fields: `per`, and those that a subclass adds.
+        """
+        stderr = delta_stderr = jackknife_stderr = dof = None
+        warnings: list[str] = []
+        reason = groups.refusal()
+        if reason is None:
+            terms = groups.variance_terms(influence)
+            stderr = delta_stderr = float(np.sqrt(terms.sum()))
+            dof = groups.dof
+            warnings += _concentration(terms, groups)
+            if left_out[0] is None:
+                warnings.append(f"no jackknife standard error: {left_out[1]}")
+            else:
+                jackknife_stderr = groups.jackknife_stderr(left_out[0])
+                if _disagree(jackknife_stderr, delta_stderr, scale=np.abs(left_out[0]).max()):
+                    stderr = jackknife_stderr
+                    warnings.append(
+                        f"the jackknife's standard error {stderr:.3g} is reported, the delta method gives "
+                        f"{delta_stderr:.3g}: the estimate is far from linear in the rollouts"
+                    )
+        return cls(
+            value=float(value),
+            stderr=stderr,
+            stderr_reason=reason,
+            delta_stderr=delta_stderr,
+            jackknife_stderr=jackknife_stderr,
+            jackknife_reason=left_out[1],
+            dof=dof,
+            warnings=tuple(warnings),
+            influence=influence,
+            leave_one_out=left_out[0],
+            groups=groups,
+            **fields,
+        )
+
+    @property
+    def group(self) -> np.ndarray:
+        return self.groups.group
+
+    @property
+    def prompts(self) -> str:
+        return self.groups.prompts
 
     def interval(self, level: float = 0.95) -> tuple[float, float] | None:
         """value ± t·stderr, t of Student's distribution with dof degrees of freedom; None without a stderr.
 
-        Raises ValueError for a level that is not between 0 and 1, ImportError without scipy.
+        Raises:
+            ValueError: a level that is not between 0 and 1.
+            ImportError: without scipy.
 
         Example:
             >>> import torch
@@ -76,7 +126,7 @@ class Statistic:
             True
         """
         if not 0 < level < 1:
-            raise ValueError(f"level is {level!r}, expected a number between 0 and 1")
+            raise ValueError(f"level: {level!r}, expected a number between 0 and 1")
         if self.stderr is None:
             return None
         half = float(load("scipy.special", "an interval").stdtrit(self.dof, (1 + level) / 2)) * self.stderr
@@ -102,50 +152,22 @@ class Estimate(Statistic):
     estimator: str
 
 
-def with_errors(
-    value: float,
-    influence: np.ndarray,
-    jackknife: tuple[np.ndarray | None, str | None],
-    *,
-    groups: Groups,
-    prompts: str,
-    per: str,
-) -> dict:
-    """The fields of a `Statistic`; `jackknife` is what `leave_one_out` returned."""
-    left_out, jackknife_reason = jackknife
-    stderr_reason = groups.refusal(prompts)
-    stderr = delta_stderr = jackknife_error = dof = None
-    warnings: list[str] = []
-    if stderr_reason is None:
-        terms = variance_terms(influence, groups, prompts)
-        stderr = delta_stderr = float(np.sqrt(terms.sum()))
-        dof = groups.dof(prompts)
-        warnings += _concentration(terms, groups, prompts)
-        if left_out is None:
-            warnings.append(f"no jackknife standard error: {jackknife_reason}")
-        else:
-            jackknife_error = jackknife_stderr(left_out, groups, prompts)
-            if _disagree(jackknife_error, delta_stderr, scale=np.abs(left_out).max()):
-                stderr = jackknife_error
-                warnings.append(
-                    f"the jackknife's standard error {stderr:.3g} is reported, the delta method gives "
-                    f"{delta_stderr:.3g}: the estimate is far from linear in the rollouts"
-                )
-    return {
-        "value": float(value),
-        "stderr": stderr,
-        "stderr_reason": stderr_reason,
-        "delta_stderr": delta_stderr,
-        "jackknife_stderr": jackknife_error,
-        "jackknife_reason": jackknife_reason,
-        "dof": dof,
-        "warnings": tuple(warnings),
-        "influence": influence,
-        "leave_one_out": left_out,
-        "group": groups.labels[groups.row],
-        "prompts": prompts,
-        "per": per,
-    }
+def check_estimate(argument: str, found: object, name: str, estimator: str | None = None) -> None:
+    """ValueError unless `found` is an Estimate of that name (and estimator)."""
+    kind = found.name if isinstance(found, Estimate) else type(found).__name__
+    if kind != name:
+        raise ValueError(f"{argument}: a {kind}, expected a {name}")
+    if estimator not in (None, found.estimator):
+        raise ValueError(f"{argument}: the {found.estimator} {name}, expected the {estimator} one")
+
+
+def check_same_rollouts(argument: str, found: Statistic, groups: Groups, per: str) -> None:
+    """ValueError unless `found` is of the rollouts of these groups, with these prompts and `per`."""
+    for word, value, expected in (("per", found.per, per), ("prompts", found.prompts, groups.prompts)):
+        if value != expected:
+            raise ValueError(f"{argument}: {word}={value!r}, expected {expected!r}")
+    if not np.array_equal(found.group, groups.group):
+        raise ValueError(f"{argument}: of other rollouts, expected the same groups")
 
 
 def _disagree(first: float, second: float, scale: float) -> bool:
@@ -154,30 +176,24 @@ def _disagree(first: float, second: float, scale: float) -> bool:
     return larger > DISAGREEMENT * min(first, second) and larger > ROUNDING * scale
 
 
-def _concentration(terms: np.ndarray, groups: Groups, prompts: str) -> list[str]:
+def _concentration(terms: np.ndarray, groups: Groups) -> list[str]:
     """Warnings about a standard error, the root of the sum of `terms`, that rests on few of them."""
     warnings = []
-    dof = groups.dof(prompts)
-    if dof < FEW_DEGREES:
-        count = (
-            f"{groups.labels.size} groups"
-            if prompts == "random"
-            else (f"{groups.row.size} rollouts in {groups.labels.size} groups")
-        )
+    if groups.dof < FEW_DEGREES:
         warnings.append(
-            f"few groups: {count} give {dof} degrees of freedom, so the standard error is itself uncertain "
-            f"by {1 / np.sqrt(2 * dof):.0%} or more"
+            f"few groups: {groups.count} give {groups.dof} degrees of freedom, so the standard error is itself "
+            f"uncertain by {1 / np.sqrt(2 * groups.dof):.0%} or more"
         )
     total = terms.sum()
     if total == 0:
         return warnings
-    units = "groups" if prompts == "random" else "rollouts"
     effective = 1 / np.sum((terms / total) ** 2)
     largest = int(np.argmax(terms))
     if terms[largest] > DOMINANT_SHARE * total:
-        label = groups.labels[largest if prompts == "random" else groups.row[largest]]
-        who = f"group {int(label)}" if prompts == "random" else f"one rollout of group {int(label)}"
-        warnings.append(f"{who} alone makes {terms[largest] / total:.0%} of the squared standard error")
+        share = terms[largest] / total
+        warnings.append(f"{groups.unit(largest)} alone makes {share:.0%} of the squared standard error")
     elif effective < FEW_EFFECTIVE and not warnings:
-        warnings.append(f"few groups: the standard error rests on effectively {effective:.1f} of {terms.size} {units}")
+        warnings.append(
+            f"few groups: the standard error rests on effectively {effective:.1f} of {terms.size} {groups.units}"
+        )
     return warnings

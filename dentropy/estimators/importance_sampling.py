@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dentropy.estimators.columns import PER, PROMPTS, check_choice, column, sizes
-from dentropy.estimators.estimate import Statistic, with_errors
+from dentropy.estimators.columns import column, entropy_ratio
+from dentropy.estimators.estimate import Statistic
+from dentropy.estimators.groups import Groups
 from dentropy.estimators.jackknife import leave_one_out
-from dentropy.estimators.uncertainty import Groups
 
 if TYPE_CHECKING:
     from dentropy.stats.tables import SequenceSums
@@ -26,6 +26,7 @@ class ImportanceResult(Statistic):
 
     base_value            H̄, the entropy at the base weights
     moved_value           R, the entropy at the moved weights, by importance weighting
+    n                     S, the number of rollouts
     ess, ess_fraction     effective sample size (Σw)²/Σw², and as a fraction of the S rollouts
     ess_tokens            the same of w_i·T_i: what the denominator of the entropy per token rests on
     max_weight            the largest weight's share, max w / Σ w
@@ -35,13 +36,11 @@ class ImportanceResult(Statistic):
     contributions         float64 [S], one per rollout; they sum to delta
     moved_entropy         float64 [S], H_i(η)
     size                  float64 [S], T_i (1 with per="sequence")
-    n                     S, the number of rollouts
     """
 
     base_value: float
     moved_value: float
     ess: float
-    ess_fraction: float
     ess_tokens: float
     max_weight: float
     mean_weight: float
@@ -50,12 +49,19 @@ class ImportanceResult(Statistic):
     contributions: np.ndarray = field(repr=False)
     moved_entropy: np.ndarray = field(repr=False)
     size: np.ndarray = field(repr=False)
-    n: int
 
     @property
     def delta(self) -> float:
         """ΔH, the value."""
         return self.value
+
+    @property
+    def n(self) -> int:
+        return self.size.size
+
+    @property
+    def ess_fraction(self) -> float:
+        return self.ess / self.n
 
 
 def importance(
@@ -97,40 +103,41 @@ def importance(
         >>> abs(result.moved_value - result.base_value - result.delta) < 1e-12
         True
     """
-    check_choice("per", per, PER)
-    check_choice("prompts", prompts, PROMPTS)
-    size = sizes(base, per, "base")
-    rows = _pair(base, moved)
-    entropy, moved_entropy = column(base, "entropy", "base"), column(moved, "entropy", "moved")[rows]
+    ratio, groups = entropy_ratio(base, per, "base"), Groups.of(base.group, prompts)
+    size, rows = ratio.size, _pair(base, moved)
+    moved_entropy = column(moved, "entropy", "moved")[rows]
     log_weights = column(moved, "logp", "moved")[rows] - column(base, "logp", "base")
 
     # Ratios do not know a common factor of the weights: with 1 for the largest, none overflows.
     weights = np.exp(log_weights - log_weights.max())
-    total, weighted_total = size.sum(), np.sum(weights * size)
+    weighted_total = np.sum(weights * size)
     if weighted_total == 0:
         raise ValueError(
-            "moved.logp is so far below base.logp that the weight of every rollout with tokens vanishes "
-            "beside the empty rollouts'; the move is too large to measure by importance sampling"
+            "moved.logp: so far below base.logp that the weight of every rollout with tokens vanishes beside "
+            "the empty rollouts', expected a move small enough to measure by importance sampling"
         )
-    base_value = entropy.sum() / total
     moved_value = np.sum(weights * moved_entropy) / weighted_total
-    centred, moved_centred = entropy - base_value * size, weights * (moved_entropy - base_value * size)
-    base_term = centred / total
+    moved_centred, base_term = weights * (moved_entropy - ratio.mean * size), ratio.centred / ratio.total
     contributions = moved_centred / weighted_total - base_term
     influence = weights * (moved_entropy - moved_value * size) / weighted_total - base_term
-    groups = Groups.of(base.group)
-    totals = [weights * size, size, moved_centred, centred]
-    jackknife = leave_one_out(_ratio_change, totals, 2, groups, prompts)
-    return ImportanceResult(
-        **with_errors(contributions.sum(), influence, jackknife, groups=groups, prompts=prompts, per=per),
-        base_value=float(base_value),
+    totals = [weights * size, size, moved_centred, ratio.centred]
+    return ImportanceResult.of(
+        contributions.sum(),
+        influence,
+        leave_one_out(_ratio_change, totals, 2, groups),
+        groups,
+        per=per,
+        base_value=float(ratio.mean),
         moved_value=float(moved_value),
-        **_weight_diagnostics(log_weights, weights, column(base, "n_tokens", "base")),
+        ess=_effective_sample_size(weights),
+        ess_tokens=_effective_sample_size(weights * column(base, "n_tokens", "base")),
+        max_weight=float(weights.max() / weights.sum()),
+        mean_weight=_mean_weight(log_weights),
+        log_weight_quantiles=_quantiles(log_weights),
         log_weights=log_weights,
         contributions=contributions,
         moved_entropy=moved_entropy,
         size=size,
-        n=weights.size,
     )
 
 
@@ -141,21 +148,15 @@ def _ratio_change(
     return moved_entropy / moved_size - entropy / size
 
 
-def _weight_diagnostics(log_weights: np.ndarray, weights: np.ndarray, n_tokens: np.ndarray) -> dict:
-    """The fields of ImportanceResult that judge the weights; `weights` are the shifted ones."""
-    # A mean weight past the range of float64 is inf, which says what is to be said: no warning on top.
+def _quantiles(log_weights: np.ndarray) -> dict[str, float]:
+    values = np.quantile(log_weights, list(_QUANTILES.values()))
+    return dict(zip(_QUANTILES, values.tolist(), strict=True))
+
+
+def _mean_weight(log_weights: np.ndarray) -> float:
+    # Past the range of float64 it is inf, which says what is to be said: no warning on top.
     with np.errstate(over="ignore"):
-        mean_weight = np.mean(np.exp(log_weights))
-    ess = _effective_sample_size(weights)
-    quantiles = np.quantile(log_weights, list(_QUANTILES.values()))
-    return {
-        "ess": ess,
-        "ess_fraction": ess / weights.size,
-        "ess_tokens": _effective_sample_size(weights * n_tokens),
-        "max_weight": float(weights.max() / weights.sum()),
-        "mean_weight": float(mean_weight),
-        "log_weight_quantiles": dict(zip(_QUANTILES, quantiles.tolist(), strict=True)),
-    }
+        return float(np.mean(np.exp(log_weights)))
 
 
 def _effective_sample_size(weights: np.ndarray) -> float:
@@ -169,11 +170,11 @@ def _pair(base: SequenceSums, moved: SequenceSums) -> np.ndarray:
         labels, counts = np.unique(sums.rollout, return_counts=True)
         if counts.max(initial=1) > 1:
             twice = int(labels[counts > 1][0])
-            raise ValueError(f"{argument}.rollout holds {twice} more than once, expected every rollout once")
+            raise ValueError(f"{argument}.rollout: {twice} occurs more than once, expected every rollout once")
     differ = np.setxor1d(base.rollout, moved.rollout)
     if differ.size:
         place = "moved" if differ[0] in np.asarray(base.rollout) else "base"
-        raise ValueError(f"rollout {differ[0]} is missing in {place}, expected the same rollouts in both")
+        raise ValueError(f"{place}: rollout {differ[0]} is missing, expected the same rollouts in base and moved")
     rows = np.empty(len(base.rollout), dtype=np.int64)
     rows[np.argsort(base.rollout)] = np.argsort(moved.rollout)
     for name in ("n_tokens", "group"):
@@ -181,7 +182,7 @@ def _pair(base: SequenceSums, moved: SequenceSums) -> np.ndarray:
         if not np.array_equal(values, others):
             row = int(np.argmax(values != others))
             raise ValueError(
-                f"moved.{name} is {int(others[row])} for rollout {int(base.rollout[row])}, "
+                f"moved.{name}: {int(others[row])} for rollout {int(base.rollout[row])}, "
                 f"expected {int(values[row])} as in base"
             )
     return rows

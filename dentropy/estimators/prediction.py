@@ -2,120 +2,97 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dentropy.estimators.curvatures import curvature
-from dentropy.estimators.estimate import Estimate, Statistic, with_errors
-from dentropy.estimators.importance_sampling import importance
-from dentropy.estimators.slopes import slope
-from dentropy.estimators.uncertainty import Groups
-
-if TYPE_CHECKING:
-    from dentropy.stats.tables import SequenceSums
+from dentropy.estimators.estimate import Estimate, Statistic, check_estimate, check_same_rollouts
+from dentropy.estimators.importance_sampling import ImportanceResult
+from dentropy.estimators.jackknife import LeftOut
 
 # Where the quadratic prediction differs from the linear one by this fraction of it.
 LINEAR_TOLERANCE = 0.1
 
 
-def predict(
-    sums: SequenceSums,
-    eta: float,
-    *,
-    order: int = 1,
-    estimator: str = "causal",
-    per: str = "token",
-    prompts: str = "random",
-) -> Estimate:
-    """The change of entropy predicted from the base weights alone: η R', with order=2 also η² R''/2.
+def predict(first: Estimate, eta: float, second: Estimate | None = None) -> Estimate:
+    """The change of entropy predicted from the base weights alone: η R', with a curvature also η² R''/2.
 
     Args:
-        sums: a table with tangent columns, [S] float64; order=2 needs the second-order ones too.
+        first: R', what `slope` gave.
         eta: η, in units of the direction.
-        order: 1 or 2.
-        estimator, per, prompts: as for `slope`; R'' is that of `curvature`.
+        second: R'', what `curvature` gave for the same table with the same `per` and `prompts`.
 
     Returns:
         Estimate of ΔH(η) in nats per token (or per sequence), named "prediction". Its parts linear and, with
-        order=2, quadratic add up to value.
+        `second`, quadratic add up to value.
 
     Raises:
-        ValueError: an `eta` that is not finite, an order that is neither 1 nor 2, or what `slope` and
-            `curvature` refuse.
+        ValueError: an `eta` that is not finite; estimates of other kinds, or of different rollouts, `per` or
+            `prompts`.
 
     Example:
         >>> import torch
-        >>> from dentropy import sequence_sums, slope, token_stats
-        >>> from dentropy.estimators import predict
+        >>> from dentropy import curvature, predict, sequence_sums, slope, token_stats
         >>> seeded = torch.Generator().manual_seed(0)
-        >>> logits, dlogits = torch.randn(2, 6, 5, generator=seeded, dtype=torch.float64)
-        >>> stats = token_stats(logits, torch.tensor([1, 4, 0, 2, 2, 0]), dlogits)
+        >>> logits, dlogits, d2logits = torch.randn(3, 6, 5, generator=seeded, dtype=torch.float64)
+        >>> stats = token_stats(logits, torch.tensor([1, 4, 0, 2, 2, 0]), dlogits, d2logits)
         >>> sums = sequence_sums(stats, torch.tensor([0, 3, 4, 6]))
-        >>> predict(sums, 0.5).value == 0.5 * slope(sums).value
+        >>> first, second = slope(sums), curvature(sums)
+        >>> predict(first, 0.5).value == 0.5 * first.value
+        True
+        >>> predict(first, 0.5, second).value == 0.5 * first.value + 0.125 * second.value
         True
     """
-    _check_eta(eta)
-    if order not in (1, 2):
-        raise ValueError(f"order is {order!r}, expected 1 or 2")
-    first = slope(sums, estimator=estimator, per=per, prompts=prompts)
+    if not math.isfinite(eta):
+        raise ValueError(f"eta: {eta!r}, expected a finite number")
+    _check_pair(first, second)
     terms = {"linear": (eta, first)}
-    if order == 2:
-        terms["quadratic"] = (eta**2 / 2, curvature(sums, per=per, prompts=prompts))
-    return _combine(terms, name="prediction", estimator=estimator)
+    if second is not None:
+        terms["quadratic"] = (eta**2 / 2, second)
+    return _combine(terms, name="prediction", estimator=first.estimator)
 
 
-def prediction_error(
-    base: SequenceSums,
-    moved: SequenceSums,
-    eta: float,
-    *,
-    order: int = 1,
-    estimator: str = "causal",
-    per: str = "token",
-    prompts: str = "random",
-) -> Estimate:
+def prediction_error(predicted: Estimate, measured: ImportanceResult) -> Estimate:
     """Prediction less measurement of ΔH(η), on the same rollouts.
 
     The two are far from independent: the standard error comes from the difference of their influence values,
-    rollout by rollout. With estimator="exact" chance does nearly the same to both and what is left is what
-    the Taylor expansion leaves out on these very rollouts; "causal" adds the difference of the two slopes,
+    rollout by rollout. With the exact slope chance does nearly the same to both and what is left is what the
+    Taylor expansion leaves out on these very rollouts; the causal one adds the difference of the two slopes,
     whose expectation is 0.
 
     Args:
-        base: a table with tangent columns at the base weights, as for `predict`.
-        moved: the same rollouts scored at θ + η·v, as for `importance`.
-        eta, order, estimator, per, prompts: as for `predict`.
+        predicted: what `predict` gave for a table at the base weights.
+        measured: what `importance` gave for that table and one at θ + η·v, with the same `per` and `prompts`.
 
     Returns:
         Estimate in nats per token (or per sequence), named "prediction error". Its parts prediction and
         measurement (which is −ΔH) add up to value.
 
     Raises:
-        ValueError: what `predict` and `importance` refuse.
+        ValueError: arguments of other kinds, or of different rollouts, `per` or `prompts`.
 
     Example:
         >>> import torch
-        >>> from dentropy import importance, sequence_sums, token_stats
-        >>> from dentropy.estimators import predict, prediction_error
+        >>> from dentropy import importance, predict, prediction_error, sequence_sums, slope, token_stats
         >>> seeded = torch.Generator().manual_seed(0)
         >>> logits, dlogits = torch.randn(2, 6, 5, generator=seeded, dtype=torch.float64)
         >>> targets, ends = torch.tensor([1, 4, 0, 2, 2, 0]), torch.tensor([0, 3, 4, 6])
         >>> base = sequence_sums(token_stats(logits, targets, dlogits), ends)
         >>> moved = sequence_sums(token_stats(logits + 0.1 * dlogits, targets), ends)
-        >>> error = prediction_error(base, moved, 0.1)
-        >>> abs(error.value - (predict(base, 0.1).value - importance(base, moved).delta)) < 1e-12
+        >>> predicted, measured = predict(slope(base), 0.1), importance(base, moved)
+        >>> prediction_error(predicted, measured).value == predicted.value - measured.delta
         True
     """
-    predicted = predict(base, eta, order=order, estimator=estimator, per=per, prompts=prompts)
-    measured = importance(base, moved, per=per, prompts=prompts)
+    check_estimate("predicted", predicted, "prediction")
+    if not isinstance(measured, ImportanceResult):
+        raise ValueError(f"measured: a {type(measured).__name__}, expected an ImportanceResult")
+    check_same_rollouts("measured", measured, predicted.groups, predicted.per)
     terms = {"prediction": (1.0, predicted), "measurement": (-1.0, measured)}
-    return _combine(terms, name="prediction error", estimator=estimator)
+    return _combine(terms, name="prediction error", estimator=predicted.estimator)
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class TrustRange(Statistic):
     """How far along the direction a prediction can be trusted. The fields of `Statistic` for η*, and:
 
@@ -160,26 +137,35 @@ def trust_range(first: Estimate, second: Estimate) -> TrustRange:
         >>> reach.eta_star == 2 * abs(slope(sums).value / curvature(sums).value)
         True
     """
-    for argument, estimate, name in (("first", first, "slope"), ("second", second, "curvature")):
-        if estimate.name != name:
-            raise ValueError(f"{argument} is a {estimate.name}, expected a {name}")
-    _check_same_rollouts(first, second)
-    groups, value = Groups.of(first.group), math.inf
-    influence, jackknife = np.zeros_like(first.influence), (None, "η* is infinite")
-    if second.value != 0:
-        value = 2 * abs(first.value / second.value)
-        sign = math.copysign(1.0, first.value) * math.copysign(1.0, second.value)
-        relative = first.influence - first.value / second.value * second.influence
-        influence = 2 * sign * relative / second.value
-        jackknife = _ratio_left_out(first, second)
-    fields = with_errors(value, influence, jackknife, groups=groups, prompts=first.prompts, per=first.per)
+    _check_pair(first, second)
+    doubts = _unresolved(first, second)
     if second.value == 0:
-        fields |= {"stderr": None, "delta_stderr": None, "dof": None, "stderr_reason": "the curvature is 0"}
-        fields["warnings"] = ()
-    return TrustRange(**fields | {"warnings": _unresolved(first, second) + fields["warnings"]})
+        reach = TrustRange.of(
+            math.inf, np.zeros_like(first.influence), (None, "η* is infinite"), first.groups, per=first.per
+        )
+        none = dict.fromkeys(("stderr", "delta_stderr", "dof"))
+        return dataclasses.replace(reach, **none, stderr_reason="the curvature is 0", warnings=doubts)
+    sign = math.copysign(1.0, first.value) * math.copysign(1.0, second.value)
+    relative = first.influence - first.value / second.value * second.influence
+    reach = TrustRange.of(
+        2 * abs(first.value / second.value),
+        2 * sign * relative / second.value,
+        _ratio_left_out(first, second),
+        first.groups,
+        per=first.per,
+    )
+    return dataclasses.replace(reach, warnings=doubts + reach.warnings)
 
 
-def _ratio_left_out(first: Estimate, second: Estimate) -> tuple[np.ndarray | None, str | None]:
+def _check_pair(first: Estimate, second: Estimate | None) -> None:
+    """ValueError unless these are a slope and, if at all, a curvature of the same rollouts."""
+    check_estimate("first", first, "slope")
+    if second is not None:
+        check_estimate("second", second, "curvature")
+        check_same_rollouts("second", second, first.groups, first.per)
+
+
+def _ratio_left_out(first: Estimate, second: Estimate) -> LeftOut:
     """η* without each group, as `leave_one_out` returns it."""
     for estimate in (first, second):
         if estimate.leave_one_out is None:
@@ -207,26 +193,14 @@ def _combine(terms: dict[str, tuple[float, Statistic]], *, name: str, estimator:
         return sum(factor * getattr(s, field) for factor, s in zip(factors, statistics, strict=True))
 
     refused = [s.jackknife_reason for s in statistics if s.leave_one_out is None]
-    jackknife = (None, refused[0]) if refused else (total("leave_one_out"), None)
-    groups, one = Groups.of(statistics[0].group), statistics[0]
-    return Estimate(
-        **with_errors(total("value"), total("influence"), jackknife, groups=groups, prompts=one.prompts, per=one.per),
+    return Estimate.of(
+        total("value"),
+        total("influence"),
+        (None, refused[0]) if refused else (total("leave_one_out"), None),
+        statistics[0].groups,
+        per=statistics[0].per,
         contributions=total("contributions"),
         parts={part: float(factor * s.value) for part, (factor, s) in terms.items()},
         name=name,
         estimator=estimator,
     )
-
-
-def _check_eta(eta: float) -> None:
-    if not math.isfinite(eta):
-        raise ValueError(f"eta is {eta!r}, expected a finite number")
-
-
-def _check_same_rollouts(first: Estimate, second: Estimate) -> None:
-    for field in ("per", "prompts"):
-        one, other = getattr(first, field), getattr(second, field)
-        if one != other:
-            raise ValueError(f"second has {field}={other!r}, expected {one!r} as first has")
-    if not np.array_equal(first.group, second.group):
-        raise ValueError("second is of other rollouts than first: their groups differ")

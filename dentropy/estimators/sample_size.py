@@ -6,7 +6,6 @@ import math
 from typing import NamedTuple
 
 from dentropy.estimators.estimate import Statistic
-from dentropy.estimators.uncertainty import Groups
 
 
 class RolloutsNeeded(NamedTuple):
@@ -42,15 +41,9 @@ def rollouts_needed(estimate: Statistic, stderr: float) -> RolloutsNeeded:
         RolloutsNeeded(rollouts=36, groups=36)
     """
     if not (stderr > 0 and math.isfinite(stderr)):
-        raise ValueError(f"stderr is {stderr!r}, expected a positive number")
+        raise ValueError(f"stderr: {stderr!r}, expected a positive number")
     if estimate.stderr is None:
-        raise ValueError(f"estimate has no standard error to start from: {estimate.stderr_reason}")
-    groups = Groups.of(estimate.group)
-    count, size = groups.labels.size, groups.row.size
+        raise ValueError(f"estimate: no standard error, expected one to start from: {estimate.stderr_reason}")
     # 1e-9: a ratio that is a whole number but for rounding is not rounded up
     factor = (estimate.stderr / stderr) ** 2 * (1 - 1e-9)
-    if estimate.prompts == "random":
-        needed = max(2, math.ceil(count * factor))
-        return RolloutsNeeded(rollouts=math.ceil(needed * size / count), groups=needed)
-    per_prompt = max(2, math.ceil(size / count * factor))
-    return RolloutsNeeded(rollouts=per_prompt * count, groups=count)
+    return RolloutsNeeded(*estimate.groups.needed(factor))

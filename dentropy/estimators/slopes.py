@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dentropy.estimators.columns import PER, PROMPTS, check_choice, column, sizes
-from dentropy.estimators.estimate import Estimate, with_errors
+from dentropy.estimators.columns import check_choice, column, entropy_ratio
+from dentropy.estimators.estimate import Estimate
+from dentropy.estimators.groups import Groups
 from dentropy.estimators.jackknife import leave_one_out
-from dentropy.estimators.uncertainty import Groups
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -68,39 +68,34 @@ def slope(
         True
     """
     check_choice("estimator", estimator, ESTIMATORS)
-    check_choice("per", per, PER)
-    check_choice("prompts", prompts, PROMPTS)
     if isinstance(baseline, str):
         check_choice("baseline", baseline, BASELINES)
-    size = sizes(sums, per)
-    entropy, dlogp, dentropy = (column(sums, name) for name in ("entropy", "dlogp", "dentropy"))
-    total = size.sum()
-    mean_entropy = entropy.sum() / total
+    ratio, groups = entropy_ratio(sums, per), Groups.of(sums.group, prompts)
+    dlogp, dentropy = column(sums, "dlogp"), column(sums, "dentropy")
 
     # dsize is what a rollout adds to the derivative of the denominator Σ w_i T_i.
     score = reinforce = _reinforce_score(sums, baseline)
-    dsize = size * dlogp
+    dsize = ratio.size * dlogp
     if estimator == "exact":
-        score = entropy * dlogp
+        score = ratio.entropy * dlogp
     elif estimator == "causal":
         score = column(sums, "entropy_to_go")
-        dsize = column(sums, "length_to_go") if per == "token" else np.zeros_like(size)
+        dsize = column(sums, "length_to_go") if per == "token" else np.zeros_like(dlogp)
 
-    terms = dentropy + score - mean_entropy * dsize
-    value = terms.sum() / total
-    centred = entropy - mean_entropy * size
-    influence = (terms - value * size - dsize.sum() / total * centred) / total
-    groups = Groups.of(sums.group)
-    jackknife = leave_one_out(ratio_slope, [size, centred, terms, dsize], 1, groups, prompts)
+    terms = dentropy + score - ratio.mean * dsize
     parts = {
-        "pathwise": dentropy.sum() / total,
-        "score": score.sum() / total,
-        "length_correction": -mean_entropy * dsize.sum() / total,
-        "uncorrected": (dentropy + reinforce).sum() / total,
+        "pathwise": dentropy.sum() / ratio.total,
+        "score": score.sum() / ratio.total,
+        "length_correction": -ratio.mean * dsize.sum() / ratio.total,
+        "uncorrected": (dentropy + reinforce).sum() / ratio.total,
     }
-    return Estimate(
-        **with_errors(value, influence, jackknife, groups=groups, prompts=prompts, per=per),
-        contributions=terms / total,
+    return Estimate.of(
+        terms.sum() / ratio.total,
+        ratio.influence(terms, dsize),
+        leave_one_out(ratio_slope, [ratio.size, ratio.centred, terms, dsize], 1, groups),
+        groups,
+        per=per,
+        contributions=terms / ratio.total,
         parts={name: float(part) for name, part in parts.items()},
         name="slope",
         estimator=estimator,
@@ -125,16 +120,16 @@ def _reinforce_score(sums: SequenceSums, baseline: str | ArrayLike) -> np.ndarra
     if isinstance(baseline, str):
         return score
     if sums.tokens is None:
-        raise ValueError("baseline is an array, which needs kept tokens: measure with keep_tokens=True")
+        raise ValueError("baseline: an array for a table without tokens, expected one measured with keep_tokens=True")
     values = np.asarray(baseline, dtype=np.float64)
     n_tokens = np.asarray(sums.n_tokens).astype(np.int64)
     total = int(n_tokens.sum())
     if values.shape != (total,):
-        raise ValueError(f"baseline has shape {values.shape}, expected ({total},): one value per token")
+        raise ValueError(f"baseline: shape {values.shape}, expected ({total},): one value per token")
     finite = np.isfinite(values)
     if not finite.all():
         token = int(np.argmin(finite))
-        raise ValueError(f"baseline is {values[token]} at token {token}, expected finite values")
+        raise ValueError(f"baseline: {values[token]} at token {token}, expected finite values")
     row = np.repeat(np.arange(n_tokens.size), n_tokens)
     weighted = values * np.asarray(sums.tokens.dlogp, dtype=np.float64)
     return score - np.bincount(row, weights=weighted, minlength=n_tokens.size)

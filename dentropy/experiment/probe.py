@@ -16,7 +16,6 @@ from dentropy.estimators import (
     ImportanceResult,
     OnPolicyAudit,
     TrustRange,
-    clustered_stderr,
     curvature,
     importance,
     importance_diagnostics,
@@ -26,6 +25,8 @@ from dentropy.estimators import (
     slope,
     trust_range,
 )
+from dentropy.estimators.columns import entropy_ratio
+from dentropy.estimators.groups import Groups
 from dentropy.experiment import results
 from dentropy.experiment.summary import summary
 from dentropy.model.direction import Direction
@@ -180,19 +181,19 @@ def probe(
     etas = check_etas(etas)
     settings = {"token_budget": token_budget, "progress": progress}
     base = measure(policy, batch, direction, order=_order(policy), keep_tokens=True, **settings)
-    floor = noise_floor(policy, batch, direction, base, **settings)
     slopes = {name: slope(base, estimator=name, prompts=prompts) for name in ESTIMATORS}
-    second = None if base.d2logp is None else curvature(base, prompts=prompts)
+    second = None if base.d2logp is None else curvature(base, prompts=prompts, first=slopes["exact"])
+    floor = noise_floor(policy, batch, direction, base, exact=slopes["exact"], **settings)
     changes = []
     for eta in etas:
         moved = measure(policy, batch, direction, eta=eta, order=0, **settings)
-        changes.append(change(base, moved, eta, prompts, floor))
+        changes.append(change(base, moved, eta, slopes["causal"], second, floor))
     shares = parameter_attribution(policy, batch, direction, base, **settings) if parameters else None
     base_entropy, base_influence = entropy_per_token(base)
     return ProbeResult(
         base=base,
         base_entropy=base_entropy,
-        base_stderr=clustered_stderr(base_influence, base.group, prompts)[0],
+        base_stderr=slopes["causal"].groups.stderr(base_influence)[0],
         slopes=slopes,
         curvature=second,
         trust=None if second is None else trust_range(slopes["causal"], second),
@@ -214,9 +215,11 @@ def n_passes(policy: Policy, etas: Sequence[float], parameters: bool = True) -> 
     return at_base + NOISE_PASSES + len(etas) + parameters
 
 
-def change(base: SequenceSums, moved: SequenceSums, eta: float, prompts: str, noise_floor: float) -> Change:
-    """Prediction against measurement at one η, from the two tables."""
-    measured = importance(base, moved, prompts=prompts)
+def change(
+    base: SequenceSums, moved: SequenceSums, eta: float, first: Estimate, second: Estimate | None, noise_floor: float
+) -> Change:
+    """Prediction from slope and curvature against the measurement at one η."""
+    measured, linear = importance(base, moved, prompts=first.prompts), predict(first, eta)
     diagnostics, below_noise = importance_diagnostics(measured), eta != 0 and abs(measured.delta) < noise_floor
     if below_noise:
         reason = f"|ΔH| is {abs(measured.delta):.1e}, below the noise floor of the arithmetic, {noise_floor:.1e}"
@@ -226,9 +229,9 @@ def change(base: SequenceSums, moved: SequenceSums, eta: float, prompts: str, no
         moved=moved,
         measured=measured,
         diagnostics=diagnostics,
-        linear=predict(base, eta, prompts=prompts),
-        quadratic=None if base.d2logp is None else predict(base, eta, order=2, prompts=prompts),
-        error=prediction_error(base, moved, eta, prompts=prompts),
+        linear=linear,
+        quadratic=None if second is None else predict(first, eta, second),
+        error=prediction_error(linear, measured),
         below_noise=below_noise,
     )
 
@@ -240,9 +243,8 @@ def _order(policy: Policy) -> int:
 
 def entropy_per_token(sums: SequenceSums) -> tuple[float, np.ndarray]:
     """H̄ = Σ H_i / Σ T_i in nats per token, and its influence values (H_i − H̄ T_i) / Σ T_i, float64 [S]."""
-    n_tokens = sums.n_tokens.sum()
-    value = sums.entropy.sum() / n_tokens
-    return float(value), (sums.entropy - value * sums.n_tokens) / n_tokens
+    ratio = entropy_ratio(sums, "token")
+    return float(ratio.mean), ratio.centred / ratio.total
 
 
 def fresh_check(result: ProbeResult, eta: float, fresh: SequenceSums) -> FreshCheck:
@@ -261,9 +263,7 @@ def fresh_check(result: ProbeResult, eta: float, fresh: SequenceSums) -> FreshCh
     measured = result.changes[result.etas.index(eta)].measured
     value, influence = entropy_per_token(fresh)
     _, base_influence = entropy_per_token(result.base)
-    # With prompts fixed, a prompt's fresh and base answers are two samples, each with a mean of its own.
-    apart = fresh.group.max() - result.base.group.min() + 1 if result.prompts == "fixed" else 0
-    group = np.concatenate([fresh.group, result.base.group + apart])
+    groups = Groups.of_two(fresh.group, result.base.group, result.prompts)
     paired = np.concatenate([influence, -base_influence])
     against = np.concatenate([influence, -base_influence - measured.influence])
     delta = value - result.base_entropy
@@ -273,9 +273,9 @@ def fresh_check(result: ProbeResult, eta: float, fresh: SequenceSums) -> FreshCh
         n_tokens=int(fresh.n_tokens.sum()),
         value=value,
         delta=delta,
-        stderr=clustered_stderr(paired, group, result.prompts)[0],
+        stderr=groups.stderr(paired)[0],
         difference=delta - measured.delta,
-        difference_stderr=clustered_stderr(against, group, result.prompts)[0],
+        difference_stderr=groups.stderr(against)[0],
     )
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from dentropy.estimators import importance, slope
+from dentropy.estimators import Estimate, importance, slope
 from dentropy.model.direction import Direction
 from dentropy.model.policy import Policy
 from dentropy.passes.measure import measure
@@ -29,6 +29,7 @@ def noise_floor(
     direction: Direction,
     base: SequenceSums,
     *,
+    exact: Estimate | None = None,
     token_budget: int | str = AUTO,
     progress: Callable[[int], None] | None = None,
 ) -> float:
@@ -36,8 +37,8 @@ def noise_floor(
 
     Measures ΔH at ±ε for two small ε that follow from the sizes of θ and v alone, + and − under different packing. The
     half difference is ε·R' with R' the "exact" slope of `base`; what is left is rounding, of half the variance of one
-    measurement. Never below the rounding of the sums themselves, ε_dtype · H̄ / sqrt(tokens). token_budget and progress
-    as in `measure`.
+    measurement. Never below the rounding of the sums themselves, ε_dtype · H̄ / sqrt(tokens). exact: that slope,
+    where it is there already. token_budget and progress as in `measure`.
 
     >>> noise_floor(policy, batch, direction, base)                # doctest: +SKIP
     3.1e-08
@@ -46,7 +47,8 @@ def noise_floor(
     weights = math.sqrt(sum(float(p.detach().double().square().sum()) for p, _ in moving))
     tangent = math.sqrt(sum(float(v.double().square().sum()) for _, v in moving))
     unit = torch.finfo(policy.dtype).eps * (weights / tangent if weights else 1.0)
-    exact = slope(base, estimator="exact").value
+    if exact is None:
+        exact = slope(base, estimator="exact")
     # Half of what one microbatch would hold: another packing, also where the whole batch fits into one.
     held = min(TokenBudget(token_budget, policy.device).tokens, int(batch.offsets[-1]))
     packings = ((1, token_budget), (-1, max(1, held // 2)))
@@ -59,7 +61,7 @@ def noise_floor(
             ).delta
             for sign, budget in packings
         )
-        return (plus - minus) / 2 - epsilon * exact
+        return (plus - minus) / 2 - epsilon * exact.value
 
     mean_square = sum(rounding(step * unit) ** 2 for step in STEPS) / len(STEPS)
     n_tokens = float(base.n_tokens.sum())

@@ -5,31 +5,11 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from oracles import TinyPolicy
+from tables import estimator_all, one_batch, per_both, table_with_tokens
 
 from dentropy.estimators import by_length, by_position, slope, token_attribution
 from dentropy.stats.plain import sequence_sums, token_stats
 from dentropy.stats.tables import SequenceSums, TokenStats
-
-POLICY = TinyPolicy()
-COLUMNS = POLICY.columns()
-ESTIMATORS = ("causal", "exact", "mixed")
-per_both = pytest.mark.parametrize("per", ["token", "sequence"])
-estimator_all = pytest.mark.parametrize("estimator", ESTIMATORS)
-
-
-def tiny_table(seed=0):
-    """A table of the enumerable policy with its tokens, and the jets they are from."""
-    (prompt,), (sequence,) = POLICY.sample(np.random.default_rng(seed), 1)
-    logp, entropy = POLICY.token_jets(0.0)
-    keep = POLICY.mask[sequence]
-    tokens = TokenStats(
-        *(
-            torch.from_numpy(jet[order, prompt, sequence][keep])
-            for order, jet in ((0, logp), (0, entropy), (1, logp), (1, entropy))
-        )
-    )
-    return dataclasses.replace(POLICY.table(prompt, sequence, COLUMNS), tokens=tokens)
 
 
 def long_table(lengths, dtype=torch.float32, seed=0):
@@ -54,7 +34,7 @@ def check_sums(found, estimate, sums):
 @per_both
 @estimator_all
 def test_is_the_definition_token_by_token(estimator, per):
-    sums = tiny_table()
+    sums = table_with_tokens(*one_batch())
     found = token_attribution(sums, estimator=estimator, per=per)
     h, dlogp, dentropy = (np.asarray(sums.tokens._asdict()[n]) for n in ("entropy", "dlogp", "dentropy"))
     size = sums.n_tokens if per == "token" else np.ones(len(sums))
@@ -128,27 +108,27 @@ def test_bins_sum_to_the_slope(estimator, per):
 
 
 def test_bad_input():
-    sums = tiny_table()
+    sums = table_with_tokens(*one_batch())
     n = int(sums.n_tokens.sum())
-    with pytest.raises(ValueError, match="sums.tokens is None.*keep_tokens=True"):
+    with pytest.raises(ValueError, match="sums.tokens: None, expected .*keep_tokens=True"):
         token_attribution(dataclasses.replace(sums, tokens=None))
     plain = sums.tokens._replace(dlogp=None, dentropy=None)
-    with pytest.raises(ValueError, match="sums.tokens.dlogp is None: measure with a direction"):
+    with pytest.raises(ValueError, match="sums.tokens.dlogp: None, expected those of a pass with a direction"):
         token_attribution(dataclasses.replace(sums, tokens=plain))
     short = TokenStats(*(t[1:] if t is not None else None for t in sums.tokens))
-    with pytest.raises(ValueError, match=rf"sums.tokens.entropy has shape \({n - 1},\), expected \({n},\)"):
+    with pytest.raises(ValueError, match=rf"sums.tokens.entropy: shape \({n - 1},\), expected \({n},\)"):
         token_attribution(dataclasses.replace(sums, tokens=short))
     broken = sums.tokens._replace(dlogp=torch.where(torch.arange(n) == 5, torch.nan, sums.tokens.dlogp))
-    with pytest.raises(ValueError, match="sums.tokens.dlogp is nan at token 5"):
+    with pytest.raises(ValueError, match="sums.tokens.dlogp: nan at token 5"):
         token_attribution(dataclasses.replace(sums, tokens=broken))
-    with pytest.raises(ValueError, match="estimator is 'best'"):
+    with pytest.raises(ValueError, match="estimator: 'best'"):
         token_attribution(sums, estimator="best")
-    with pytest.raises(ValueError, match="per is 'word'"):
+    with pytest.raises(ValueError, match="per: 'word'"):
         token_attribution(sums, per="word")
-    with pytest.raises(ValueError, match=rf"contributions has shape \(64,\), expected \({n},\): one val"):
+    with pytest.raises(ValueError, match=rf"contributions: shape \(64,\), expected \({n},\): one val"):
         by_position(np.zeros(64), sums)
-    with pytest.raises(ValueError, match=rf"contributions has shape \({n},\), expected \(64,\)"):
+    with pytest.raises(ValueError, match=rf"contributions: shape \({n},\), expected \(64,\)"):
         by_length(np.zeros(n), sums)
     empty = SequenceSums(**{name: c[:0] for name, c in sums.columns().items()}, tokens=sums.tokens)
-    with pytest.raises(ValueError, match="sums has no rows"):
+    with pytest.raises(ValueError, match="sums: no rows"):
         token_attribution(empty)

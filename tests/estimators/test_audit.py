@@ -5,16 +5,16 @@ import dataclasses
 import numpy as np
 import pytest
 from oracles import TinyPolicy
+from tables import POLICY, columns, in_one_group, take, with_value
 
 from dentropy.estimators import on_policy_audit
 
-POLICY = TinyPolicy()
-COLUMNS = POLICY.columns()
+COLUMNS = columns()
 
 
-def scored_by(columns, seed=0, n_groups=64, n_batches=1):
+def scored_by(scored, seed=0, n_groups=64, n_batches=1):
     prompts, sequences = POLICY.sample(np.random.default_rng(seed), n_batches, n_groups=n_groups)
-    return [POLICY.table(*drawn, columns) for drawn in zip(prompts, sequences, strict=True)]
+    return [POLICY.table(*drawn, scored) for drawn in zip(prompts, sequences, strict=True)]
 
 
 def test_expectations_are_zero_under_enumeration():
@@ -41,15 +41,15 @@ def test_mean_and_stderr():
 
 
 @pytest.mark.parametrize(
-    "columns, names",
+    "scored, names",
     [
         (TinyPolicy(scale=0.6).columns(), {"logp + entropy"}),  # another temperature
-        (POLICY.columns(0.6), {"dlogp"}),  # stale weights, older along the direction
+        (columns(0.6), {"dlogp"}),  # stale weights, older along the direction
         (COLUMNS | {"logp": np.roll(COLUMNS["logp"], 1, axis=1)}, {"logp + entropy"}),  # those of other tokens
     ],
 )
-def test_rollouts_of_another_policy_are_named(columns, names):
-    (sums,) = scored_by(columns, n_groups=256)
+def test_rollouts_of_another_policy_are_named(scored, names):
+    (sums,) = scored_by(scored, n_groups=256)
     warnings = on_policy_audit(sums).warnings
     assert names <= {warning.split(":")[0] for warning in warnings}
     for cause in ("another temperature", "top-p or top-k", "stale weights", "shift between tokens"):
@@ -59,8 +59,7 @@ def test_rollouts_of_another_policy_are_named(columns, names):
 def test_top_k_sampling_is_named():
     (sums,) = scored_by(COLUMNS, n_groups=512)
     greedy = sums.logp > np.median(sums.logp)  # only likely rollouts are left, as after top-k or top-p
-    kept = {name: values[greedy] for name, values in sums.columns().items()}
-    audit = on_policy_audit(dataclasses.replace(sums, **kept))
+    audit = on_policy_audit(take(sums, greedy))
     assert audit.logp_plus_entropy.mean > 0 and audit.warnings[0].startswith("logp + entropy")
 
 
@@ -68,7 +67,7 @@ def test_without_a_tangent_and_without_groups():
     (sums,) = scored_by({name: COLUMNS[name] for name in ("n_tokens", "logp", "entropy")})
     audit = on_policy_audit(sums)
     assert audit.dlogp is None and audit.logp_plus_entropy.z is not None
-    one = on_policy_audit(dataclasses.replace(sums, group=np.zeros(256, dtype=int))).logp_plus_entropy
+    one = on_policy_audit(in_one_group(sums)).logp_plus_entropy
     assert one.stderr is None and one.z is None and "one group" in one.stderr_reason
 
 
@@ -81,8 +80,7 @@ def test_a_policy_without_choice_has_no_z():
 
 def test_bad_input():
     (sums,) = scored_by(COLUMNS)
-    with pytest.raises(ValueError, match="sums.logp is nan for rollout 3"):
-        on_policy_audit(dataclasses.replace(sums, logp=np.where(np.arange(256) == 3, np.nan, sums.logp)))
-    empty = {name: values[:0] for name, values in sums.columns().items()}
-    with pytest.raises(ValueError, match="sums has no rows"):
-        on_policy_audit(dataclasses.replace(sums, **empty))
+    with pytest.raises(ValueError, match="sums.logp: nan for rollout 3"):
+        on_policy_audit(with_value(sums, "logp", 3, np.nan))
+    with pytest.raises(ValueError, match="sums: no rows"):
+        on_policy_audit(take(sums, []))

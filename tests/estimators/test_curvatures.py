@@ -4,19 +4,10 @@ import dataclasses
 
 import numpy as np
 import pytest
-from oracles import TinyPolicy, influence_by_repetition, repeat_rows
+from oracles import influence_by_repetition, repeat_rows
+from tables import FIRST_ORDER, POLICY, SECOND_ORDER, in_one_group, one_table, per_both, prompts_both, with_value
 
-from dentropy.estimators import curvature, importance
-
-POLICY = TinyPolicy()
-COLUMNS = POLICY.columns()
-per_both = pytest.mark.parametrize("per", ["token", "sequence"])
-
-
-def one_table(seed=0, n_groups=16, per_group=4, eta=0.0):
-    rng = np.random.default_rng(seed)
-    (prompt,), (sequence,) = POLICY.sample(rng, 1, n_groups=n_groups, per_group=per_group)
-    return POLICY.table(prompt, sequence, COLUMNS if eta == 0 else POLICY.columns(eta), per_group=per_group)
+from dentropy.estimators import curvature, importance, slope
 
 
 @per_both
@@ -52,10 +43,8 @@ def test_parts_and_contributions_add_up_and_the_direction_s_length_scales_out(pe
     scale = np.abs(estimate.contributions).sum()
     assert abs(estimate.contributions.sum() - estimate.value) < 1e-14 * scale
     assert abs(sum(estimate.parts.values()) - estimate.value) < 1e-14 * scale
-    first = ("dlogp", "dentropy", "entropy_dlogp", "entropy_to_go", "length_to_go")
-    scaled = dataclasses.replace(
-        sums, d2logp=9 * sums.d2logp, d2entropy=9 * sums.d2entropy, **{name: 3 * getattr(sums, name) for name in first}
-    )
+    factors = dict.fromkeys(FIRST_ORDER, 3) | dict.fromkeys(SECOND_ORDER, 9)
+    scaled = dataclasses.replace(sums, **{name: c * getattr(sums, name) for name, c in factors.items()})
     assert curvature(scaled, per=per).value == pytest.approx(9 * estimate.value, rel=1e-12)
     assert curvature(scaled, per=per).stderr == pytest.approx(9 * estimate.stderr, rel=1e-12)
 
@@ -63,18 +52,43 @@ def test_parts_and_contributions_add_up_and_the_direction_s_length_scales_out(pe
 def test_stderr_follows_prompts_and_groups():
     sums = one_table(5)
     assert curvature(sums, prompts="fixed").stderr != curvature(sums).stderr
-    one_group = curvature(dataclasses.replace(sums, group=np.zeros(64, dtype=int)))
+    one_group = curvature(in_one_group(sums))
     assert one_group.stderr is None and "one group" in one_group.stderr_reason
+
+
+@per_both
+@prompts_both
+def test_an_exact_slope_that_is_there_is_used(prompts, per):
+    sums, how = one_table(6), {"per": per, "prompts": prompts}
+    first = slope(sums, estimator="exact", **how)
+    found, anew = curvature(sums, **how, first=first), curvature(sums, **how)
+    assert (found.value, found.stderr) == (anew.value, anew.stderr)
+    # R' enters as it is given: −2 ΔR' Σ T ℓ' / D
+    size = sums.n_tokens if per == "token" else np.ones(64)
+    shifted = curvature(sums, **how, first=dataclasses.replace(first, value=first.value + 1)).value - anew.value
+    assert shifted == pytest.approx(-2 * (size * sums.dlogp).sum() / size.sum(), rel=1e-9)
+
+
+def test_a_slope_of_something_else_is_refused():
+    sums = one_table()
+    for first, message in (
+        (slope(sums), "first: the causal slope, expected the exact one"),
+        (curvature(sums), "first: a curvature, expected a slope"),
+        (slope(sums, estimator="exact", per="sequence"), "first: per='sequence', expected 'token'"),
+        (slope(sums, estimator="exact", prompts="fixed"), "first: prompts='fixed', expected 'random'"),
+        (slope(one_table(n_groups=17), estimator="exact"), "first: of other rollouts"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            curvature(sums, first=first)
 
 
 def test_bad_input():
     sums = one_table()
-    with pytest.raises(ValueError, match="sums.d2logp is None.*measure with order=2"):
+    with pytest.raises(ValueError, match="sums.d2logp: None, expected .* order=2"):
         curvature(dataclasses.replace(sums, d2logp=None, d2entropy=None))
-    with pytest.raises(ValueError, match="per is 'word'"):
+    with pytest.raises(ValueError, match="per: 'word'"):
         curvature(sums, per="word")
-    with pytest.raises(ValueError, match="prompts is 'all'"):
+    with pytest.raises(ValueError, match="prompts: 'all'"):
         curvature(sums, prompts="all")
-    infinite = np.where(np.arange(64) == 9, np.inf, sums.d2entropy)
-    with pytest.raises(ValueError, match="sums.d2entropy is inf for rollout 9"):
-        curvature(dataclasses.replace(sums, d2entropy=infinite))
+    with pytest.raises(ValueError, match="sums.d2entropy: inf for rollout 9"):
+        curvature(with_value(sums, "d2entropy", 9, np.inf))

@@ -1,36 +1,25 @@
 """Which standard error is reported, its interval, and the warnings in words."""
 
 import dataclasses
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-from oracles import TinyPolicy
 from scipy import stats
 from scipy.optimize import brentq
+from tables import in_one_group, one_table
 
 from dentropy.estimators import curvature, importance, slope
-from dentropy.estimators.estimate import with_errors
+from dentropy.estimators.estimate import Statistic
+from dentropy.estimators.groups import Groups
 from dentropy.estimators.jackknife import leave_one_out
-from dentropy.estimators.uncertainty import Groups
-
-POLICY = TinyPolicy()
-COLUMNS = POLICY.columns()
-
-
-def one_table(seed=0, n_groups=16, per_group=4):
-    rng = np.random.default_rng(seed)
-    (prompt,), (sequence,) = POLICY.sample(rng, 1, n_groups=n_groups, per_group=per_group)
-    return POLICY.table(prompt, sequence, COLUMNS, per_group=per_group)
 
 
 def errors_of_a_mean(values, group, prompts="random"):
-    """The fields for a mean of `values`, whose two standard errors are one where the groups are equal."""
-    groups, ones = Groups.of(np.asarray(group)), np.ones(values.size)
-    jackknife = leave_one_out(lambda count, total: total / count, [ones, values], 1, groups, prompts)
+    """The statistic for a mean of `values`, whose two standard errors are one where the groups are equal."""
+    groups, ones = Groups.of(np.asarray(group), prompts), np.ones(values.size)
+    left_out = leave_one_out(lambda count, total: total / count, [ones, values], 1, groups)
     influence = (values - values.mean()) / values.size
-    return with_errors(values.mean(), influence, jackknife, groups=groups, prompts=prompts, per="token")
+    return Statistic.of(values.mean(), influence, left_out, groups, per="token")
 
 
 @pytest.mark.parametrize("prompts, dof", [("random", 15), ("fixed", 48)])
@@ -49,10 +38,10 @@ def test_interval_is_student_s(prompts, dof, level):
 
 
 def test_no_stderr_is_no_interval():
-    estimate = slope(dataclasses.replace(one_table(), group=np.zeros(64, dtype=int)))
+    estimate = slope(in_one_group(one_table()))
     assert estimate.interval() is None and estimate.dof is None and estimate.stderr is None
     for level in (0, 1, 95, float("nan")):
-        with pytest.raises(ValueError, match="level is .*, expected a number between 0 and 1"):
+        with pytest.raises(ValueError, match="level: .*, expected a number between 0 and 1"):
             slope(one_table()).interval(level)
 
 
@@ -85,25 +74,25 @@ def test_rounding_is_no_disagreement():
 
 def test_few_groups_are_named():
     values = np.random.default_rng(0).standard_normal(400)
-    few = errors_of_a_mean(values[:90], np.repeat(np.arange(9), 10))["warnings"]
+    few = errors_of_a_mean(values[:90], np.repeat(np.arange(9), 10)).warnings
     assert few[0].startswith("few groups: 9 groups give 8 degrees of freedom") and "25%" in few[0]
     enough = errors_of_a_mean(values, np.repeat(np.arange(40), 10))
-    assert enough["warnings"] == () and enough["dof"] == 39
+    assert enough.warnings == () and enough.dof == 39
     pairs = errors_of_a_mean(values[:8], np.repeat(np.arange(4), 2), "fixed")
-    assert any(w.startswith("few groups: 8 rollouts in 4 groups give 4 degrees") for w in pairs["warnings"])
+    assert any(w.startswith("few groups: 8 rollouts in 4 groups give 4 degrees") for w in pairs.warnings)
 
 
 def test_a_dominant_group_is_named():
     values = np.random.default_rng(0).standard_normal(160)
     group = np.repeat(np.arange(16) * 10, 10)
-    assert errors_of_a_mean(values, group)["warnings"] == ()
+    assert errors_of_a_mean(values, group).warnings == ()
     sums = values.reshape(16, 10).sum(1) - values.sum() / 16
     # lift group 70 until its squared sum is 60% of all
     lift = brentq(lambda x: share(sums + x * (np.eye(16)[7] - 1 / 16)) - 0.6, 0, 1000)
     lifted = values + np.where(group == 70, lift / 10, 0.0)
-    assert errors_of_a_mean(lifted, group)["warnings"] == ("group 70 alone makes 60% of the squared standard error",)
+    assert errors_of_a_mean(lifted, group).warnings == ("group 70 alone makes 60% of the squared standard error",)
     within = values + np.where(np.arange(160) == 33, 60.0, 0.0)
-    (warning,) = [w for w in errors_of_a_mean(within, group, "fixed")["warnings"] if "alone" in w]
+    (warning,) = [w for w in errors_of_a_mean(within, group, "fixed").warnings if "alone" in w]
     assert warning.startswith("one rollout of group 30 alone makes")
 
 
@@ -115,31 +104,11 @@ def test_a_standard_error_that_rests_on_a_few_groups_says_so():
     sums = np.array([3.0, -3.0, 2.5, -2.5] + [0.1, -0.1] * 10)  # no group has half of the squares
     effective = np.sum(sums**2) ** 2 / np.sum(sums**4)
     assert effective < 4 and share(sums) < 0.5
-    warnings = errors_of_a_mean(sums, np.arange(24))["warnings"]
+    warnings = errors_of_a_mean(sums, np.arange(24)).warnings
     assert warnings == (f"few groups: the standard error rests on effectively {effective:.1f} of 24 groups",)
 
 
 def test_normal_groups_are_seldom_warned_about():
     rng = np.random.default_rng(1)
-    warned = [bool(errors_of_a_mean(rng.standard_normal(16), np.arange(16))["warnings"]) for _ in range(2000)]
+    warned = [bool(errors_of_a_mean(rng.standard_normal(16), np.arange(16)).warnings) for _ in range(2000)]
     assert np.mean(warned) < 0.08
-
-
-def test_scipy_and_arviz_are_asked_for_by_name_when_they_are_missing(monkeypatch):
-    monkeypatch.setitem(sys.modules, "scipy.special", None)
-    with pytest.raises(ImportError, match=r'an interval needs scipy: pip install "dentropy\[probe\]"'):
-        slope(one_table()).interval()
-
-
-def test_importing_and_estimating_needs_numpy_alone():
-    code = (
-        "import sys; import numpy as np; import dentropy.estimators as e;"
-        "from dentropy.stats.tables import SequenceSums;"
-        "c = {n: np.arange(1.0, 5.0) for n in 'n_tokens logp entropy dlogp dentropy entropy_dlogp "
-        "entropy_to_go length_to_go'.split()};"
-        "s = SequenceSums(**c, group=np.arange(4), rollout=np.arange(4));"
-        "e.slope(s); e.importance(s, s); e.on_policy_audit(s);"
-        "print([m for m in ('scipy', 'arviz_stats', 'xarray') if m in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"

@@ -5,28 +5,19 @@ import warnings
 
 import numpy as np
 import pytest
-from oracles import TinyPolicy, influence_by_repetition, repeat_rows
+from oracles import influence_by_repetition, repeat_rows
+from tables import FIRST_ORDER, POLICY, SECOND_ORDER, in_one_group, one_table, per_both, take, with_value
 
 from dentropy.estimators import importance, slope
 from dentropy.stats.tables import SequenceSums
 
-POLICY = TinyPolicy()
-BASE = {name: column for name, column in POLICY.columns().items() if name in ("n_tokens", "logp", "entropy")}
-MOVED = {name: column for name, column in POLICY.columns(0.2).items() if name in BASE}
-per_both = pytest.mark.parametrize("per", ["token", "sequence"])
-
 
 def pair(seed=0, n_groups=16, per_group=4):
-    rng = np.random.default_rng(seed)
-    (prompt,), (sequence,) = POLICY.sample(rng, 1, n_groups=n_groups, per_group=per_group)
-    return (
-        POLICY.table(prompt, sequence, BASE, per_group=per_group),
-        POLICY.table(prompt, sequence, MOVED, per_group=per_group),
+    """The same rollouts at η = 0 and 0.2, without tangents."""
+    return tuple(
+        dataclasses.replace(one_table(seed, eta, n_groups, per_group), **dict.fromkeys(FIRST_ORDER + SECOND_ORDER))
+        for eta in (0.0, 0.2)
     )
-
-
-def take(sums, rows):
-    return SequenceSums(**{name: values[rows] for name, values in sums.columns().items()})
 
 
 @per_both
@@ -101,19 +92,14 @@ def test_influence_is_the_derivative_with_respect_to_a_rollout_s_weight(per):
 
 @per_both
 def test_contributions_linearize_to_those_of_the_exact_slope(per):
-    (prompt,), (sequence,) = POLICY.sample(np.random.default_rng(3), 1)
-    base = POLICY.table(prompt, sequence, POLICY.columns())
+    base = one_table(3)
     linear = slope(base, estimator="exact", per=per).contributions
-    near = POLICY.table(prompt, sequence, POLICY.columns(0.01))
-    assert np.corrcoef(importance(base, near, per=per).contributions, linear)[0, 1] > 0.99
+    assert np.corrcoef(importance(base, one_table(3, 0.01), per=per).contributions, linear)[0, 1] > 0.99
     # The common denominator Σ w T moves too: its part of the derivative sums to 0 over the rollouts.
     size = base.n_tokens if per == "token" else np.ones(64)
     centred = base.entropy - base.entropy.sum() / size.sum() * size
     derivative = linear - centred * (size * base.dlogp).sum() / size.sum() ** 2
-    up, down = (
-        importance(base, POLICY.table(prompt, sequence, POLICY.columns(eta)), per=per).contributions
-        for eta in (1e-5, -1e-5)
-    )
+    up, down = (importance(base, one_table(3, eta), per=per).contributions for eta in (1e-5, -1e-5))
     np.testing.assert_allclose((up - down) / 2e-5, derivative, atol=1e-8 * np.abs(linear).max())
 
 
@@ -158,7 +144,7 @@ def test_empty_rollouts_add_nothing_per_token():
     assert importance(padded(base), faint).ess_tokens == pytest.approx(plain.ess_tokens, rel=1e-10)
     assert importance(padded(base), faint).delta == pytest.approx(plain.delta, rel=1e-10)
     lost = dataclasses.replace(padded(moved), logp=np.append(moved.logp - 2000.0, [0, 0]))
-    with pytest.raises(ValueError, match="moved.logp is so far below base.logp"):
+    with pytest.raises(ValueError, match="moved.logp: so far below base.logp"):
         importance(padded(base), lost)
 
 
@@ -167,48 +153,41 @@ def test_one_rollout_and_one_group():
     one = importance(take(base, [7]), take(moved, [7]))
     assert one.delta == pytest.approx((moved.entropy[7] - base.entropy[7]) / base.n_tokens[7], rel=1e-12)
     assert one.stderr is None and "the only rollout" in one.stderr_reason
-    zeros = np.zeros(64, dtype=int)
-    group = importance(dataclasses.replace(base, group=zeros), dataclasses.replace(moved, group=zeros))
-    assert group.stderr is None and "one group" in group.stderr_reason
-    assert (
-        importance(
-            dataclasses.replace(base, group=zeros), dataclasses.replace(moved, group=zeros), prompts="fixed"
-        ).stderr
-        > 0
-    )
+    together = in_one_group(base), in_one_group(moved)
+    assert importance(*together).stderr is None and "one group" in importance(*together).stderr_reason
+    assert importance(*together, prompts="fixed").stderr > 0
 
 
 def test_tables_of_other_rollouts():
     base, moved = pair()
-    with pytest.raises(ValueError, match="rollout 63 is missing in moved"):
+    with pytest.raises(ValueError, match="moved: rollout 63 is missing"):
         importance(base, take(moved, np.arange(63)))
-    with pytest.raises(ValueError, match="rollout 0 is missing in base"):
+    with pytest.raises(ValueError, match="base: rollout 0 is missing"):
         importance(take(base, np.arange(1, 64)), moved)
-    with pytest.raises(ValueError, match="base.rollout holds 3 more than once"):
+    with pytest.raises(ValueError, match="base.rollout: 3 occurs more than once"):
         importance(take(base, [3, 3]), take(moved, [3, 4]))
-    with pytest.raises(ValueError, match="moved.rollout holds 4 more than once"):
+    with pytest.raises(ValueError, match="moved.rollout: 4 occurs more than once"):
         importance(take(base, [3, 4]), take(moved, [4, 3, 4]))
     longer = dataclasses.replace(moved, n_tokens=moved.n_tokens + (np.arange(64) == 12))
-    with pytest.raises(ValueError, match="moved.n_tokens is .* for rollout 12"):
+    with pytest.raises(ValueError, match="moved.n_tokens: .* for rollout 12"):
         importance(base, longer)
     regrouped = dataclasses.replace(moved, group=np.where(np.arange(64) == 20, 99, moved.group))
-    with pytest.raises(ValueError, match="moved.group is 99 for rollout 20, expected 5"):
+    with pytest.raises(ValueError, match="moved.group: 99 for rollout 20, expected 5"):
         importance(base, regrouped)
 
 
 def test_bad_values_and_choices():
     base, moved = pair()
-    with pytest.raises(ValueError, match="moved.logp is -inf for rollout 8"):
-        importance(base, dataclasses.replace(moved, logp=np.where(np.arange(64) == 8, -np.inf, moved.logp)))
-    with pytest.raises(ValueError, match="base.entropy is nan for rollout 2"):
-        entropy = np.where(np.arange(64) == 2, np.nan, base.entropy)
-        importance(dataclasses.replace(base, entropy=entropy), moved)
-    with pytest.raises(ValueError, match="base has no rows"):
+    with pytest.raises(ValueError, match="moved.logp: -inf for rollout 8"):
+        importance(base, with_value(moved, "logp", 8, -np.inf))
+    with pytest.raises(ValueError, match="base.entropy: nan for rollout 2"):
+        importance(with_value(base, "entropy", 2, np.nan), moved)
+    with pytest.raises(ValueError, match="base: no rows"):
         importance(take(base, []), take(moved, []))
     zeros = np.zeros(64)
-    with pytest.raises(ValueError, match="base.n_tokens is 0 for all 64"):
+    with pytest.raises(ValueError, match="base.n_tokens: 0 for all 64"):
         importance(dataclasses.replace(base, n_tokens=zeros), dataclasses.replace(moved, n_tokens=zeros))
-    with pytest.raises(ValueError, match="per is 'word'"):
+    with pytest.raises(ValueError, match="per: 'word'"):
         importance(base, moved, per="word")
-    with pytest.raises(ValueError, match="prompts is 'all'"):
+    with pytest.raises(ValueError, match="prompts: 'all'"):
         importance(base, moved, prompts="all")

@@ -4,39 +4,35 @@ import dataclasses
 
 import numpy as np
 import pytest
-from oracles import TinyPolicy, repeat_rows
+from oracles import repeat_rows
+from tables import in_one_group, one_table, per_both, prompts_both, take
 
 from dentropy.estimators import curvature, importance, predict, prediction_error, slope, trust_range
 
-POLICY = TinyPolicy()
-COLUMNS, MOVED = POLICY.columns(), POLICY.columns(0.2)
 STATISTICS = {
     "causal": lambda base, moved, **how: slope(base, **how),
     "exact": lambda base, moved, **how: slope(base, estimator="exact", **how),
     "mixed": lambda base, moved, **how: slope(base, estimator="mixed", **how),
     "curvature": lambda base, moved, **how: curvature(base, **how),
     "importance": lambda base, moved, **how: importance(base, moved, **how),
-    "prediction": lambda base, moved, **how: predict(base, 0.2, order=2, **how),
-    "prediction error": lambda base, moved, **how: prediction_error(base, moved, 0.2, order=2, **how),
+    "prediction": lambda base, moved, **how: predict(slope(base, **how), 0.2, curvature(base, **how)),
+    "prediction error": lambda base, moved, **how: prediction_error(
+        predict(slope(base, **how), 0.2, curvature(base, **how)), importance(base, moved, **how)
+    ),
     "trust range": lambda base, moved, **how: trust_range(slope(base, **how), curvature(base, **how)),
 }
 statistic_all = pytest.mark.parametrize("statistic", STATISTICS)
-per_both = pytest.mark.parametrize("per", ["token", "sequence"])
 
 
 def tables(seed=0, n_groups=7, per_group=4):
     """A table at η = 0 and one at 0.2: groups of unequal size, labels in no order."""
-    rng = np.random.default_rng(seed)
-    (prompt,), (sequence,) = POLICY.sample(rng, 1, n_groups=n_groups, per_group=per_group)
-    group = 5 - 3 * (np.arange(len(prompt)) // per_group)
+    count = n_groups * per_group
+    group = 5 - 3 * (np.arange(count) // per_group)
     group[[5, 17]] = group[0], group[0]
-    order = np.random.default_rng(seed + 1).permutation(len(prompt))
-
-    def scored(columns):
-        sums = dataclasses.replace(POLICY.table(prompt, sequence, columns, per_group=per_group), group=group)
-        return dataclasses.replace(sums, **{name: c[order] for name, c in sums.columns().items()})
-
-    return scored(COLUMNS), scored(MOVED)
+    order = np.random.default_rng(seed + 1).permutation(count)
+    return tuple(
+        take(dataclasses.replace(one_table(seed, eta, n_groups, per_group), group=group), order) for eta in (0.0, 0.2)
+    )
 
 
 def weighted(statistic, base, moved, counts, per):
@@ -79,10 +75,9 @@ def test_fixed_prompts_leave_out_one_rollout_and_keep_the_prompt_s_weight(statis
 
 
 @pytest.mark.parametrize("statistic", [name for name in STATISTICS if name != "trust range"])
-@pytest.mark.parametrize("prompts", ["random", "fixed"])
+@prompts_both
 def test_agrees_with_the_delta_method_in_large_batches(statistic, prompts):
-    (prompt,), (sequence,) = POLICY.sample(np.random.default_rng(3), 1, n_groups=2000)
-    base, moved = (POLICY.table(prompt, sequence, columns) for columns in (COLUMNS, MOVED))
+    base, moved = one_table(3, n_groups=2000), one_table(3, 0.2, n_groups=2000)
     found = STATISTICS[statistic](base, moved, prompts=prompts)
     assert found.jackknife_stderr == pytest.approx(found.delta_stderr, rel=0.01)
     assert found.stderr == found.delta_stderr and found.warnings == ()
@@ -99,13 +94,13 @@ def test_a_group_that_holds_all_the_weight_cannot_be_left_out():
     one = dataclasses.replace(moved, logp=moved.logp + np.where(np.arange(len(base)) == 9, 40.0, 0.0))
     reason = importance(base, one, prompts="fixed").jackknife_reason
     assert reason.startswith(f"one rollout of group {base.group[9]} holds all")
-    error = prediction_error(base, heavy, 0.2)
+    error = prediction_error(predict(slope(base), 0.2), result)
     assert error.jackknife_reason == result.jackknife_reason and error.stderr == error.delta_stderr
 
 
 def test_groups_without_a_standard_error_have_no_jackknife_either():
     base, _ = tables()
-    one_group = slope(dataclasses.replace(base, group=np.zeros(len(base), dtype=int)))
+    one_group = slope(in_one_group(base))
     assert one_group.jackknife_stderr is None and one_group.jackknife_reason == one_group.stderr_reason
     alone = slope(dataclasses.replace(base, group=np.arange(len(base))), prompts="fixed")
     assert alone.leave_one_out is None and "has one rollout" in alone.jackknife_reason

@@ -5,23 +5,25 @@ import dataclasses
 import numpy as np
 import pytest
 from oracles import TinyPolicy, influence_by_repetition, repeat_rows
+from tables import (
+    ESTIMATORS,
+    FIRST_ORDER,
+    POLICY,
+    SECOND_ORDER,
+    estimator_all,
+    in_one_group,
+    one_table,
+    order_both,
+    per_both,
+    predicted,
+)
 
 from dentropy.estimators import curvature, importance, predict, prediction_error, slope, trust_range
 
-POLICY = TinyPolicy()
-COLUMNS = POLICY.columns()
-ESTIMATORS = ("causal", "exact", "mixed")
-FIRST_ORDER = ("dlogp", "dentropy", "entropy_dlogp", "entropy_to_go", "length_to_go")
-SECOND_ORDER = ("d2logp", "d2entropy")
-per_both = pytest.mark.parametrize("per", ["token", "sequence"])
-order_both = pytest.mark.parametrize("order", [1, 2])
-estimator_all = pytest.mark.parametrize("estimator", ESTIMATORS)
 
-
-def one_table(seed=0, eta=0.0, n_groups=16, per_group=4):
-    rng = np.random.default_rng(seed)
-    (prompt,), (sequence,) = POLICY.sample(rng, 1, n_groups=n_groups, per_group=per_group)
-    return POLICY.table(prompt, sequence, COLUMNS if eta == 0 else POLICY.columns(eta), per_group=per_group)
+def error_of(base, moved, eta, per="token", **how):
+    """The prediction's error from two tables."""
+    return prediction_error(predicted(base, eta, per=per, **how), importance(base, moved, per=per))
 
 
 def along(sums, c):
@@ -35,8 +37,7 @@ def along(sums, c):
 def test_prediction_is_taylor_s(estimator, per):
     sums, eta = one_table(), 0.3
     first, second = slope(sums, estimator=estimator, per=per), curvature(sums, per=per)
-    linear = predict(sums, eta, estimator=estimator, per=per)
-    quadratic = predict(sums, eta, order=2, estimator=estimator, per=per)
+    linear, quadratic = predict(first, eta), predict(first, eta, second)
     assert linear.value == pytest.approx(eta * first.value, rel=1e-14)
     assert quadratic.value == pytest.approx(eta * first.value + eta**2 * second.value / 2, rel=1e-13)
     assert linear.stderr == pytest.approx(eta * first.stderr, rel=1e-12)
@@ -55,7 +56,7 @@ def test_a_large_batch_predicts_the_true_change_to_its_order(order, per):
     base = one_table(1, n_groups=20_000)
     for eta in (0.02, 0.04):
         truth = POLICY.truth(eta, per)[0] - POLICY.truth(0.0, per)[0]
-        estimate = predict(base, eta, order=order, estimator="exact", per=per)
+        estimate = predicted(base, eta, order, "exact", per)
         _, first, second = POLICY.truth(0.0, per)
         remainder = abs(truth - eta * first - (eta**2 * second / 2 if order == 2 else 0))
         assert abs(estimate.value - truth) < 4 * estimate.stderr + 1.01 * remainder
@@ -66,23 +67,24 @@ def test_a_large_batch_predicts_the_true_change_to_its_order(order, per):
 @estimator_all
 def test_error_is_prediction_less_measurement_rollout_by_rollout(estimator, order, per):
     base, moved, how = one_table(), one_table(eta=0.2), {"order": order, "estimator": estimator, "per": per}
-    error = prediction_error(base, moved, 0.2, **how)
-    predicted, measured = predict(base, 0.2, **how), importance(base, moved, per=per)
-    assert error.value == pytest.approx(predicted.value - measured.delta, rel=1e-12)
-    assert error.parts == pytest.approx({"prediction": predicted.value, "measurement": -measured.delta})
-    contributions = predicted.contributions - measured.contributions
+    ahead, measured = predicted(base, 0.2, **how), importance(base, moved, per=per)
+    error = prediction_error(ahead, measured)
+    assert (error.name, error.estimator, error.per) == ("prediction error", estimator, per)
+    assert error.value == pytest.approx(ahead.value - measured.delta, rel=1e-12)
+    assert error.parts == pytest.approx({"prediction": ahead.value, "measurement": -measured.delta})
+    contributions = ahead.contributions - measured.contributions
     np.testing.assert_allclose(error.contributions, contributions, atol=1e-15)
     if estimator == "exact":  # the two share their noise
-        assert error.stderr < 0.5 * np.hypot(predicted.stderr, measured.stderr)
+        assert error.stderr < 0.5 * np.hypot(ahead.stderr, measured.stderr)
 
 
 @per_both
 @order_both
 def test_influence_is_the_derivative_with_respect_to_a_rollout_s_weight(order, per):
-    base, moved = one_table(2, n_groups=6, per_group=2), one_table(2, 0.2, n_groups=6, per_group=2)
+    base, moved = one_table(2, n_groups=6, per_group=2), one_table(2, eta=0.2, n_groups=6, per_group=2)
     for function in (
-        lambda b, m: predict(b, 0.2, order=order, per=per),
-        lambda b, m: prediction_error(b, m, 0.2, order=order, per=per),
+        lambda b, m: predicted(b, 0.2, order, per=per),
+        lambda b, m: error_of(b, m, 0.2, order=order, per=per),
     ):
 
         def value(counts, function=function):
@@ -95,9 +97,9 @@ def test_influence_is_the_derivative_with_respect_to_a_rollout_s_weight(order, p
 @per_both
 def test_the_error_of_the_exact_linear_prediction_is_the_curvature_s_term(per):
     base, eta = one_table(3), 1e-3
-    error = prediction_error(base, one_table(3, eta), eta, estimator="exact", per=per)
+    error = error_of(base, one_table(3, eta), eta, estimator="exact", per=per)
     assert error.value == pytest.approx(-(eta**2) * curvature(base, per=per).value / 2, rel=0.01)
-    left = prediction_error(base, one_table(3, eta), eta, order=2, estimator="exact", per=per)
+    left = error_of(base, one_table(3, eta), eta, order=2, estimator="exact", per=per)
     assert abs(left.value) < 0.01 * abs(error.value)
 
 
@@ -110,8 +112,7 @@ def test_the_direction_s_length_scales_out(c):
         assert other.value == pytest.approx(c * one.value, rel=1e-12)
         assert other.stderr == pytest.approx(c * one.stderr, rel=1e-11)
     assert curvature(scaled).value == pytest.approx(c**2 * curvature(base).value, rel=1e-12)
-    same = predict(scaled, 0.3 / c, order=2).value
-    assert same == pytest.approx(predict(base, 0.3, order=2).value, rel=1e-12)
+    assert predicted(scaled, 0.3 / c, 2).value == pytest.approx(predicted(base, 0.3, 2).value, rel=1e-12)
     here, there = trust_range(slope(base), curvature(base)), trust_range(slope(scaled), curvature(scaled))
     assert there.eta_star * c == pytest.approx(here.eta_star, rel=1e-12)
     assert there.stderr * c == pytest.approx(here.stderr, rel=1e-9)
@@ -122,11 +123,11 @@ def test_trust_range_is_where_the_two_terms_are_equal(per):
     sums = one_table(5)
     first, second = slope(sums, per=per), curvature(sums, per=per)
     reach = trust_range(first, second)
-    parts = predict(sums, reach.eta_star, order=2, per=per).parts
+    parts = predict(first, reach.eta_star, second).parts
     assert abs(parts["linear"]) == pytest.approx(abs(parts["quadratic"]), rel=1e-12)
     for sign in (1, -1):
-        linear = predict(sums, sign * reach.linear_limit, per=per).value
-        quadratic = predict(sums, sign * reach.linear_limit, order=2, per=per).value
+        linear = predict(first, sign * reach.linear_limit).value
+        quadratic = predict(first, sign * reach.linear_limit, second).value
         assert abs(quadratic - linear) == pytest.approx(0.1 * abs(linear), rel=1e-9)
 
 
@@ -172,21 +173,41 @@ def test_trust_range_says_when_slope_or_curvature_is_not_told_apart_from_0():
 
 def test_bad_input():
     base, moved = one_table(), one_table(eta=0.2)
+    first, measured = slope(base), importance(base, moved)
     for eta in (np.nan, np.inf):
-        with pytest.raises(ValueError, match="eta is (nan|inf), expected a finite number"):
-            predict(base, eta)
-        with pytest.raises(ValueError, match="eta is"):
-            prediction_error(base, moved, eta)
-    with pytest.raises(ValueError, match="order is 3, expected 1 or 2"):
-        predict(base, 0.1, order=3)
-    with pytest.raises(ValueError, match="sums.d2logp is None.*measure with order=2"):
-        predict(dataclasses.replace(base, d2logp=None, d2entropy=None), 0.1, order=2)
+        with pytest.raises(ValueError, match="eta: (nan|inf), expected a finite number"):
+            predict(first, eta)
+    ahead = predict(first, 0.1)
+    with pytest.raises(ValueError, match="first: a SequenceSums, expected a slope"):
+        predict(base, 0.1)
+    with pytest.raises(ValueError, match="predicted: a slope, expected a prediction"):
+        prediction_error(first, measured)
+    with pytest.raises(ValueError, match="measured: a SequenceSums, expected an ImportanceResult"):
+        prediction_error(ahead, moved)
+
+
+@pytest.mark.parametrize("both", [trust_range, lambda first, second: predict(first, 0.1, second)])
+def test_slope_and_curvature_must_be_of_the_same_rollouts(both):
+    base = one_table()
     first, second = slope(base), curvature(base)
-    with pytest.raises(ValueError, match="first is a curvature, expected a slope"):
-        trust_range(second, first)
-    with pytest.raises(ValueError, match="second has per='sequence', expected 'token'"):
-        trust_range(first, curvature(base, per="sequence"))
-    with pytest.raises(ValueError, match="second has prompts='fixed', expected 'random'"):
-        trust_range(first, curvature(base, prompts="fixed"))
-    with pytest.raises(ValueError, match="other rollouts"):
-        trust_range(first, curvature(one_table(1, n_groups=17)))
+    for arguments, message in (
+        ((second, second), "first: a curvature, expected a slope"),
+        ((first, first), "second: a slope, expected a curvature"),
+        ((first, curvature(base, per="sequence")), "second: per='sequence', expected 'token'"),
+        ((first, curvature(base, prompts="fixed")), "second: prompts='fixed', expected 'random'"),
+        ((first, curvature(one_table(1, n_groups=17))), "second: of other rollouts"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            both(*arguments)
+
+
+def test_prediction_and_measurement_must_be_of_the_same_rollouts():
+    base, moved = one_table(), one_table(eta=0.2)
+    ahead = predict(slope(base), 0.2)
+    for measured, message in (
+        (importance(base, moved, per="sequence"), "measured: per='sequence', expected 'token'"),
+        (importance(base, moved, prompts="fixed"), "measured: prompts='fixed', expected 'random'"),
+        (importance(in_one_group(base), in_one_group(moved)), "measured: of other rollouts"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            prediction_error(ahead, measured)

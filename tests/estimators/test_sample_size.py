@@ -4,18 +4,15 @@ import dataclasses
 
 import numpy as np
 import pytest
-from oracles import TinyPolicy
+from tables import POLICY, columns, in_one_group
 
 from dentropy.estimators import curvature, importance, rollouts_needed, slope
-
-POLICY = TinyPolicy()
-COLUMNS = POLICY.columns()
 
 
 def tables(n_batches, n_groups, per_group=4, prompts="random"):
     rng = np.random.default_rng(3)
     drawn = POLICY.sample(rng, n_batches, n_groups=n_groups, per_group=per_group, prompts=prompts)
-    return [POLICY.table(*batch, COLUMNS, per_group=per_group) for batch in zip(*drawn, strict=True)]
+    return [POLICY.table(*batch, columns(), per_group=per_group) for batch in zip(*drawn, strict=True)]
 
 
 def typical_stderr(estimates):
@@ -55,7 +52,7 @@ def test_rounding_up_and_the_least_there_is():
 def test_bad_input():
     (sums,) = tables(1, 16)
     for stderr in (0, -1.0, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match="stderr is .*, expected a positive number"):
+        with pytest.raises(ValueError, match="stderr: .*, expected a positive number"):
             rollouts_needed(slope(sums), stderr)
-    with pytest.raises(ValueError, match="no standard error to start from: all 64 rollouts are in one group"):
-        rollouts_needed(slope(dataclasses.replace(sums, group=np.zeros(64, dtype=int))), 0.1)
+    with pytest.raises(ValueError, match="estimate: no standard error, expected one to start from: all 64"):
+        rollouts_needed(slope(in_one_group(sums)), 0.1)

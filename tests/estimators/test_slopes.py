@@ -5,41 +5,24 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from oracles import TinyPolicy, influence_by_repetition, repeat_rows
+from oracles import influence_by_repetition, repeat_rows
+from tables import (
+    ESTIMATORS,
+    FIRST_ORDER,
+    POLICY,
+    columns,
+    estimator_all,
+    in_one_group,
+    one_batch,
+    one_table,
+    per_both,
+    table_with_tokens,
+    take,
+)
 
 from dentropy.estimators import importance, slope
 from dentropy.stats.plain import sequence_sums, token_stats
-from dentropy.stats.tables import SequenceSums, TokenStats
-
-POLICY = TinyPolicy()
-COLUMNS = POLICY.columns()
-ESTIMATORS = ("causal", "exact", "mixed")
-per_both = pytest.mark.parametrize("per", ["token", "sequence"])
-estimator_all = pytest.mark.parametrize("estimator", ESTIMATORS)
-
-
-def one_batch(seed=0, n_groups=16, per_group=4):
-    rng = np.random.default_rng(seed)
-    (prompt,), (sequence,) = POLICY.sample(rng, 1, n_groups=n_groups, per_group=per_group)
-    return prompt, sequence
-
-
-def one_table(seed=0, n_groups=16, per_group=4, eta=0.0):
-    columns = COLUMNS if eta == 0 else POLICY.columns(eta)
-    return POLICY.table(*one_batch(seed, n_groups, per_group), columns, per_group=per_group)
-
-
-def with_tokens(prompt, sequence):
-    """A table that kept its per-token values."""
-    logp, entropy = POLICY.token_jets(0.0)
-    keep = POLICY.mask[sequence]
-    tokens = TokenStats(
-        *(
-            torch.from_numpy(jet[order, prompt, sequence][keep])
-            for order, jet in ((0, logp), (0, entropy), (1, logp), (1, entropy))
-        )
-    )
-    return dataclasses.replace(POLICY.table(prompt, sequence, COLUMNS), tokens=tokens)
+from dentropy.stats.tables import SequenceSums
 
 
 @per_both
@@ -54,7 +37,7 @@ def test_the_oracle_s_jets_are_derivatives_of_its_enumerated_entropy(per, eta):
 
 def test_the_oracle_s_sampler_follows_the_enumerated_probabilities():
     prompt, sequence = POLICY.sample(np.random.default_rng(1), 1, n_groups=1, per_group=200_000)
-    probability = np.exp(COLUMNS["logp"][prompt[0, 0]])
+    probability = np.exp(columns()["logp"][prompt[0, 0]])
     assert probability.sum() == pytest.approx(1, abs=1e-12)
     counts = np.bincount(sequence[0], minlength=probability.size)
     chi2 = np.sum((counts - counts.sum() * probability) ** 2 / (counts.sum() * probability))
@@ -66,10 +49,10 @@ def test_the_oracle_s_columns_are_those_of_the_token_statistics():
     prompt, sequence = one_batch(1)
     packed = {name: torch.from_numpy(values) for name, values in POLICY.packed(prompt, sequence, 0.3).items()}
     cu_seqlens = packed.pop("cu_seqlens")
-    columns = sequence_sums(token_stats(**packed), cu_seqlens).columns()
+    found = sequence_sums(token_stats(**packed), cu_seqlens).columns()
     for name, expected in one_table(1, eta=0.3).columns().items():
         if name != "group":
-            np.testing.assert_allclose(columns[name], expected, rtol=1e-11, atol=1e-12, err_msg=name)
+            np.testing.assert_allclose(found[name], expected, rtol=1e-11, atol=1e-12, err_msg=name)
 
 
 @per_both
@@ -141,7 +124,7 @@ def test_uncorrected_is_mixed_without_its_last_term(baseline):
 
 @per_both
 def test_baseline_arrays(per):
-    sums = with_tokens(*one_batch(6))
+    sums = table_with_tokens(*one_batch(6))
     named = {name: slope(sums, estimator="mixed", per=per, baseline=name) for name in ("none", "entropy")}
     for name, array in (("none", np.zeros(len(sums.tokens.logp))), ("entropy", sums.tokens.entropy)):
         given = slope(sums, estimator="mixed", per=per, baseline=array)
@@ -155,7 +138,7 @@ def test_baseline_arrays(per):
 
 def test_baseline_array_skips_empty_rollouts():
     prompt, sequence = one_batch(6)
-    full = with_tokens(prompt, sequence)
+    full = table_with_tokens(prompt, sequence)
     baseline = np.linspace(0, 1, len(full.tokens.logp))
     empty = {name: np.insert(values, [0, 10, 64], 0) for name, values in full.columns().items()}
     padded = SequenceSums(**empty | {"rollout": np.arange(67)}, tokens=full.tokens)
@@ -190,11 +173,10 @@ def test_row_order_does_not_matter_and_the_direction_s_length_scales_out(estimat
     sums = one_table(9)
     estimate = slope(sums, estimator=estimator)
     order = np.random.default_rng(0).permutation(len(sums))
-    shuffled = slope(SequenceSums(**{n: c[order] for n, c in sums.columns().items()}), estimator=estimator)
+    shuffled = slope(take(sums, order), estimator=estimator)
     assert shuffled.value == pytest.approx(estimate.value, rel=1e-12)
     assert shuffled.stderr == pytest.approx(estimate.stderr, rel=1e-12)
-    first_order = ("dlogp", "dentropy", "entropy_dlogp", "entropy_to_go", "length_to_go")
-    scaled = dataclasses.replace(sums, **{name: 3 * getattr(sums, name) for name in first_order})
+    scaled = dataclasses.replace(sums, **{name: 3 * getattr(sums, name) for name in FIRST_ORDER})
     assert slope(scaled, estimator=estimator).value == pytest.approx(3 * estimate.value, rel=1e-12)
     assert slope(scaled, estimator=estimator).stderr == pytest.approx(3 * estimate.stderr, rel=1e-12)
 
@@ -202,8 +184,8 @@ def test_row_order_does_not_matter_and_the_direction_s_length_scales_out(estimat
 @estimator_all
 def test_empty_rollouts_count_per_sequence_and_not_per_token(estimator):
     sums = one_table(10)
-    columns = {name: np.append(values, [0, 0]) for name, values in sums.columns().items()}
-    padded = SequenceSums(**columns | {"rollout": np.arange(66), "group": np.append(sums.group, [3, 99])})
+    longer = {name: np.append(values, [0, 0]) for name, values in sums.columns().items()}
+    padded = SequenceSums(**longer | {"rollout": np.arange(66), "group": np.append(sums.group, [3, 99])})
     assert slope(padded, estimator=estimator).value == pytest.approx(slope(sums, estimator=estimator).value, rel=1e-12)
     if estimator == "causal":
         assert slope(padded, per="sequence").value == pytest.approx(
@@ -215,16 +197,16 @@ def test_empty_rollouts_count_per_sequence_and_not_per_token(estimator):
 @estimator_all
 def test_one_rollout_has_a_value_and_no_stderr(estimator, per):
     for row in (POLICY.sequences.index((0,)), POLICY.sequences.index((1, 2, 0))):
-        estimate = slope(POLICY.table(np.array([3]), np.array([row]), COLUMNS), estimator=estimator, per=per)
+        estimate = slope(POLICY.table(np.array([3]), np.array([row]), columns()), estimator=estimator, per=per)
         assert np.isfinite(estimate.value) and estimate.stderr is None
         assert "two groups" in estimate.stderr_reason
         if estimator == "exact" and per == "token":  # its own mean entropy is H̄: the weights cancel
-            pathwise = COLUMNS["dentropy"][3, row] / POLICY.lengths[row]
+            pathwise = columns()["dentropy"][3, row] / POLICY.lengths[row]
             assert estimate.value == pytest.approx(pathwise, rel=1e-9)
 
 
 def test_one_group_and_groups_of_one():
-    sums = dataclasses.replace(one_table(11), group=np.zeros(64, dtype=int))
+    sums = in_one_group(one_table(11))
     assert slope(sums).stderr is None and "one group" in slope(sums).stderr_reason
     assert slope(sums, prompts="fixed").stderr > 0
     alone = dataclasses.replace(sums, group=np.arange(64))
@@ -235,12 +217,12 @@ def test_one_group_and_groups_of_one():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"estimator": "best"}, "estimator is 'best', expected one of 'causal', 'exact', 'mixed'"),
-        ({"per": "rollout"}, "per is 'rollout', expected one of 'token', 'sequence'"),
-        ({"prompts": "mine"}, "prompts is 'mine', expected one of 'random', 'fixed'"),
-        ({"baseline": "mean"}, "baseline is 'mean', expected one of 'none', 'entropy'"),
-        ({"estimator": None}, "estimator is None"),
-        ({"baseline": np.zeros(3)}, "keep_tokens=True"),
+        ({"estimator": "best"}, "estimator: 'best', expected one of 'causal', 'exact', 'mixed'"),
+        ({"per": "rollout"}, "per: 'rollout', expected one of 'token', 'sequence'"),
+        ({"prompts": "mine"}, "prompts: 'mine', expected one of 'random', 'fixed'"),
+        ({"baseline": "mean"}, "baseline: 'mean', expected one of 'none', 'entropy'"),
+        ({"estimator": None}, "estimator: None, expected"),
+        ({"baseline": np.zeros(3)}, "baseline: an array for a table without tokens, expected .*keep_tokens=True"),
     ],
 )
 def test_bad_arguments(arguments, message):
@@ -249,25 +231,9 @@ def test_bad_arguments(arguments, message):
 
 
 def test_bad_baseline_arrays():
-    sums = with_tokens(*one_batch())
+    sums = table_with_tokens(*one_batch())
     n = int(sums.n_tokens.sum())
-    with pytest.raises(ValueError, match=rf"baseline has shape \({n - 1},\), expected \({n},\)"):
+    with pytest.raises(ValueError, match=rf"baseline: shape \({n - 1},\), expected \({n},\)"):
         slope(sums, baseline=np.zeros(n - 1))
-    with pytest.raises(ValueError, match="baseline is nan at token 4"):
+    with pytest.raises(ValueError, match="baseline: nan at token 4"):
         slope(sums, baseline=np.where(np.arange(n) == 4, np.nan, 0.0))
-
-
-def test_bad_tables():
-    sums = one_table()
-    rows = {name: values[:0] for name, values in sums.columns().items()}
-    with pytest.raises(ValueError, match="sums has no rows"):
-        slope(SequenceSums(**rows))
-    for per in ("token", "sequence"):
-        with pytest.raises(ValueError, match="sums.n_tokens is 0 for all 64 rollouts"):
-            slope(dataclasses.replace(sums, n_tokens=np.zeros(64)), per=per)
-    tangents = ("dlogp", "dentropy", "entropy_dlogp", "entropy_to_go", "length_to_go")
-    with pytest.raises(ValueError, match="sums.dlogp is None.*measure with a direction"):
-        slope(dataclasses.replace(sums, **dict.fromkeys(tangents)))
-    broken = np.where(np.arange(64) == 5, np.nan, sums.dentropy)
-    with pytest.raises(ValueError, match=r"sums.dentropy is nan for rollout 5 \(1 of 64"):
-        slope(dataclasses.replace(sums, dentropy=broken))

@@ -1,4 +1,6 @@
 import dataclasses
+from collections import Counter
+from importlib import import_module
 from types import SimpleNamespace
 
 import numpy as np
@@ -96,6 +98,42 @@ def test_curvature_predictions_and_shares_belong_to_the_slope(result):
     assert sum(result.parameters.values()) == pytest.approx(result.slopes["causal"].value, abs=1e-5 * scale)
 
 
+def test_every_statistic_is_computed_once(policy, batch, direction, monkeypatch):
+    calls = Counter()
+
+    def counted(module, name):
+        function = getattr(module, name)
+
+        def wrapper(*args, **kwargs):
+            calls[f"{module.__name__.rpartition('.')[2]}.{name}"] += 1
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, wrapper)
+
+    for module, names in (
+        ("experiment.probe", ("slope", "curvature", "importance", "prediction_error", "trust_range")),
+        ("passes.noise_floor", ("slope", "importance")),
+        ("estimators.slopes", ("leave_one_out",)),
+        ("estimators.curvatures", ("slope", "leave_one_out")),
+        ("estimators.importance_sampling", ("leave_one_out",)),
+    ):
+        for name in names:
+            counted(import_module(f"dentropy.{module}"), name)
+    probe(policy, batch, direction, ETAS, parameters=False)
+    n = len(ETAS)
+    assert calls == {
+        "probe.slope": 3,
+        "probe.curvature": 1,
+        "probe.trust_range": 1,
+        "probe.importance": n,
+        "probe.prediction_error": n,
+        "noise_floor.importance": 4,
+        "slopes.leave_one_out": 3,
+        "curvatures.leave_one_out": 1,
+        "importance_sampling.leave_one_out": n + 4,
+    }
+
+
 def test_half_precision_has_no_curvature(batch):
     half = Policy(random_model("llama").to(torch.bfloat16))
     with pytest.warns(UserWarning, match="vanish"):
@@ -170,6 +208,25 @@ class TestFreshCheck:
             claimed = np.mean([getattr(check, error) ** 2 for check in checks]) ** 0.5
             assert claimed == pytest.approx(spread, rel=0.15)
 
+    @pytest.mark.parametrize("prompts", ["random", "fixed"])
+    def test_standard_errors_by_differentiation(self, prompts):
+        """ψ is the derivative with respect to a rollout's weight: of R_fresh − H̄ for the fresh ΔH, of R_fresh − R_moved
+        for the difference, where R_moved weighs the base rollouts."""
+        result, eta, fresh = made_up(np.random.default_rng(1), prompts)
+        base, moved, check = result.base, result.changes[0].moved, fresh_check(result, eta, fresh)
+        w = np.exp(moved.logp - base.logp)
+        assert check.difference == pytest.approx(ratio(fresh) - ratio(moved, w), rel=1e-9)
+        of_fresh = influence(fresh)
+        for stderr, of_base in ((check.stderr, influence(base)), (check.difference_stderr, influence(moved, w))):
+            variance = 0.0
+            for group in range(40):
+                mine, its = of_fresh[fresh.group == group], of_base[base.group == group]
+                if prompts == "random":
+                    variance += 40 / 39 * (mine.sum() - its.sum()) ** 2
+                else:
+                    variance += 4 * 4 * (mine.var(ddof=1) + its.var(ddof=1)) / 4
+            assert stderr == pytest.approx(variance**0.5, rel=1e-6)
+
     def test_an_eta_that_was_not_measured(self, result):
         with pytest.raises(ValueError, match="eta: 0.5 was not measured"):
             fresh_check(result, 0.5, result.base)
@@ -178,6 +235,17 @@ class TestFreshCheck:
         other = dataclasses.replace(result.base, group=result.base.group + 1)
         with pytest.raises(ValueError, match="its groups differ"):
             fresh_check(result, ETAS[0], other)
+
+
+def ratio(sums, weights=1.0):
+    """Σ w H / Σ w T."""
+    return (weights * sums.entropy).sum() / (weights * sums.n_tokens).sum()
+
+
+def influence(sums, weights=1.0, step=1e-4):
+    """The derivative of `ratio` with respect to the weight of each row, by central differences."""
+    moves = step * np.eye(len(sums))
+    return np.array([ratio(sums, weights * (1 + m)) - ratio(sums, weights * (1 - m)) for m in moves]) / (2 * step)
 
 
 def made_up(rng, prompts):
@@ -195,7 +263,7 @@ def made_up(rng, prompts):
     n_tokens, entropy = draw()
     base = table(n_tokens, entropy, np.zeros(160))
     moved = table(n_tokens, entropy, 0.1 * rng.normal(size=160))
-    change = SimpleNamespace(measured=importance(base, moved, prompts=prompts))
+    change = SimpleNamespace(moved=moved, measured=importance(base, moved, prompts=prompts))
     result = SimpleNamespace(
         base=base, base_entropy=entropy.sum() / n_tokens.sum(), etas=(1.0,), changes=(change,), prompts=prompts
     )

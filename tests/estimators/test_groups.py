@@ -1,9 +1,10 @@
-"""Clustered standard errors against textbook forms."""
+"""Prompt groups: clustered standard errors against textbook forms."""
 
 import numpy as np
 import pytest
 
 from dentropy.estimators import clustered_stderr
+from dentropy.estimators.groups import Groups
 
 
 def test_own_group_each_is_the_standard_error_of_a_mean():
@@ -53,9 +54,30 @@ def test_no_stderr_comes_with_its_reason():
 
 
 def test_bad_input():
-    with pytest.raises(ValueError, match="prompts is 'drawn', expected one of 'random', 'fixed'"):
+    with pytest.raises(ValueError, match="prompts: 'drawn', expected one of 'random', 'fixed'"):
         clustered_stderr(np.ones(2), np.arange(2), "drawn")
-    with pytest.raises(ValueError, match=r"influence has shape \(0,\)"):
+    with pytest.raises(ValueError, match=r"influence: shape \(0,\)"):
         clustered_stderr(np.ones(0), np.arange(0))
-    with pytest.raises(ValueError, match=r"group has shape \(3,\), expected \(2,\)"):
+    with pytest.raises(ValueError, match=r"group: shape \(3,\), expected \(2,\)"):
         clustered_stderr(np.ones(2), np.arange(3))
+
+
+def test_two_samples_of_the_same_prompts():
+    """Random prompts: the difference of two means varies with the prompts' own. Fixed: as two stratified samples do."""
+    rng = np.random.default_rng(4)
+    first, second = (rng.standard_normal((6, 4)) + np.arange(6)[:, None] for _ in range(2))
+    labels = 3 * np.repeat(np.arange(6), 4) - 5
+    influence = np.concatenate([(first - first.mean()).ravel(), -(second - second.mean()).ravel()]) / 24
+    paired, _ = Groups.of_two(labels, labels, "random").stderr(influence)
+    assert paired == pytest.approx((first - second).mean(1).std(ddof=1) / np.sqrt(6), rel=1e-12)
+    apart, _ = Groups.of_two(labels, labels, "fixed").stderr(influence)
+    within = sum(sample.var(1, ddof=1).sum() / 4 for sample in (first, second)) / 36
+    assert apart == pytest.approx(np.sqrt(within), rel=1e-12)
+
+
+def test_a_group_is_named_and_counted():
+    group = np.array([7, -2, 7, -2, -2])
+    random, fixed = Groups.of(group), Groups.of(group, "fixed")
+    assert (random.unit(1), random.count, random.dof) == ("group 7", "2 groups", 1)
+    assert (fixed.unit(1), fixed.count, fixed.dof) == ("one rollout of group -2", "5 rollouts in 2 groups", 3)
+    assert repr(fixed) == "FixedPrompts(5 rollouts in 2 groups)" and fixed.group.tolist() == group.tolist()
