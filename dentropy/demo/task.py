@@ -26,13 +26,15 @@ _SIGNED_TERM = re.compile("([-+]?)([0-9*]+)")
 def prompts(n: int, seed: int) -> list[str]:
     """Draw `n` prompts, their numbers uniform on 0..MAX_TARGET; the same seed gives the same list.
 
-    ValueError where `n` is negative.
+    Raises:
+        ValueError: Where `n` is negative.
 
-    >>> prompts(3, seed=0)
-    ['27=', '12=', '24=']
+    Example:
+        >>> prompts(3, seed=0)
+        ['27=', '12=', '24=']
     """
     if n < 0:
-        raise ValueError(f"n: expected 0 or more prompts, got {n}")
+        raise ValueError(f"n: {n}, expected 0 or more")
     rng = random.Random(seed)
     return [f"{rng.randint(0, MAX_TARGET)}=" for _ in range(n)]
 
@@ -40,14 +42,20 @@ def prompts(n: int, seed: int) -> list[str]:
 def reward(prompt: str, answer: str) -> float:
     """1.0 if `answer` is an expression that equals the prompt's number, else 0.0.
 
-    `answer` is the text without the end token. ValueError where `prompt` is not a number and an equals sign.
+    Args:
+        prompt: A number and an equals sign.
+        answer: The text without the end token.
 
-    >>> reward("17=", "2*8+1"), reward("17=", "2*8"), reward("17=", "017")
-    (1.0, 0.0, 0.0)
+    Raises:
+        ValueError: Where `prompt` is something else.
+
+    Example:
+        >>> reward("17=", "2*8+1"), reward("17=", "2*8"), reward("17=", "017")
+        (1.0, 0.0, 0.0)
     """
     match = _PROMPT.fullmatch(prompt)
     if match is None:
-        raise ValueError(f"prompt: expected a number and '=', such as '17=', got {prompt!r}")
+        raise ValueError(f"prompt: {prompt!r}, expected a number and '=', such as '17='")
     return float(value(answer) == int(match[1]))
 
 
@@ -57,8 +65,9 @@ def value(expression: str) -> int | None:
     expression = term {("+" | "-") term}, term = number {"*" number}, number = "0" | a digit 1-9 {digit}:
     no signs in front, no leading zeros, no brackets, no spaces, at most MAX_ANSWER characters.
 
-    >>> value("20-3*4"), value("-3"), value("3--3"), value("")
-    (8, None, None, None)
+    Example:
+        >>> value("20-3*4"), value("-3"), value("3--3"), value("")
+        (8, None, None, None)
     """
     if len(expression) > MAX_ANSWER or _EXPRESSION.fullmatch(expression) is None:
         return None
@@ -74,13 +83,17 @@ def random_expression(target: int, rng: random.Random) -> str:
 
     All terms but the last are random in 1..MAX_TERM, with signs that keep the running total within
     0..MAX_TARGET; the last one closes the gap. So all but the end of an answer is a free choice, and its end
-    is arithmetic. ValueError where `target` is outside 0..MAX_TARGET.
+    is arithmetic.
 
-    >>> random_expression(17, random.Random(1))
-    '5*2+7'
+    Raises:
+        ValueError: Where `target` is outside 0..MAX_TARGET.
+
+    Example:
+        >>> random_expression(17, random.Random(1))
+        '5*2+7'
     """
     if not 0 <= target <= MAX_TARGET:
-        raise ValueError(f"target: expected a number in 0..{MAX_TARGET}, got {target!r}")
+        raise ValueError(f"target: {target!r}, expected a number in 0..{MAX_TARGET}")
     n_terms = rng.randint(1, MAX_TERMS)
     total, text = 0, ""
     for _ in range(n_terms - 1):

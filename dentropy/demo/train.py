@@ -191,9 +191,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--eval", type=int, default=2048, help="answers sampled at the end")
     args = parser.parse_args(arguments)
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-        parser.error(f"argument --out: expected a new or empty folder, got {args.out}")
+        parser.error(f"--out: {args.out}, expected a new or an empty folder")
     if args.hidden % 32:
-        parser.error(f"argument --hidden: expected a multiple of 32, got {args.hidden}")
+        parser.error(f"--hidden: {args.hidden}, expected a multiple of 32")
     tokenizer = build_tokenizer()
     model = train(
         tokenizer, steps=args.steps, rows=args.rows, hidden=args.hidden, layers=args.layers, lr=args.lr, seed=args.seed

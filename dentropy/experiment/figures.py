@@ -18,14 +18,9 @@ import numpy as np
 UNCORRECTED, CORRECTED, MEASURED, FRESH, NOISE = "#D55E00", "#0072B2", "#000000", "#009E73", "#BBBBBB"
 
 
-def write(content: dict, columns: dict[str, np.ndarray], folder: str | Path) -> None:
-    """Draw the three figures into `folder`, which must exist."""
-    for name, figure in (
-        ("delta_entropy.png", delta_entropy(content)),
-        ("contributions.png", contributions(content, columns)),
-        ("weights.png", weights(content)),
-    ):
-        figure.savefig(Path(folder) / name, dpi=150)
+def write(path: Path, content: dict, columns: dict[str, np.ndarray]) -> None:
+    """Draw the figure whose file name `path` has, one of FIGURES."""
+    FIGURES[path.name](content, columns).savefig(path, dpi=150)
 
 
 def delta_entropy(content: dict):
@@ -161,6 +156,14 @@ def weights(content: dict):
     )
     top.set_title(_signed(finding), fontsize=11, loc="left")
     return figure
+
+
+# What draws each file from the content of results.json and the columns of rollouts.csv.
+FIGURES = {
+    "delta_entropy.png": lambda content, columns: delta_entropy(content),
+    "contributions.png": contributions,
+    "weights.png": lambda content, columns: weights(content),
+}
 
 
 def _figure(rows: int, *, height: float, sharey: bool = False):

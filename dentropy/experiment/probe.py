@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from dentropy.estimators import (
     Estimate,
-    ImportanceDiagnostics,
-    ImportanceResult,
-    OnPolicyAudit,
-    TrustRange,
     curvature,
     importance,
     importance_diagnostics,
@@ -27,8 +22,8 @@ from dentropy.estimators import (
 )
 from dentropy.estimators.columns import entropy_ratio
 from dentropy.estimators.groups import Groups
-from dentropy.experiment import results
-from dentropy.experiment.summary import summary
+from dentropy.experiment.changes import Change, FreshCheck
+from dentropy.experiment.results import ProbeResult
 from dentropy.model.direction import Direction
 from dentropy.model.policy import Policy
 from dentropy.passes.measure import measure
@@ -40,107 +35,6 @@ from dentropy.rollouts.batch import PackedBatch
 from dentropy.stats.tables import SequenceSums
 
 ESTIMATORS = ("causal", "exact", "mixed")
-
-
-@dataclass(frozen=True, eq=False)
-class FreshCheck:
-    """ΔH at one η from rollouts drawn anew from the moved policy, beside the importance-weighted measurement.
-
-    eta                where it was checked
-    n_sequences        fresh rollouts
-    n_tokens           their tokens
-    value              their entropy in nats per token, under the moved policy
-    delta, stderr      value − H̄, the fresh ΔH, and its standard error, clustered by prompt
-    difference         delta − the measured ΔH of that η
-    difference_stderr  its standard error: both use the same base rollouts, so it is not the sum of the two
-    """
-
-    eta: float
-    n_sequences: int
-    n_tokens: int
-    value: float
-    delta: float
-    stderr: float | None
-    difference: float
-    difference_stderr: float | None
-
-
-@dataclass(frozen=True, eq=False)
-class Change:
-    """The change of entropy at one η: predicted, measured, and how far to believe either. In nats per token.
-
-    eta                the η
-    moved              the table there; its rows pair with those of the base table by `rollout`
-    measured           ΔH by importance sampling
-    diagnostics        what the weights say about it: k̂, verdict
-    linear, quadratic  the predictions η R' and η R' + η² R''/2, with the causal slope; quadratic is None without R''
-    error              linear − measured, with the standard error of the pair
-    below_noise        whether |measured| is below the arithmetic's own error, so that it is no measurement
-    """
-
-    eta: float
-    moved: SequenceSums
-    measured: ImportanceResult
-    diagnostics: ImportanceDiagnostics
-    linear: Estimate
-    quadratic: Estimate | None
-    error: Estimate
-    below_noise: bool
-
-
-@dataclass(frozen=True, eq=False)
-class ProbeResult:
-    """What `probe` found. Entropies are in nats per token, slopes in nats per token per unit of η.
-
-    base           the table at the base weights, with tangent columns and kept tokens
-    base_entropy   H̄, and base_stderr its standard error (None where the groups do not allow one)
-    slopes         the slope by each of the three estimators: "causal", "exact", "mixed"
-    curvature      R'', and trust how far predictions reach; both None for weights in half precision
-    changes        prediction and measurement at each η, in the order given
-    noise_floor    two standard deviations of the rounding in a measured ΔH
-    parameters     contribution of every parameter that moves to the causal slope, by name; None if not asked for
-    audit          do the rollouts look like samples of this policy?
-    batch          the rollouts
-    step_size      the η that is the update itself
-    prompts        "random" or "fixed": what the standard errors are for
-    dtype, device  of the pass
-    seeds, source, fresh   free for the caller: random seeds by name, where policy and rollouts came from, a FreshCheck
-    """
-
-    base: SequenceSums
-    base_entropy: float
-    base_stderr: float | None
-    slopes: dict[str, Estimate]
-    curvature: Estimate | None
-    trust: TrustRange | None
-    changes: tuple[Change, ...]
-    noise_floor: float
-    parameters: dict[str, float] | None
-    audit: OnPolicyAudit
-    batch: PackedBatch
-    step_size: float
-    prompts: str
-    dtype: str
-    device: str
-    seeds: dict[str, int] = field(default_factory=dict)
-    source: dict[str, str] = field(default_factory=dict)
-    fresh: FreshCheck | None = None
-
-    @property
-    def etas(self) -> tuple[float, ...]:
-        return tuple(change.eta for change in self.changes)
-
-    def save(self, out: str | Path, tokenizer=None) -> Path:
-        """Write the run folder `out` (see results.md beside this file): whole, or not at all.
-
-        tokenizer: to show rollouts as text in report.html; without it they are token ids.
-        Raises ValueError where `out` exists and is not an empty folder.
-        """
-        return results.save(self, out, tokenizer)
-
-    def summary(self) -> str:
-        """The result as a table to read."""
-        return summary(results.document(self))
 
 
 def probe(

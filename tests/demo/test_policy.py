@@ -170,5 +170,5 @@ def test_training_script_refuses_a_folder_with_files(tmp_path, capsys):
     (tmp_path / "kept.txt").write_text("kept")
     with pytest.raises(SystemExit) as stop:
         train.main(["--out", str(tmp_path)])
-    assert stop.value.code == 2 and "empty folder" in capsys.readouterr().err
+    assert stop.value.code == 2 and "expected a new or an empty folder" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["kept.txt"]

@@ -125,14 +125,19 @@ def test_weights_show_the_ess_and_name_the_worst():
     assert bottom.get_ylim()[0] == 0
 
 
+def draw(folder, content, columns):
+    for name in figures.FIGURES:
+        figures.write(folder / name, content, columns)
+
+
 def test_runs_without_standard_errors_or_movement_are_drawn(tmp_path):
     content, columns = run(stderr=None, fresh=False)
-    figures.write(content, columns, tmp_path)
+    draw(tmp_path, content, columns)
     still = {name: np.zeros(S) for name in columns}
     content, _ = run(slope=-1e-30, uncorrected=0.0, fresh=False)
     for entry in content["measured"]:
         entry |= {"delta": 0.0, "stderr": 0.0}
-    figures.write(content, still, tmp_path)
+    draw(tmp_path, content, still)
     assert len(list(tmp_path.iterdir())) == 3
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in tmp_path.iterdir())
 

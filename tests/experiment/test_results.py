@@ -6,36 +6,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from models import random_direction, random_model
+from runs import ETAS, STEP
 
 import dentropy
-from dentropy import Direction, Policy, probe, sample
-from dentropy.experiment import results
-from dentropy.experiment.probe import fresh_check
-
-STEP = 0.01
-ETAS = (-STEP, STEP, 2 * STEP)
+from dentropy.experiment import entries, figures
 
 RESULTS_MD = Path(dentropy.__file__).with_name("results.md")
-
-
-@pytest.fixture(scope="module")
-def result():
-    policy = Policy(random_model("llama"))
-    batch = sample(policy, [[5, 6, 7], [8], [9, 10], [11]], per_prompt=8, max_new_tokens=12)
-    batch = dataclasses.replace(batch, reward=np.random.default_rng(0).random(len(batch)))
-    found = probe(policy, batch, Direction(random_direction(policy.model).tensors, STEP), ETAS)
-    return dataclasses.replace(
-        found,
-        seeds={"rollouts": 0},
-        source={"policy": "random"},
-        fresh=fresh_check(found, ETAS[-1], found.changes[-1].moved),
-    )
-
-
-@pytest.fixture(scope="module")
-def run(result, tmp_path_factory):
-    return result.save(tmp_path_factory.mktemp("runs") / "deeper" / "run")
 
 
 @pytest.fixture(scope="module")
@@ -46,18 +22,6 @@ def content(run):
 @pytest.fixture(scope="module")
 def rows(run):
     return pd.read_csv(run / "rollouts.csv")
-
-
-def test_the_folder_holds_what_it_should_and_nothing_is_left_beside_it(run):
-    assert sorted(path.name for path in run.iterdir()) == [
-        "contributions.png",
-        "delta_entropy.png",
-        "report.html",
-        "results.json",
-        "rollouts.csv",
-        "weights.png",
-    ]
-    assert [path.name for path in run.parent.iterdir()] == ["run"]
 
 
 def test_every_number_about_the_batch(content, rows, result):
@@ -135,7 +99,7 @@ def test_the_audit_accounts_for_every_token_and_contribution(content, rows, resu
     audit = content["audit"]
     assert audit["tokens_used"] == audit["tokens_expected"] == rows.n_tokens.sum()
     assert audit["rollouts_used"] == audit["rollouts_expected"] == len(rows)
-    names = {"slope_causal", "slope_exact", "slope_mixed", "delta_0", "delta_1", "delta_2"}
+    names = {"slope_causal", "slope_exact", "slope_mixed", *(f"delta_{k}" for k in range(4))}
     assert audit["contributions"].keys() == names | {"parameters"}
     for name in names:
         pair = audit["contributions"][name]
@@ -151,7 +115,7 @@ def test_the_audit_accounts_for_every_token_and_contribution(content, rows, resu
 
 def test_a_token_lost_on_the_way_shows_in_the_audit(result):
     longer = dataclasses.replace(result.batch, response_lens=result.batch.response_lens + np.eye(32, dtype=int)[5])
-    audit = results.document(dataclasses.replace(result, batch=longer))["audit"]
+    audit = dataclasses.replace(result, batch=longer).content["audit"]
     assert audit["tokens_used"] == audit["tokens_expected"] - 1
 
 
@@ -175,9 +139,9 @@ def test_rows_are_those_of_the_batch_whatever_the_order_of_the_table(result, row
     ]
     second = dataclasses.replace(result.curvature, contributions=result.curvature.contributions[order])
     shuffled = dataclasses.replace(result, base=base, slopes=estimates, curvature=second, changes=changes)
-    table = results.table(shuffled)
-    assert list(table) == list(rows.columns)
-    for name, column in table.items():
+    columns = shuffled.columns()
+    assert list(columns) == list(rows.columns)
+    for name, column in columns.items():
         np.testing.assert_array_equal(column, rows[name])
     assert rows.rollout.tolist() == list(range(32)) and rows.reward.tolist() == result.batch.reward.tolist()
 
@@ -234,63 +198,27 @@ def test_the_fresh_check_is_written(content, result):
     assert content["fresh_check"] == dataclasses.asdict(result.fresh)
 
 
-def test_load_and_the_summary_of_a_saved_run(run, content, result):
-    from dentropy.experiment.summary import summary
-
-    assert results.load(run) == content
-    assert summary(results.load(run)) == result.summary()
-
-
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        (None, "not a run folder, it holds no results.json"),
-        ("{", "not valid JSON"),
-        ("[]", "schema_version is None, this version reads 1"),
-        ('{"schema_version": 2}', "schema_version is 2, this version reads 1"),
-    ],
-)
-def test_other_folders_are_refused(tmp_path, text, message):
-    if text is not None:
-        (tmp_path / "results.json").write_text(text)
-    with pytest.raises(ValueError, match=message):
-        results.load(tmp_path)
-
-
 def test_numbers_json_does_not_know_are_named(result):
-    first, second, third = result.changes
+    first, second, *others = result.changes
     infinite = dataclasses.replace(second.measured, mean_weight=float("inf"))
-    changes = (first, dataclasses.replace(second, measured=infinite), third)
-    content = results.document(dataclasses.replace(result, changes=changes))
+    changes = (first, dataclasses.replace(second, measured=infinite), *others)
+    content = dataclasses.replace(result, changes=changes).content
     assert content["not_finite"] == {"measured.1.mean_weight": "inf"}
     assert content["measured"][1]["mean_weight"] is None
     json.dumps(content, allow_nan=False)
 
 
-class TestOut:
-    def test_an_empty_folder_is_used(self, result, tmp_path):
-        out = tmp_path / "run"
-        out.mkdir()
-        assert result.save(out) == out and (out / "results.json").exists()
+def test_a_name_that_is_no_text_is_written_by_its_code(result):
+    content = dataclasses.replace(result, source={"rollouts": "r\udcff.jsonl"}).content
+    assert content["source"] == {"rollouts": "r\\udcff.jsonl"}
+    json.dumps(content, ensure_ascii=False).encode("utf-8")
 
-    def test_a_folder_with_something_in_it_is_refused_and_kept(self, result, tmp_path):
-        (tmp_path / "notes.txt").write_text("mine")
-        with pytest.raises(ValueError, match="exists and is not empty"):
-            result.save(tmp_path)
-        assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
-    def test_a_file_and_a_place_below_a_file_are_refused(self, tmp_path):
-        (tmp_path / "file").write_text("mine")
-        with pytest.raises(ValueError, match="exists and is not a folder"):
-            results.check_out(tmp_path / "file")
-        with pytest.raises(ValueError, match="is not a folder that can be written"):
-            results.check_out(tmp_path / "file" / "run")
-
-    def test_a_failure_leaves_nothing(self, result, tmp_path, monkeypatch):
-        def fail(*_):
-            raise OSError("disk full")
-
-        monkeypatch.setattr("dentropy.experiment.figures.write", fail)
-        with pytest.raises(OSError, match="disk full"):
-            result.save(tmp_path / "run")
-        assert list(tmp_path.iterdir()) == []
+def test_the_content_is_made_once(result, tmp_path, monkeypatch):
+    calls = []
+    versions = entries.versions
+    monkeypatch.setattr(entries, "versions", lambda: calls.append(1) or versions())
+    found = dataclasses.replace(result)
+    monkeypatch.setattr(figures, "FIGURES", {})
+    found.summary(), found.save(tmp_path / "run"), found.summary()
+    assert len(calls) == 1

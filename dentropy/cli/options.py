@@ -1,0 +1,73 @@
+"""What several commands share: options of the model, and the packages and tokenizer they need."""
+
+from __future__ import annotations
+
+import warnings
+
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+
+
+def add_model_options(command) -> None:
+    command.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default: %(default)s)")
+    command.add_argument("--device", help="such as cpu or cuda:0 (default: cuda where there is one)")
+
+
+def placement(options) -> dict:
+    """Keyword arguments of Policy.from_pretrained."""
+    import torch
+
+    try:
+        device = None if options.device is None else torch.device(options.device)
+    except RuntimeError as error:
+        raise ValueError(f"--device: {options.device!r} is not a device, expected cpu or cuda") from error
+    if device is not None and device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device: {options.device}, expected cpu or cuda")
+    if device is not None and device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"--device: {options.device}, expected one of the {torch.cuda.device_count()} CUDA devices here"
+        )
+    return {"dtype": getattr(torch, options.dtype), "device": device}
+
+
+def load_libraries() -> None:
+    """What the commands need beyond the core, at once: a missing package must not show after hours of work.
+
+    Without the loading bars and advice of transformers: stderr is for our progress and for errors.
+    """
+    try:
+        import matplotlib  # noqa: F401
+        import safetensors  # noqa: F401
+        import tqdm  # noqa: F401
+        from transformers.utils import logging
+    except ImportError as error:
+        raise ValueError(f"{error}; pip install 'dentropy[probe]' brings what the commands need") from error
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+class LazyTokenizer:
+    """The policy's tokenizer, loaded at its first use: rollouts of token ids need none."""
+
+    loaded = None
+
+    def __init__(self, policy: str):
+        self._policy = policy
+
+    def load(self):
+        if self.loaded is None:
+            from transformers import AutoTokenizer
+
+            self.loaded = AutoTokenizer.from_pretrained(self._policy)
+        return self.loaded
+
+    def load_for_the_report(self):
+        """The tokenizer, or None and a warning: a policy saved without one is probed on token ids."""
+        try:
+            return self.load()
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            warnings.warn(f"--policy: no tokenizer there, report.html shows token ids ({reason})", stacklevel=2)
+            return None
+
+    def __getattr__(self, name: str):
+        return getattr(self.load(), name)

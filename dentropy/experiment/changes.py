@@ -1,0 +1,58 @@
+"""What is found at one η: prediction beside measurement, and the check by fresh rollouts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dentropy.estimators import Estimate, ImportanceDiagnostics, ImportanceResult
+from dentropy.stats.tables import SequenceSums
+
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """The change of entropy at one η: predicted, measured, and how far to believe either. In nats per token.
+
+    Attributes:
+        eta: The η.
+        moved: The table there; its rows pair with those of the base table by `rollout`.
+        measured: ΔH by importance sampling.
+        diagnostics: What the weights say about it: k̂, verdict.
+        linear: The prediction η R', with the causal slope.
+        quadratic: The prediction η R' + η² R''/2; None without R''.
+        error: linear − measured, with the standard error of the pair.
+        below_noise: Whether |measured| is below the arithmetic's own error, so that it is no measurement.
+    """
+
+    eta: float
+    moved: SequenceSums
+    measured: ImportanceResult
+    diagnostics: ImportanceDiagnostics
+    linear: Estimate
+    quadratic: Estimate | None
+    error: Estimate
+    below_noise: bool
+
+
+@dataclass(frozen=True, eq=False)
+class FreshCheck:
+    """ΔH at one η from rollouts drawn anew from the moved policy, beside the importance-weighted measurement.
+
+    Attributes:
+        eta: Where it was checked.
+        n_sequences: Fresh rollouts.
+        n_tokens: Their tokens.
+        value: Their entropy in nats per token, under the moved policy.
+        delta: value − H̄, the fresh ΔH.
+        stderr: The standard error of delta, clustered by prompt; None where the groups do not allow one.
+        difference: delta − the measured ΔH of that η.
+        difference_stderr: Its standard error: both use the same base rollouts, so it is not the sum of the two.
+    """
+
+    eta: float
+    n_sequences: int
+    n_tokens: int
+    value: float
+    delta: float
+    stderr: float | None
+    difference: float
+    difference_stderr: float | None

@@ -1,0 +1,155 @@
+"""The entries of results.json, each from the estimate it is about; `dentropy/results.md` describes them."""
+
+from __future__ import annotations
+
+import math
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+from dentropy.estimators import Bins, Estimate, Statistic, TrustRange, by_length, by_position, token_attribution
+from dentropy.experiment.changes import Change
+from dentropy.passes.parameter_attribution import by_kind, by_layer
+from dentropy.stats.tables import SequenceSums
+
+SLOPE_PARTS = ("pathwise", "score", "length_correction", "uncorrected")
+
+
+def slope(estimate: Estimate) -> dict:
+    """An entry of `slope`."""
+    return {
+        "estimator": estimate.estimator,
+        "value": estimate.value,
+        **_errors(estimate),
+        **{part: estimate.parts[part] for part in SLOPE_PARTS},
+    }
+
+
+def curvature(estimate: Estimate, base: SequenceSums) -> dict:
+    """`curvature`, with the step of the differences that the base table's second derivatives came from."""
+    step = base.second_order_step
+    return {
+        "value": estimate.value,
+        **_errors(estimate),
+        **estimate.parts,
+        "step": None if step is None else float(step[0]),
+    }
+
+
+def trust(found: TrustRange) -> dict:
+    """`trust`."""
+    return {"eta_star": found.eta_star, **_errors(found), "linear_until": found.linear_limit}
+
+
+def measured(change: Change, causal: Estimate) -> dict:
+    """An entry of `measured`; the causal slope knows the uncorrected prediction too."""
+    result, found, quadratic = change.measured, change.diagnostics, change.quadratic
+    return {
+        "eta": change.eta,
+        "delta": result.delta,
+        **_errors(result),
+        "smoothed_delta": found.smoothed_delta,
+        "below_noise_floor": change.below_noise,
+        "verdict": found.verdict,
+        "verdict_reason": found.reason,
+        "moved_entropy": result.moved_value,
+        "predicted_linear": change.linear.value,
+        "predicted_linear_stderr": change.linear.stderr,
+        "predicted_quadratic": None if quadratic is None else quadratic.value,
+        "predicted_quadratic_stderr": None if quadratic is None else quadratic.stderr,
+        "predicted_uncorrected": change.eta * causal.parts["uncorrected"],
+        "prediction_error": change.error.value,
+        "prediction_error_stderr": change.error.stderr,
+        "ess": result.ess,
+        "ess_fraction": result.ess_fraction,
+        "ess_tokens": result.ess_tokens,
+        "khat": {"w": found.khat, "wT": found.khat_tokens, "wH": found.khat_entropy},
+        "khat_reason": found.khat_reason,
+        "khat_threshold": found.khat_threshold,
+        "max_weight": result.max_weight,
+        "mean_weight": result.mean_weight,
+        "log_weight_quantiles": dict(result.log_weight_quantiles),
+    }
+
+
+def attribution(base: SequenceSums, causal: Estimate, parameters: dict[str, float] | None) -> dict:
+    """`attribution`: where the causal slope comes from; every list sums to it."""
+    entry = {
+        "by_position": _bins(by_position(token_attribution(base), base), "tokens"),
+        "by_length": _bins(by_length(causal.contributions, base), "rollouts"),
+        "by_layer": None,
+        "by_kind": None,
+        "parameters": None,
+    }
+    if parameters is not None:
+        for name, shares in (
+            ("by_layer", by_layer(parameters)),
+            ("by_kind", by_kind(parameters)),
+            ("parameters", parameters),
+        ):
+            entry[name] = [{"name": part, "contribution": share} for part, share in shares.items()]
+    return entry
+
+
+def versions() -> dict[str, str | None]:
+    """`versions`."""
+    from dentropy import __version__
+
+    found = {"dentropy": __version__, "python": platform.python_version(), "platform": platform.platform()}
+    for package in ("torch", "transformers", "triton", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def writable(content: dict) -> dict:
+    """The content as JSON and UTF-8 can hold it.
+
+    Numbers that are not finite become None, and `not_finite` says which they were, by path. Bytes of a file name
+    that are no UTF-8 (lone surrogates to Python) are written by their code.
+
+    Example:
+        >>> writable({"delta": [1.0, float("inf")], "name": "a\\udcff"})
+        {'delta': [1.0, None], 'name': 'a\\\\udcff', 'not_finite': {'delta.1': 'inf'}}
+    """
+    not_finite: dict[str, str] = {}
+    return _writable(content, "", not_finite) | {"not_finite": not_finite}
+
+
+def _writable(value, path: str, not_finite: dict[str, str]):
+    if isinstance(value, dict):
+        join = f"{path}." if path else ""
+        return {_text(key): _writable(item, f"{join}{key}", not_finite) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_writable(item, f"{path}.{index}", not_finite) for index, item in enumerate(value)]
+    if isinstance(value, str):
+        return _text(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        not_finite[_text(path)] = str(value)
+        return None
+    return value
+
+
+def _text(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _errors(statistic: Statistic) -> dict:
+    """What every statistic says of its error."""
+    interval = statistic.interval()
+    return {
+        "stderr": statistic.stderr,
+        "stderr_reason": statistic.stderr_reason,
+        "jackknife_stderr": statistic.jackknife_stderr,
+        "interval": None if interval is None else list(interval),
+        "warnings": list(statistic.warnings),
+    }
+
+
+def _bins(bins: Bins, counted: str) -> list[dict]:
+    columns = (bins.first.tolist(), bins.last.tolist(), bins.contribution.tolist(), bins.count.tolist())
+    return [
+        {"first": first, "last": last, "contribution": contribution, counted: count}
+        for first, last, contribution, count in zip(*columns, strict=True)
+    ]

@@ -1,0 +1,80 @@
+"""What a run says of single rollouts: the columns of rollouts.csv, and those that the report shows token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from dentropy.estimators import Estimate, token_attribution
+from dentropy.experiment.changes import Change
+from dentropy.rollouts.batch import PackedBatch
+from dentropy.stats.tables import SequenceSums
+
+SHOWN_ROLLOUTS = 24
+
+
+def columns(
+    base: SequenceSums, reward: np.ndarray | None, estimates: dict[str, Estimate], changes: Sequence[Change]
+) -> dict[str, np.ndarray]:
+    """The columns of rollouts.csv, as results.md describes them.
+
+    Args:
+        base: The table at the base weights, with tangent columns.
+        reward: [S] in the batch's order, or None.
+        estimates: By the name of the column that holds their contributions.
+        changes: Those of `measured`, in their order.
+
+    Returns:
+        Arrays [S] by name, in the batch's order.
+    """
+    order = np.argsort(base.rollout)
+    of_base = {name: column[order] for name, column in base.columns().items()}
+    found = {"rollout": of_base.pop("rollout"), "group": of_base.pop("group")}
+    if reward is not None:
+        found["reward"] = reward[found["rollout"]]
+    found |= of_base
+    scale = 1 / of_base["n_tokens"].sum()
+    found["slope_uncorrected"] = (of_base["dentropy"] + of_base["entropy_to_go"]) * scale
+    for name, estimate in estimates.items():
+        found[name] = estimate.contributions[order]
+    for index, change in enumerate(changes):
+        found[f"log_weight_{index}"] = change.measured.log_weights[order]
+        found[f"moved_entropy_{index}"] = change.moved.entropy[np.argsort(change.moved.rollout)]
+        found[f"delta_contribution_{index}"] = change.measured.contributions[order]
+    return found
+
+
+def largest(base: SequenceSums, batch: PackedBatch, contributions: np.ndarray, tokenizer=None) -> list[dict]:
+    """The rollouts with the largest `contributions` to the causal slope, with what each of their tokens does.
+
+    Args:
+        base: The table at the base weights, with kept tokens.
+        batch: The rollouts it was made from.
+        contributions: [S] in the table's order, nats per token per unit of η.
+        tokenizer: Its `decode` gives their text; without it they are token ids.
+
+    Returns:
+        At most SHOWN_ROLLOUTS dicts with rollout, group, reward (or None), prompt, contribution and tokens, a list
+        of [text, contribution].
+    """
+    by_token = np.split(token_attribution(base), np.cumsum(base.n_tokens).astype(int)[:-1])
+
+    def text(ids: list[int]) -> str:
+        return " ".join(map(str, ids)) + " " if tokenizer is None else tokenizer.decode(ids)
+
+    found = []
+    for row in np.argsort(-np.abs(contributions), kind="stable")[:SHOWN_ROLLOUTS].tolist():
+        i = int(base.rollout[row])
+        shares = zip(batch.response(i), by_token[row].tolist(), strict=True)
+        found.append(
+            {
+                "rollout": i,
+                "group": int(base.group[row]),
+                "reward": None if batch.reward is None else float(batch.reward[i]),
+                "prompt": text(batch.prompt(i)),
+                "contribution": float(contributions[row]),
+                "tokens": [[text([token]), share] for token, share in shares],
+            }
+        )
+    return found

@@ -1,0 +1,89 @@
+import json
+
+import pytest
+import torch
+from commands import DIRECTION, STEP, completed
+from models import random_model
+from transformers import AutoModelForCausalLM
+
+from dentropy import Policy
+from dentropy.cli import main
+from dentropy.cli.probe import DEFAULT_STEPS
+
+
+class TestProbe:
+    def run(self, tmp_path, options):
+        assert main(completed(f"probe {options} --out {tmp_path}/run")) == 0
+        return json.loads((tmp_path / "run" / "results.json").read_text())
+
+    def test_a_direction_and_the_update_it_stands_for_are_one(self, tmp_path):
+        along = self.run(tmp_path / "a", "--direction v.safetensors")
+        between = self.run(tmp_path / "b", f"--after after --step-size {STEP}")
+        assert along["step_size"] == between["step_size"] == STEP
+        assert [m["eta"] for m in along["measured"]] == [step * STEP for step in DEFAULT_STEPS]
+        assert along["slope"][0]["value"] == pytest.approx(between["slope"][0]["value"], rel=1e-3)
+        assert along["source"] == {"policy": "before", "rollouts": "rollouts.jsonl", "direction": "v.safetensors"}
+
+    def test_an_update_that_bf16_swallowed_is_warned_of(self, place, tmp_path, capsys):
+        for name in ("before", "after"):
+            AutoModelForCausalLM.from_pretrained(place / name).bfloat16().save_pretrained(tmp_path / name)
+        self.run(tmp_path, f"--policy {tmp_path}/before --after {tmp_path}/after --step-size {STEP}")
+        err = capsys.readouterr().err
+        assert err.startswith("dentropy: warning: after: ") and "vanish in bf16" in err
+
+    def test_etas_and_step_size(self, tmp_path):
+        content = self.run(tmp_path, "--direction v.safetensors --etas -1e-4 2e-4 --step-size 1e-4")
+        assert [m["eta"] for m in content["measured"]] == [-1e-4, 2e-4] and content["step_size"] == 1e-4
+
+    @pytest.mark.parametrize("optimizer", ["", "--optimizer sgd", "--optimizer-state {}/state.pt"])
+    def test_rewarded_rollouts(self, tmp_path, optimizer):
+        model = random_model("llama", vocab_size=16)
+        state = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        state.step()
+        torch.save(state.state_dict(), tmp_path / "state.pt")
+        options = f"--step-size 1e-4 --update-rollouts rewarded.jsonl {optimizer.format(tmp_path)}"
+        content = self.run(tmp_path, options)
+        assert content["step_size"] == 1e-4 and content["source"]["update_rollouts"] == "rewarded.jsonl"
+
+    def test_text_rollouts_with_an_end_token_added(self, tmp_path):
+        text = "--direction v.safetensors --rollouts text.jsonl"
+        plain, ended = (self.run(tmp_path / "plain", text), self.run(tmp_path / "ended", f"{text} --append-eos"))
+        assert (plain["n_tokens"], ended["n_tokens"]) == (3, 4)
+
+    def test_the_token_budget_holds_for_every_pass(self, tmp_path, monkeypatch):
+        longest = []
+        hidden = Policy.hidden
+
+        def watched(policy, tokens, cu_seqlens):
+            longest.append(len(tokens))
+            return hidden(policy, tokens, cu_seqlens)
+
+        monkeypatch.setattr(Policy, "hidden", watched)
+        update = "--step-size 1e-4 --update-rollouts rewarded.jsonl"
+        few = self.run(tmp_path / "few", f"{update} --token-budget 30")
+        assert max(longest) <= 30
+        many = self.run(tmp_path / "many", f"{update} --token-budget auto")
+        assert max(longest) > 30
+        assert few["slope"][0]["value"] == pytest.approx(many["slope"][0]["value"], rel=1e-3)
+
+    def test_a_rollout_that_memory_has_no_room_for_is_one_line(self, place, tmp_path, monkeypatch, capsys):
+        def full(policy, tokens, cu_seqlens):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+
+        monkeypatch.setattr(Policy, "hidden", full)
+        assert main(completed(f"{DIRECTION} --out {tmp_path}/run")) == 2
+        err = capsys.readouterr().err
+        assert "do not fit into memory even alone" in err and "9 GiB" in err and err.count("\n") == 1
+
+    def test_dtype(self, tmp_path):
+        assert self.run(tmp_path, "--direction v.safetensors --dtype float64")["dtype"] == "float64"
+
+    def test_show_prints_what_probe_printed(self, tmp_path, capsys):
+        self.run(tmp_path, "--direction v.safetensors")
+        printed = capsys.readouterr().out
+        assert main(["show", str(tmp_path / "run")]) == 0
+        shown = capsys.readouterr().out
+        assert printed.startswith(shown.rstrip("\n")) and "measured ± SE" in shown
+        assert f"Files in {tmp_path / 'run'}: contributions.png" in printed
