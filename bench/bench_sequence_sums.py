@@ -3,19 +3,17 @@
     pytest bench/bench_sequence_sums.py --benchmark-columns=median,iqr,rounds
 
 Many short sequences, some thousands of middling ones and a few very long ones, float32; on a CPU in smaller
-numbers and without the kernel. Every provider first has to agree with exact summation on two sequences. With
+numbers and without the kernel. Every provider first has to agree with `dentropy.reference` on two sequences. With
 each time are recorded the bytes that must be read and written and the rate that makes. "kernel" leaves its
 columns on the GPU; "dentropy" is the public function, which ends with the table on the host, as do the rest.
 """
-
-import math
 
 import numpy as np
 import pytest
 import torch
 
-from dentropy import TokenStats, sequence_sums
-from dentropy.stats.sequence_sums import plain_sequence_sums
+from dentropy import TokenStats, reference, sequence_sums
+from dentropy.stats import plain
 
 CASES = {  # sequences and the range of their lengths
     "cpu": {"short": (100_000, 0, 20), "middling": (1_000, 500, 1_500), "long": (4, 80_000, 100_000)},
@@ -29,7 +27,7 @@ def dentropy(stats, ends):
 
 
 def numpy(stats, ends):
-    return plain_sequence_sums(stats, ends).columns()
+    return plain.sequence_sums(stats, ends).columns()
 
 
 def plain_pytorch(stats, ends):
@@ -80,19 +78,15 @@ def make_inputs(sequences, shortest, longest, device):
 def assert_right(function, stats, ends):
     """A time is reported for no function that loses digits, on the last sequences of the case itself."""
     columns, ends = function(stats, ends), ends.tolist()
-    for i in range(len(ends) - 3, len(ends) - 1):
-        h, d = (value[ends[i] : ends[i + 1]].double().cpu().numpy() for value in (stats.entropy, stats.dlogp))
-        left = h[::-1].cumsum()[::-1] - h
-        terms_of = {
-            "entropy": h,
-            "dlogp": d,
-            "entropy_dlogp": h * d,
-            "entropy_to_go": left * d,
-            "length_to_go": np.arange(len(h))[::-1] * d,
-        }
-        for name, terms in terms_of.items():
-            slack = 1e-9 * math.fsum(abs(terms))
-            assert abs(float(columns[name][i]) - math.fsum(terms)) <= slack, f"{name} of sequence {i}"
+    last = TokenStats(*(value[ends[-3] :] for value in stats[:4]))
+    truth, sizes = (  # of the terms, which are products of the tokens' values
+        reference.sequence_sums(values, np.array(ends[-3:]) - ends[-3])
+        for values in (last, TokenStats(*map(torch.abs, last[:4])))
+    )
+    for name in NAMES:
+        got = np.array([float(value) for value in columns[name][-2:]])
+        error, size = abs(got - getattr(truth, name)), getattr(sizes, name)
+        assert (error <= 1e-9 * size).all(), f"{name} of the last sequences: {error}"
 
 
 @pytest.mark.parametrize("provider", FUNCTIONS)

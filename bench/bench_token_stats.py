@@ -10,7 +10,7 @@ a device copy in the same rounds, which reads and writes the logits. How provide
 
 import pytest
 import torch
-from formulas import closed_form, forward_mode, gate_rows
+from formulas import closed_form, forward_mode, gate_rows, truth_of
 from interleaved import Provider, compare, largest_error, name_of
 
 from dentropy import token_stats
@@ -73,9 +73,7 @@ def test_token_stats(benchmark, device, rows, vocabulary, order):
     targets = torch.randint(vocabulary, (rows,), device=device)
     derivatives = [torch.randn_like(logits) for _ in range(order)]
     checked = gate_rows(rows).to(device)
-    truth = forward_mode(
-        *(x[checked].double() if x.is_floating_point() else x[checked] for x in (logits, targets, *derivatives))
-    )
+    truth = truth_of(*(x[checked] for x in (logits, targets, *derivatives)))
     compare(
         benchmark,
         f"Token statistics from logits, {ORDERS[order]}, [{rows}, {vocabulary}] {name_of(dtype, device)}",

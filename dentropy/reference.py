@@ -1,21 +1,28 @@
-"""The definition: what `dentropy` computes, written down as one would on paper, in float64 if the inputs are.
+"""The definition: what dentropy computes, written down as on paper, in float64 where an input is.
 
-Nothing here is chunked, fused or fast; it is what the kernels and the plain path are held against. With raw logits u(η)
-whose derivatives at η = 0 are given,
+Nothing here is chunked, fused or fast: the kernels and the plain path are held against it. Raw logits u(η) are given at
+η = 0 with their derivatives; a dot is d/dη, y the token that was sampled, E and Var are taken under p:
 
-    z = softcap · tanh(u / softcap) / temperature ,      p = softmax(z) ,      a dot is d/dη at η = 0,
+    z = softcap · tanh(u / softcap) / temperature        p = softmax(z)        d = ż − E ż
 
-the six quantities of a token y are those of `TokenStats`, and a row of `SequenceSums` sums them over a rollout.
+    logp   = log p_y                 entropy   = −E log p
+    dlogp  = d_y                     dentropy  = −E (z − E z) d
+    d2logp = z̈_y − E z̈ − Var ż       d2entropy = −[Var ż + E (z − E z)(z̈ − E z̈) + E (z − E z) d²]
+
+`SequenceSums` has the formulas of the sums over a rollout. Test your own implementation against this one.
 """
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dentropy.stats.checks import check_linear, check_logits, check_targets, checked_cu_seqlens, checked_group
-from dentropy.stats.tables import SequenceSums, TokenStats
+from dentropy.stats.checks import check_linear, check_logits, check_targets
+from dentropy.stats.sequence_sums import table_of
+from dentropy.stats.tables import SequenceSums, TokenStats, working_dtype
 
 
 def token_stats(
@@ -38,53 +45,7 @@ def token_stats(
         0.75
     """
     check_logits(logits, targets, dlogits, d2logits, temperature, softcap, validate)
-    inside = logits != -torch.inf  # a token outside the vocabulary has p = 0, whatever its derivatives are
-    working = (
-        torch.float64 if torch.float64 in {t.dtype for t in (logits, dlogits, d2logits) if t is not None} else None
-    )
-    u, du, ddu = (None if t is None else t.to(working or torch.float32) for t in (logits, dlogits, d2logits))
-    z, dz, ddz = _transformed(u, du, ddu, temperature, softcap)
-
-    def mean(x: Tensor) -> Tensor:  # E_p[x]  [N, 1]
-        return torch.where(inside, p * x, 0.0).sum(-1, keepdim=True)
-
-    def at_target(x: Tensor) -> Tensor:  # x_y  [N]
-        return x.gather(-1, targets.long()[:, None])[:, 0]
-
-    logp = torch.log_softmax(z, -1)
-    p = logp.exp()
-    h = -mean(logp)
-    stats = TokenStats(at_target(logp), h[:, 0])
-    if dz is None:
-        return stats
-    x = logp + h  # z − E z
-    d = dz - mean(dz)  # ż − E ż
-    stats = stats._replace(dlogp=at_target(d), dentropy=-mean(x * d)[:, 0])
-    if ddz is None:
-        return stats
-    e = ddz - mean(ddz)  # z̈ − E z̈
-    variance = mean(d * d)
-    return stats._replace(
-        d2logp=at_target(e) - variance[:, 0], d2entropy=-(variance + mean(x * e) + mean(x * d * d))[:, 0]
-    )
-
-
-def _in_working_precision(*tensors: Tensor | None) -> list[Tensor | None]:
-    """float64 where any of them is, float32 otherwise."""
-    double = any(t is not None and t.dtype == torch.float64 for t in tensors)
-    return [None if t is None else t.to(torch.float64 if double else torch.float32) for t in tensors]
-
-
-def _transformed(u, du, ddu, temperature: float, softcap: float | None):
-    """z and its derivatives from raw logits and theirs, by the chain rule."""
-    if softcap is None:
-        return tuple(None if t is None else t / temperature for t in (u, du, ddu))
-    t = torch.tanh(u / softcap)
-    z = torch.where(u == -torch.inf, u, softcap * t) / temperature
-    slope = (1 - t * t) / temperature  # dz/du
-    bend = -2 * t / softcap * slope  # d²z/du²
-    dz = None if du is None else slope * du
-    return z, dz, None if ddu is None else slope * ddu + bend * du * du
+    return _closed_form(logits, targets, dlogits, d2logits, temperature, softcap)
 
 
 def linear_token_stats(
@@ -98,31 +59,103 @@ def linear_token_stats(
     dbias: Tensor | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
+    process_group=None,
     validate: bool = False,
 ) -> TokenStats:
-    """`dentropy.linear_token_stats` of a whole head: logits = hidden · weightᵀ + bias, then `token_stats`."""
+    """`dentropy.linear_token_stats` by its formulas: the same arguments, results and errors, for whole heads.
+
+    Raises:
+        ValueError: as `dentropy.linear_token_stats`; a `process_group`.
+
+    Example:
+        >>> import torch
+        >>> from dentropy import reference
+        >>> hidden, weight = torch.zeros(1, 2), torch.ones(4, 2)
+        >>> round(reference.linear_token_stats(hidden, weight, torch.tensor([0])).entropy.item(), 4)
+        1.3863
+    """
+    if process_group is not None:
+        raise ValueError(f"process_group: {process_group!r}, expected None, because the reference takes whole heads")
     check_linear(hidden, weight, dhidden, dweight, bias, dbias, temperature, softcap)
     check_targets(targets, len(hidden), len(weight), hidden.device, validate)
-    h, w, dh, dw, b, db = _in_working_precision(hidden, weight, dhidden, dweight, bias, dbias)
+    given = (hidden, weight, dhidden, dweight, bias, dbias)
+    h, w, dh, dw, b, db = (None if t is None else t.to(working_dtype(*given)) for t in given)
     logits = h @ w.T if b is None else h @ w.T + b
-    terms = [None if dh is None else dh @ w.T, None if dw is None else h @ dw.T, db]
-    terms = [term for term in terms if term is not None]
-    dlogits = None if not terms else sum(terms).expand_as(logits)
-    return token_stats(logits, targets, dlogits, temperature=temperature, softcap=softcap)
+    terms = [] if dh is None else [dh @ w.T]
+    terms += [] if dw is None else [h @ dw.T]
+    terms += [] if db is None else [db]
+    dlogits = sum(terms, torch.zeros_like(logits)) if terms else None
+    return _closed_form(logits, targets, dlogits, None, temperature, softcap)
+
+
+@torch.no_grad()
+def _closed_form(logits, targets, dlogits, d2logits, temperature: float, softcap: float | None) -> TokenStats:
+    dtype = working_dtype(logits, dlogits, d2logits)
+    u, du, ddu = (None if t is None else t.to(dtype) for t in (logits, dlogits, d2logits))
+    capped = (u, du, ddu) if softcap is None else _softcapped(u, du, ddu, softcap)
+    z, dz, ddz = (None if t is None else t / temperature for t in capped)
+    outside = z == -math.inf  # of the vocabulary: 0 in every mean, where 0 · inf could appear too
+    missing = (targets < 0) | (targets >= logits.shape[1])  # such a row is NaN
+    columns = targets.long().masked_fill(missing, 0)[:, None]
+
+    def at_target(x: Tensor) -> Tensor:  # [N]
+        return x.gather(1, columns)[:, 0].masked_fill(missing, math.nan)
+
+    def mean(x: Tensor) -> Tensor:  # E x [N, 1]
+        return (p * x.masked_fill(outside, 0.0)).sum(1, keepdim=True).masked_fill(missing[:, None], math.nan)
+
+    logp = torch.log_softmax(z, 1)
+    p = logp.exp()
+    h = -mean(logp)
+    stats = TokenStats(at_target(logp), h[:, 0])
+    if dz is None:
+        return stats
+    x = logp + h  # z − E z
+    d = dz - mean(dz)
+    stats = stats._replace(dlogp=at_target(d), dentropy=-mean(x * d)[:, 0])
+    if ddz is None:
+        return stats
+    e = ddz - mean(ddz)
+    variance = mean(d * d)[:, 0]
+    return stats._replace(d2logp=at_target(e) - variance, d2entropy=-(variance + mean(x * e + x * d * d)[:, 0]))
+
+
+def _softcapped(u: Tensor, du: Tensor | None, ddu: Tensor | None, softcap: float) -> tuple[Tensor | None, ...]:
+    """softcap · tanh(u / softcap), and its derivatives by the chain rule through slope and bend."""
+    t = torch.tanh(u / softcap)
+    slope = 1 - t * t
+    bend = -2 * t * slope / softcap
+    return (
+        torch.where(u == -math.inf, u, softcap * t),  # a token outside the vocabulary stays there
+        None if du is None else slope * du,
+        None if ddu is None else slope * ddu + bend * du * du,
+    )
 
 
 def sequence_sums(stats: TokenStats, cu_seqlens, *, group=None) -> SequenceSums:
-    """`dentropy.sequence_sums` of finite values, token by token, in float64."""
-    ends = checked_cu_seqlens(cu_seqlens, len(stats.logp))
-    rows = []
-    for start, stop in zip(ends[:-1], ends[1:]):
-        token = {n: v[start:stop].double().cpu().numpy() for n, v in stats._asdict().items() if v is not None}
-        row = {"n_tokens": float(stop - start)} | {name: values.sum() for name, values in token.items()}
-        if stats.dlogp is not None:
-            h, dlogp, length = token["entropy"], token["dlogp"], len(token["entropy"])
-            row["entropy_dlogp"] = sum(h[k] * dlogp[k] for k in range(length))
-            row["entropy_to_go"] = sum(dlogp[k] * h[k + 1 :].sum() for k in range(length))
-            row["length_to_go"] = sum(dlogp[k] * (length - 1 - k) for k in range(length))
-        rows.append(row)
-    columns = {name: np.array([row[name] for row in rows], dtype=np.float64) for name in (rows[0] if rows else ())}
-    return SequenceSums(**columns, group=checked_group(group, len(ends) - 1), rollout=np.arange(len(ends) - 1))
+    """`dentropy.sequence_sums` token by token: the same arguments, results and errors.
+
+    Its time grows with the square of a rollout's length.
+
+    Example:
+        >>> import torch
+        >>> from dentropy import TokenStats, reference
+        >>> h, dlogp = torch.tensor([1.0, 2.0, 4.0]), torch.tensor([1.0, 10.0, 100.0])
+        >>> sums = reference.sequence_sums(TokenStats(-h, h, dlogp, dlogp), [0, 3])
+        >>> sums.entropy_to_go.item(), sums.length_to_go.item()  # 1 · (2 + 4) + 10 · 4, 1 · 2 + 10 · 1
+        (46.0, 12.0)
+    """
+    return table_of(_columns, stats, cu_seqlens, group)
+
+
+def _columns(stats: TokenStats, ends: np.ndarray) -> dict[str, np.ndarray]:
+    tokens = {name: v.detach().double().cpu().numpy() for name, v in stats._asdict().items() if v is not None}
+    spans = [slice(start, end) for start, end in zip(ends[:-1], ends[1:])]
+    columns = {"n_tokens": np.diff(ends)}
+    columns |= {name: [values[span].sum() for span in spans] for name, values in tokens.items()}
+    if "dlogp" in tokens:
+        pairs = [(tokens["entropy"][span], tokens["dlogp"][span]) for span in spans]
+        columns["entropy_dlogp"] = [(h * d).sum() for h, d in pairs]
+        columns["entropy_to_go"] = [sum(d[k] * h[k + 1 :].sum() for k in range(len(d))) for h, d in pairs]
+        columns["length_to_go"] = [sum(d[k] * (len(d) - (k + 1)) for k in range(len(d))) for _, d in pairs]
+    return {name: np.array(column, dtype=np.float64) for name, column in columns.items()}

@@ -1,11 +1,17 @@
-"""What token statistics should be: PyTorch's own forward-mode derivatives of log_softmax and entropy."""
+"""What token statistics should be: `dentropy.reference` in float64, and how near to it float32 can come.
+
+The reference itself is held against PyTorch's own forward-mode derivatives of log_softmax and entropy
+(`plain_pytorch`), which in float32 are also what rounding costs anybody.
+"""
 
 import math
 
 import torch
 from torch.func import jvp
 
-FIELDS = ("logp", "entropy", "dlogp", "dentropy", "d2logp", "d2entropy")
+from dentropy import TokenStats, reference
+
+FIELDS = TokenStats._fields
 
 
 def along_the_path(eta, logits, dlogits=None, d2logits=None, *, temperature=1.0, softcap=None):
@@ -46,6 +52,30 @@ def plain_pytorch(logits, targets, *tangents, dtype=torch.float64, **transform):
     return dict(zip(FIELDS, (field for fields in orders for field in fields)))
 
 
+def reference_in_float64(function, *tensors, **inputs):
+    """The fields that `dentropy.reference`'s function of that name gives, by name, from inputs upcast to float64."""
+
+    def upcast(value):
+        return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+    named = {name: upcast(value) for name, value in inputs.items()}
+    stats = getattr(reference, function)(*map(upcast, tensors), **named)
+    return {name: field for name, field in stats._asdict().items() if field is not None}
+
+
+def assert_all_close(stats, truth, rtol):
+    """Fields differ by `rtol` of the largest value of each; those that the truth does not have are None."""
+    assert [name for name in FIELDS if getattr(stats, name) is not None] == list(truth)
+    for name, want in truth.items():
+        torch.testing.assert_close(
+            getattr(stats, name).double(),
+            want,
+            rtol=rtol,
+            atol=rtol * want.abs().amax().item() if want.numel() else 0.0,
+            msg=lambda text: f"{name}: {text}",
+        )
+
+
 def spread(values):
     """Root mean square about each row's mean, [N]: the scale on which rounding errors are counted."""
     return (values - values.mean(-1, keepdim=True)).square().mean(-1).sqrt()
@@ -74,7 +104,7 @@ def scales(truth, logits, *tangents, **transform):
 
 def assert_as_accurate_as_plain_pytorch(stats, logits, targets, *tangents, **transform):
     """Largest error over the rows: at most twice PyTorch's in float32, plus 4 float32 units of the scale."""
-    truth = plain_pytorch(logits, targets, *tangents, **transform)
+    truth = reference_in_float64("token_stats", logits, targets, *tangents, **transform)
     plain = plain_pytorch(logits, targets, *tangents, dtype=torch.float32, **transform)
     scale = scales(truth, logits, *tangents, **transform)
     unit = torch.finfo(torch.float32).eps

@@ -1,6 +1,5 @@
-"""The reference: token statistics in plain PyTorch, on any device, in float32 or float64.
+"""Token statistics in plain PyTorch, on any device: what runs on a CPU, in float64 and where Triton is not.
 
-It is what the Triton kernels are tested against and what runs where they cannot (CPU, float64, second order).
 All six quantities are softmax-weighted moments of the logits z and their derivatives ż and z̈. Rows are taken
 a few at a time, so that the buffers stay in the processor's cache and each moment can have a pass of its own:
 first the means, then the central moments of what is left, so that nothing cancels.
@@ -15,11 +14,9 @@ import torch
 from torch import Tensor
 
 from dentropy.stats.checks import check_logits
-from dentropy.stats.sequence_sums import plain_sequence_sums as sequence_sums
-from dentropy.stats.tables import TokenStats
+from dentropy.stats.sequence_sums import plain_columns, table_of
+from dentropy.stats.tables import SequenceSums, TokenStats, working_dtype
 from dentropy.stats.vocabulary_parallel import checked_linear
-
-__all__ = ["linear_token_stats", "sequence_sums", "token_stats"]
 
 # Elements of one chunk buffer. On a CPU the three to five buffers of a chunk should stay in its caches;
 # elsewhere a chunk must be large enough to be worth its kernel launches.
@@ -68,6 +65,11 @@ def linear_token_stats(
     )
 
 
+def sequence_sums(stats: TokenStats, cu_seqlens, *, group=None) -> SequenceSums:
+    """`dentropy.sequence_sums` in NumPy, whatever the device; the same arguments, results and errors."""
+    return table_of(plain_columns, stats, cu_seqlens, group)
+
+
 @torch.no_grad()
 def stats_of_logits(
     logits: Tensor,
@@ -79,25 +81,37 @@ def stats_of_logits(
     softcap: float | None,
 ) -> TokenStats:
     """The body of `token_stats`, without its checks."""
-    state = _state_of_logits(logits, targets, dlogits, d2logits, temperature=temperature, softcap=softcap)
-    return _stats_of_states(state.unsqueeze(0), (softcap or 1.0) / temperature)
+    scale = _scale(temperature, softcap)
+    state = _state_of_logits(logits, targets, dlogits, d2logits, scale=scale, softcap=softcap)
+    return _stats_of_states(state.unsqueeze(0), scale)
+
+
+def _scale(temperature: float, softcap: float | None) -> float:
+    """z is this times u, where u is the raw logit or, with a softcap, tanh(raw / softcap)."""
+    return (softcap or 1.0) / temperature
+
+
+# Fields of the state of a vocabulary or of one of its shards, at orders 0, 1 and 2. With x = z − max z and masses eˣ:
+# 1 where the target was found and u there, max u, Σ eˣ, E x; then u̇ at the target, E u̇ in two parts and
+# Σ eˣ (x − E x)(u̇ − E u̇); then d2logp and d2entropy themselves, because only whole vocabularies go to second order.
+STATE_FIELDS = (5, 9, 11)
 
 
 def _state_of_logits(
-    logits: Tensor, targets: Tensor, *tangents: Tensor | None, temperature: float, softcap: float | None
+    logits: Tensor, targets: Tensor, *tangents: Tensor | None, scale: float, softcap: float | None
 ) -> Tensor:
     """The state [fields, N] of a vocabulary, or of one of its shards, from whose first token the targets count."""
     given = [tensor for tensor in (logits, *tangents) if tensor is not None]
     dtype = working_dtype(*given)
-    rows, vocabulary = logits.shape
-    chunk = max(1, min(rows, (CPU_CHUNK if logits.is_cpu else DEVICE_CHUNK) // vocabulary))
+    n_rows, vocabulary = logits.shape
+    chunk = max(1, min(n_rows, (CPU_CHUNK if logits.is_cpu else DEVICE_CHUNK) // vocabulary))
     buffers = torch.empty(len(given) + 2, chunk, vocabulary, dtype=dtype, device=logits.device)
-    state = torch.empty(sum(STATE_FIELDS[: len(given)]), rows, dtype=dtype, device=logits.device)
+    state = torch.empty(STATE_FIELDS[len(given) - 1], n_rows, dtype=dtype, device=logits.device)
     # A target outside is read at a valid place, and not counted as found.
     found = (targets >= 0) & (targets < vocabulary)
     columns = targets.long().clamp(0, vocabulary - 1).unsqueeze(1)
-    for start in range(0, rows, chunk):
-        part = slice(start, min(start + chunk, rows))
+    for start in range(0, n_rows, chunk):
+        part = slice(start, min(start + chunk, n_rows))
         views = buffers[:, : part.stop - start]
         for view, tensor in zip(views, given):
             view.copy_(tensor[part])
@@ -106,18 +120,12 @@ def _state_of_logits(
             scratch=views[len(given) :],
             columns=columns[part],
             found=found[part].unsqueeze(1),
-            temperature=temperature,
+            scale=scale,
             softcap=softcap,
         )
         for row, field in zip(state, fields):
             row[part] = field.squeeze(1)
     return state
-
-
-# What an order adds to the state: 1 where the target was found and u there, max u, Σ w, E x; then d at the target,
-# E d in two parts, Σ w (x − E x)(d − E d); then e at the target, E e in two parts and the sums of (d − E d)²,
-# (x − E x)(e − E e) and (x − E x)(d − E d)². Weights are w = eˣ with x = z − max z.
-STATE_FIELDS = (5, 4, 6)
 
 
 def _chunk_state(
@@ -128,7 +136,7 @@ def _chunk_state(
     scratch: Tensor,
     columns: Tensor,
     found: Tensor,
-    temperature: float,
+    scale: float,
     softcap: float | None,
 ) -> list[Tensor]:
     """The fields of the state, each [n, 1], for n rows of logits and tangents [n, V], all of which are overwritten.
@@ -136,11 +144,10 @@ def _chunk_state(
     Works in units in which z = scale · u, so that temperature and softcap cost no pass of their own. Only u
     minus its maximum is ever scaled: that keeps it at or below 0, and with it logp, whatever the rounding.
     """
-    weight, product = scratch
+    mass, product = scratch
     tangents = [tangent for tangent in (du, ddu) if tangent is not None]
     if softcap is not None:
-        _apply_softcap(u, du, ddu, softcap, weight)
-    scale = (softcap or 1.0) / temperature
+        _apply_softcap(u, du, ddu, softcap, mass)
     at_target = [torch.where(found, tensor.gather(1, columns), 0.0) for tensor in (u, *tangents)]
     top = u.amax(1, keepdim=True)
     u.sub_(top).mul_(scale / math.log(2))  # PyTorch's exp2 is several times faster than its exp on a CPU
@@ -150,84 +157,65 @@ def _chunk_state(
     if masked is not None:
         masked |= torch.isneginf(top)  # a row of −inf alone: −inf − (−inf) is NaN
         u.masked_fill_(masked, -math.inf)
-    torch.exp2(u, out=weight)
+    torch.exp2(u, out=mass)
     if masked is not None:
         for tensor in (u, *tangents):
             tensor.masked_fill_(masked, 0.0)
-    total = weight.sum(1, keepdim=True)
-    share = total.masked_fill(total == 0.0, 1.0).reciprocal_()
+    total = mass.sum(1, keepdim=True)
+    inverse = total.masked_fill(total == 0.0, 1.0).reciprocal_()
 
     def moment(first: Tensor, *others: Tensor) -> Tensor:
-        torch.mul(weight, first, out=product)
+        torch.mul(mass, first, out=product)
         for factor in others:
             product.mul_(factor)
         return product.sum(1, keepdim=True)
 
-    mean_u = moment(u) * share
-    fields = [found.to(u.dtype), at_target[0], top, total, mean_u * math.log(2)]
+    mean_u = moment(u) * inverse
+    state = [found.to(u.dtype), at_target[0], top, total, mean_u * math.log(2)]
     u.sub_(mean_u).mul_(math.log(2))  # from here on z − E z
     means = []
     for tangent in tangents:
-        base = moment(tangent) * share
+        base = moment(tangent) * inverse
         tangent.sub_(base)
         # The second mean is what rounding left of a first one that is large beside the spread of ż.
-        means.append((base, moment(tangent) * share))
+        means.append((base, moment(tangent) * inverse))
     if du is not None:
-        fields += [at_target[1], *means[0], moment(du, u)]
+        state += [at_target[1], *means[0], moment(du, u)]
     if ddu is not None:
-        rest, c_xd = means[0][1], fields[-1]
-        fields += [
-            at_target[2],
-            *means[1],
-            moment(du, du) - total * rest * rest,
-            moment(ddu, u),
-            moment(du, du, u) - 2 * rest * c_xd,
-        ]
-    return fields
+        (_, rest), (base, ddu_rest) = means
+        du.sub_(rest)
+        everything = _everything(total, found)
+        variance = scale**2 * moment(du, du) / everything
+        others = (scale * moment(ddu, u) + scale**2 * moment(du, du, u)) / everything
+        state += [scale * (at_target[2] - base - ddu_rest) - variance, -(variance + others)]
+    return state
+
+
+def _everything(total: Tensor, found: Tensor) -> Tensor:
+    """The mass of a whole vocabulary; NaN, and with it the row, where it has no token or not the target."""
+    return total.masked_fill((total == 0) | ~found, math.nan)
 
 
 def _stats_of_states(states: Tensor, scale: float) -> TokenStats:
-    """From the states of all shards of a vocabulary, [shards, fields, N], merged about their common means.
-
-    The formulas are those of `dentropy.kernels.moments`.
-    """
-    fields = iter(states.unbind(1))
-    found, u_target, top, total, mean_x = (next(fields) for _ in range(STATE_FIELDS[0]))
+    """From the states of all shards of a vocabulary, [shards, fields, N], merged about their common means."""
+    found, u_target, top, total, mean_x = states[:, : STATE_FIELDS[0]].unbind(1)
     highest = top.amax(0)
     shift = torch.where(top == highest, 0.0, ((top - highest) * scale).clamp(min=-1e4))  # finite: 0 · shift is 0
     rescale = shift.exp()
     total = total * rescale
-    everything = total.sum(0).masked_fill(found.sum(0) != 1, math.nan)  # a target that nobody has: a row of NaN
-    everything = everything.masked_fill(everything == 0, math.nan)
+    everything = _everything(total.sum(0), found.sum(0) == 1)
     share = total / everything
-    x = mean_x + shift
+    x = mean_x + shift  # of each shard, from the highest logit of all
     mean_x = (share * x).sum(0)
-    x = x - mean_x
     log_total = everything.log()
-    out = [(u_target.sum(0) - highest) * scale - log_total, log_total - mean_x]
-
-    def common_mean() -> tuple[Tensor, Tensor]:
-        """The next tangent at the target less its mean, and what the shards' means are apart from that."""
-        target, base, rest = (next(fields) for _ in range(3))
+    stats = [(u_target.sum(0) - highest) * scale - log_total, log_total - mean_x]
+    if states.shape[1] > STATE_FIELDS[0]:
+        du_target, base, rest, within = states[:, STATE_FIELDS[0] : STATE_FIELDS[1]].unbind(1)
         centre = (share * base).sum(0)
         apart = base - centre + rest
-        rest = (share * apart).sum(0)
-        return target.sum(0) - centre - rest, apart - rest
-
-    if states.shape[1] > STATE_FIELDS[0]:
-        target, d = common_mean()
-        c_xd = next(fields) * rescale
-        out += [scale * target, -scale * (c_xd + total * x * d).sum(0) / everything]
-    if states.shape[1] > sum(STATE_FIELDS[:2]):
-        target, e = common_mean()
-        c_dd, c_xe, c_xdd = (next(fields) * rescale for _ in range(3))
-        variance = scale**2 * (c_dd + total * d * d).sum(0) / everything
-        third = c_xdd + 2 * d * c_xd + x * c_dd + total * x * d * d
-        out += [
-            scale * target - variance,
-            -(variance + (scale * (c_xe + total * x * e) + scale**2 * third).sum(0) / everything),
-        ]
-    return TokenStats(*out)
+        covariance = (within * rescale / everything + share * (x - mean_x) * apart).sum(0)
+        stats += [scale * (du_target.sum(0) - centre - (share * apart).sum(0)), -scale * covariance]
+    return TokenStats(*stats, *states[0, STATE_FIELDS[1] :])
 
 
 def _apply_softcap(u: Tensor, du: Tensor | None, ddu: Tensor | None, softcap: float, scratch: Tensor) -> None:
@@ -268,21 +256,22 @@ def stats_of_hidden(
     dtype = working_dtype(*factors, bias, dbias)
     if dtype == torch.float64 or not _products_in_float32(*factors):
         hidden, weight, dhidden, dweight = (t if t is None else t.to(dtype) for t in factors)
-    rows, vocabulary = len(hidden), len(weight)
-    chunk = max(1, min(rows, LOGITS_CHUNK // vocabulary))
+    n_rows, vocabulary = len(hidden), len(weight)
+    scale = _scale(temperature, softcap)
+    chunk = max(1, min(n_rows, LOGITS_CHUNK // vocabulary))
     moving = any(tensor is not None for tensor in (dhidden, dweight, dbias))
     buffers = torch.empty(1 + moving, chunk, vocabulary, dtype=dtype, device=hidden.device)
     parts = []
-    for start in range(0, max(rows, 1), chunk):  # no rows at all still make one, empty, part
-        part = slice(start, min(start + chunk, rows))
+    for start in range(0, max(n_rows, 1), chunk):  # no rows at all still make one, empty, part
+        part = slice(start, min(start + chunk, n_rows))
         logits, *tangent = buffers[:, : part.stop - start]
         _write_products(logits, bias, (hidden[part], weight))
         if moving:
             moved = None if dhidden is None else dhidden[part]
             _write_products(tangent[0], dbias, (moved, weight), (hidden[part], dweight))
-        parts.append(_state_of_logits(logits, targets[part], *tangent, temperature=temperature, softcap=softcap))
+        parts.append(_state_of_logits(logits, targets[part], *tangent, scale=scale, softcap=softcap))
     state = torch.cat(parts, 1)  # gathered whole: how many rows make a part depends on this shard's size
-    return _stats_of_states(state.unsqueeze(0) if gather is None else gather(state), (softcap or 1.0) / temperature)
+    return _stats_of_states(state.unsqueeze(0) if gather is None else gather(state), scale)
 
 
 def _write_products(out: Tensor, bias: Tensor | None, *products: tuple[Tensor | None, Tensor | None]) -> None:
@@ -310,9 +299,3 @@ def _products_in_float32(*factors: Tensor | None) -> bool:
     present = [factor for factor in factors if factor is not None]
     dtypes = {factor.dtype for factor in present}
     return present[0].is_cuda and len(dtypes) == 1 and dtypes <= {torch.float16, torch.bfloat16}
-
-
-def working_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """float64 where any of the tensors is, float32 otherwise."""
-    dtypes = {tensor.dtype for tensor in tensors if tensor is not None}
-    return torch.float64 if torch.float64 in dtypes else torch.float32

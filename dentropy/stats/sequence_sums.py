@@ -7,13 +7,15 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from dentropy.stats.checks import check_tensor, checked_cu_seqlens, checked_group
+from dentropy.stats.checks import check_stats, check_sums, checked_cu_seqlens, checked_group
 from dentropy.stats.dispatch import kernels_serve
 from dentropy.stats.tables import SequenceSums, TokenStats
 
 
 def sequence_sums(stats: TokenStats, cu_seqlens, *, group=None) -> SequenceSums:
     """The columns of `SequenceSums`, summed over the tokens of each sequence in float64.
+
+    On CUDA one kernel makes all columns, which are then copied to the host once.
 
     Args:
         stats: packed per-token values, [N] floating tensors on one device: the sequences one after the other.
@@ -30,37 +32,31 @@ def sequence_sums(stats: TokenStats, cu_seqlens, *, group=None) -> SequenceSums:
             value that is not finite, with its name, rollout and place in the rollout; a sum of finite values
             that leaves the range of float64, with its name and rollout.
 
-    On CUDA one kernel makes all columns, which are then copied to the host once.
-
     Example:
         >>> import torch
-        >>> from dentropy import sequence_sums
-        >>> from dentropy.stats.tables import TokenStats
+        >>> from dentropy import TokenStats, sequence_sums
         >>> stats = TokenStats(logp=torch.tensor([-1.0, -2.0, -3.0]), entropy=torch.tensor([1.0, 1.5, 2.0]))
         >>> sequence_sums(stats, [0, 2, 3]).logp.tolist()
         [-3.0, -3.0]
     """
-    check_stats(stats)
-    return _table(
-        _kernel_columns if kernels_serve(stats.logp, float64=True) else _plain_columns, stats, cu_seqlens, group
-    )
+    return table_of(_columns, stats, cu_seqlens, group)
 
 
-def plain_sequence_sums(stats: TokenStats, cu_seqlens, *, group=None) -> SequenceSums:
-    """`sequence_sums` in NumPy whatever the device: the reference; the same arguments, results and errors."""
-    check_stats(stats)
-    return _table(_plain_columns, stats, cu_seqlens, group)
-
-
-def _table(
+def table_of(
     columns_of: Callable[[TokenStats, np.ndarray], dict[str, np.ndarray]], stats: TokenStats, cu_seqlens, group
 ) -> SequenceSums:
+    """`sequence_sums` with its checks, whatever makes the columns but for `group` and `rollout`."""
+    check_stats(stats)
     ends = checked_cu_seqlens(cu_seqlens, len(stats.logp))
-    sequences = len(ends) - 1
-    group = checked_group(group, sequences)
-    columns = columns_of(stats, ends)
-    _raise_if_not_finite(columns, stats, ends)
-    return SequenceSums(**columns, group=group, rollout=np.arange(sequences))
+    group = checked_group(group, len(ends) - 1)
+    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused by name
+        columns = columns_of(stats, ends)
+    check_sums(columns, stats, ends)
+    return SequenceSums(**columns, group=group, rollout=np.arange(len(ends) - 1))
+
+
+def _columns(stats: TokenStats, ends: np.ndarray) -> dict[str, np.ndarray]:
+    return (_kernel_columns if kernels_serve(stats.logp, float64=True) else plain_columns)(stats, ends)
 
 
 def _kernel_columns(stats: TokenStats, ends: np.ndarray) -> dict[str, np.ndarray]:
@@ -70,16 +66,14 @@ def _kernel_columns(stats: TokenStats, ends: np.ndarray) -> dict[str, np.ndarray
     return dict(zip(kernel.COLUMNS, columns.cpu().numpy()))
 
 
-def _plain_columns(stats: TokenStats, ends: np.ndarray) -> dict[str, np.ndarray]:
-    tokens = {
-        name: value.detach().cpu().double().numpy() for name, value in stats._asdict().items() if value is not None
-    }
+def plain_columns(stats: TokenStats, ends: np.ndarray) -> dict[str, np.ndarray]:
+    """The columns in NumPy, whatever the device."""
+    tokens = {name: v.detach().cpu().double().numpy() for name, v in stats._asdict().items() if v is not None}
     lengths = np.diff(ends)
-    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused by name afterwards
-        columns = {"n_tokens": lengths}
-        columns |= {name: _segment_sum(values, ends) for name, values in tokens.items()}
-        if "dlogp" in tokens:
-            columns |= _to_go_columns(tokens["entropy"], tokens["dlogp"], columns["entropy"], lengths, ends)
+    columns = {"n_tokens": lengths}
+    columns |= {name: _segment_sum(values, ends) for name, values in tokens.items()}
+    if "dlogp" in tokens:
+        columns |= _to_go_columns(tokens["entropy"], tokens["dlogp"], columns["entropy"], lengths, ends)
     return columns
 
 
@@ -101,23 +95,6 @@ def _to_go_columns(
     }
 
 
-def check_stats(stats) -> None:
-    """`stats` is a TokenStats of tensors of one length [N]; each order is there whole or not at all."""
-    if not isinstance(stats, TokenStats):
-        raise ValueError(f"stats is a {type(stats).__name__}, expected a TokenStats")
-    for name, value in stats._asdict().items():
-        if name == "logp":
-            check_tensor("stats.logp", value, (None,), "[N], one value per token")
-        elif name == "entropy" or value is not None:
-            shape = list(stats.logp.shape)
-            check_tensor(f"stats.{name}", value, tuple(shape), f"{shape} as stats.logp", device=stats.logp.device)
-    for first, second in (("dlogp", "dentropy"), ("d2logp", "d2entropy")):
-        if (getattr(stats, first) is None) != (getattr(stats, second) is None):
-            raise ValueError(f"stats.{first} and stats.{second}: one is None, expected both or neither")
-    if stats.d2logp is not None and stats.dlogp is None:
-        raise ValueError("stats.dlogp is None, expected a tensor beside stats.d2logp")
-
-
 def _segment_sum(values: np.ndarray, ends: np.ndarray) -> np.ndarray:
     """[S] sums of `values` [N] over the segments ends[i]:ends[i + 1]; those without elements give 0."""
     out = np.zeros(len(ends) - 1)
@@ -125,19 +102,3 @@ def _segment_sum(values: np.ndarray, ends: np.ndarray) -> np.ndarray:
     if filled.any():
         out[filled] = np.add.reduceat(values, ends[:-1][filled])
     return out
-
-
-def _raise_if_not_finite(columns: dict[str, np.ndarray], stats: TokenStats, ends: np.ndarray) -> None:
-    """Looks at tokens only where a sum is not finite, which it is where any of its tokens is not."""
-    for name, column in columns.items():
-        bad = np.flatnonzero(~np.isfinite(column))
-        if len(bad) == 0:
-            continue
-        rollout = int(bad[0])
-        where = f"its sum over the tokens: {column[rollout]}"
-        if name in stats._fields:
-            values = getattr(stats, name)[ends[rollout] : ends[rollout + 1]].detach().cpu().double().numpy()
-            tokens = np.flatnonzero(~np.isfinite(values))
-            if len(tokens):
-                where = f"token {tokens[0]}: {values[tokens[0]]}"
-        raise ValueError(f"{name} of rollout {rollout} is not finite ({where})")

@@ -61,8 +61,10 @@ class SequenceSums:
     =================== ============================== ===============================================
 
     `tokens` holds the per-token values behind the rows (on the CPU, packed in row order), or None.
-    Columns are converted to these types; one that is not of shape [S], and a `group` or `rollout` that is not
-    made of integers, is a ValueError.
+    Columns are converted to these types.
+
+    Raises:
+        ValueError: a column that is not of shape [S] or not made of numbers, `group` and `rollout` of integers.
 
     Example:
         >>> import numpy as np
@@ -94,12 +96,12 @@ class SequenceSums:
             column = np.asarray(column)
             if column.ndim != 1 or column.shape != shape:
                 raise ValueError(
-                    f"{name} has shape {list(column.shape)}, expected [S] as n_tokens, whose shape is {list(shape)}"
+                    f"{name}: shape {list(column.shape)}, expected [S] as n_tokens, which has {list(shape)}"
                 )
             integer = name in ("group", "rollout")
             if column.dtype.kind not in ("iu" if integer else "fiu"):
                 expected = "integers" if integer else "numbers"
-                raise ValueError(f"{name} has dtype {column.dtype}, expected {expected}")
+                raise ValueError(f"{name}: dtype {column.dtype}, expected {expected}")
             object.__setattr__(self, name, column.astype(np.int64 if integer else np.float64, copy=False))
 
     def __len__(self) -> int:
@@ -114,21 +116,21 @@ class SequenceSums:
     def concatenate(cls, parts: Sequence[SequenceSums]) -> SequenceSums:
         """The rows of all `parts`, in order; `group` and `rollout` are kept as they are.
 
-        Raises ValueError where `parts` is empty or the parts do not all have the same columns (and tokens).
+        Raises:
+            ValueError: no parts, or parts that do not all have the same columns and per-token values.
         """
         parts = list(parts)
         if not parts:
-            raise ValueError("parts is empty, expected at least one SequenceSums")
-        names = list(parts[0].columns())
+            raise ValueError("parts: empty, expected at least one SequenceSums")
+        names, token_fields = list(parts[0].columns()), _token_fields(parts[0])
         for index, part in enumerate(parts):
-            if list(part.columns()) != names or _token_fields(part) != _token_fields(parts[0]):
+            columns, tokens = list(part.columns()), _token_fields(part)
+            if (columns, tokens) != (names, token_fields):
                 raise ValueError(
-                    f"parts[{index}] has the columns {list(part.columns())} and the tokens "
-                    f"{_token_fields(part)}, expected those of parts[0]: {names} and "
-                    f"{_token_fields(parts[0])}"
+                    f"parts[{index}]: columns {columns} and tokens {tokens}, "
+                    f"expected those of parts[0], {names} and {token_fields}"
                 )
         columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
-        token_fields = _token_fields(parts[0])
         tokens = {name: torch.cat([getattr(part.tokens, name) for part in parts]) for name in token_fields}
         return cls(**columns, tokens=TokenStats(**tokens) if tokens else None)
 
@@ -136,3 +138,9 @@ class SequenceSums:
 def _token_fields(sums: SequenceSums) -> list[str]:
     """Names of the per-token values that are kept."""
     return [] if sums.tokens is None else [n for n, v in sums.tokens._asdict().items() if v is not None]
+
+
+def working_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """What statistics are computed in: float64 where any of the tensors is, float32 otherwise."""
+    dtypes = {tensor.dtype for tensor in tensors if tensor is not None}
+    return torch.float64 if torch.float64 in dtypes else torch.float32

@@ -324,7 +324,7 @@ def test_a_target_out_of_range_makes_its_row_nan(draw, target, dtype):
     inputs["targets"][1] = target
     stats = fields_of(run(**inputs))
     assert stats[:, 1].isnan().all() and stats[:, [0, 2]].isfinite().all()
-    with pytest.raises(ValueError, match=rf"targets\[1\] is {target}, expected a token id in \[0, {V}\)"):
+    with pytest.raises(ValueError, match=rf"targets\[1\]: {target}, expected a token id in \[0, {V}\)"):
         linear_token_stats(**inputs, validate=True)
 
 

@@ -9,7 +9,7 @@ import torch
 from dentropy.kernels import sequence_sums as kernel
 
 from dentropy import TokenStats, sequence_sums, slope
-from dentropy.stats.sequence_sums import plain_sequence_sums
+from dentropy.stats import plain
 
 on_gpu = torch.cuda.is_available()
 needs_gpu = pytest.mark.skipif(not on_gpu, reason="about the compiled kernel")
@@ -134,7 +134,7 @@ def test_many_short_sequences(draw, sequences):
     columns = run_kernel(stats, ends)
     assert_exact(columns, stats, ends, rows=range(0, sequences, max(1, sequences // 200)))
     np.testing.assert_array_equal(columns["n_tokens"], lengths)
-    want = plain_sequence_sums(stats, ends)
+    want = plain.sequence_sums(stats, ends)
     for name, column in columns.items():  # up to 20 tokens: below 200 terms of size 20
         np.testing.assert_allclose(column, getattr(want, name), rtol=0, atol=1e-11, err_msg=name)
 
@@ -226,7 +226,7 @@ def test_new_sizes_compile_nothing(draw):
 
 @pytest.fixture(params=["kernel", "reference"])
 def table(request):
-    return sequence_sums if request.param == "kernel" else plain_sequence_sums
+    return sequence_sums if request.param == "kernel" else plain.sequence_sums
 
 
 @pytest.mark.parametrize("order", [0, 1, 2])
@@ -238,7 +238,7 @@ def test_the_public_function_takes_the_kernel(draw, order, monkeypatch):
     def fail(*args):
         raise AssertionError("NumPy was called")
 
-    monkeypatch.setattr(import_module("dentropy.stats.sequence_sums"), "_plain_columns", fail)
+    monkeypatch.setattr(import_module("dentropy.stats.sequence_sums"), "plain_columns", fail)
     group = list(range(len(LENGTHS)))[::-1]
     for form in (
         ends,
@@ -261,14 +261,16 @@ def test_values_that_are_not_finite_are_named(table, draw, name, value):
     stats = draw(ends[-1])
     first = int(ends[8])  # the long sequence, behind an empty one
     getattr(stats, name)[[first + BLOCK + 3, first + BLOCK + 7]] = value
-    with pytest.raises(ValueError, match=rf"^{name} of rollout 8 is not finite \(token {BLOCK + 3}: {value}\)$"):
+    with pytest.raises(
+        ValueError, match=rf"^{name} of rollout 8: {value} at token {BLOCK + 3}, expected finite numbers$"
+    ):
         table(stats, ends)
 
 
 def test_infinities_that_cancel_are_named(table, draw):
     stats = draw(3 * BLOCK)
     stats.dlogp[5], stats.dlogp[BLOCK + 5] = math.inf, -math.inf
-    with pytest.raises(ValueError, match=r"^dlogp of rollout 1 is not finite \(token 2: inf\)$"):
+    with pytest.raises(ValueError, match=r"^dlogp of rollout 1: inf at token 2, expected finite numbers$"):
         table(stats, [0, 3, 3 * BLOCK])
 
 
@@ -276,27 +278,30 @@ def test_infinities_that_cancel_are_named(table, draw):
 def test_finite_values_whose_sum_overflows_are_named(table, draw, field, size, name):
     stats = draw(48, 2, torch.float64)
     getattr(stats, field)[8:] = size
-    message = rf"^{name} of rollout 1 is not finite \(its sum over the tokens: (inf|nan)\)$"
+    message = rf"^{name} of rollout 1: (inf|nan) summed over its tokens, expected a finite number$"
     with pytest.raises(ValueError, match=message):
         table(stats, [0, 8, 48])
 
 
 BAD = {
-    r"stats is a tuple, expected a TokenStats": lambda s: (tuple(s), [0, 4]),
-    r"stats\.entropy has shape \[3\], expected \[4\] as stats\.logp": lambda s: (
+    r"stats: a tuple, expected a TokenStats": lambda s: (tuple(s), [0, 4]),
+    r"stats\.entropy: shape \[3\], expected \[4\] as stats\.logp": lambda s: (
         s._replace(entropy=s.entropy[:3]),
         [0, 4],
     ),
-    r"stats\.dlogp has dtype torch\.int64": lambda s: (s._replace(dlogp=s.dlogp.long()), [0, 4]),
-    r"stats\.dentropy is on meta, expected (cpu|cuda:0), where": lambda s: (
+    r"stats\.dlogp: dtype torch\.int64": lambda s: (s._replace(dlogp=s.dlogp.long()), [0, 4]),
+    r"stats\.dentropy: on meta, expected (cpu|cuda:0), where": lambda s: (
         s._replace(dentropy=s.dentropy.to("meta")),
         [0, 4],
     ),
     r"stats\.dlogp and stats\.dentropy: one is None": lambda s: (s._replace(dentropy=None), [0, 4]),
-    r"cu_seqlens has shape \[1, 2\], expected \[S \+ 1\]": lambda s: (s, [[0, 4]]),
-    r"cu_seqlens has dtype float64, expected int32 or int64": lambda s: (s, [0.0, 4.0]),
-    r"cu_seqlens goes from 0 to 5, expected 0 to 4": lambda s: (s, [0, 5]),
-    r"cu_seqlens falls from 3 to 2 at index 2": lambda s: (s, torch.tensor([0, 3, 2, 4], device=s.logp.device)),
+    r"cu_seqlens: shape \[1, 2\], expected \[S \+ 1\]": lambda s: (s, [[0, 4]]),
+    r"cu_seqlens: dtype float64, expected int32 or int64": lambda s: (s, [0.0, 4.0]),
+    r"cu_seqlens: from 0 to 5, expected 0 to 4": lambda s: (s, [0, 5]),
+    r"cu_seqlens\[2\]: 2, expected at least the 3 before it": lambda s: (
+        s,
+        torch.tensor([0, 3, 2, 4], device=s.logp.device),
+    ),
 }
 
 

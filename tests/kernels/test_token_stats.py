@@ -328,7 +328,7 @@ def test_a_target_out_of_range_makes_its_row_nan(draw, target):
 def test_validate_raises_for_a_target_out_of_range(draw):
     inputs = draw(3, 2 * BLOCK)
     inputs[1][1] = 2 * BLOCK
-    with pytest.raises(ValueError, match=rf"targets\[1\] is {2 * BLOCK}"):
+    with pytest.raises(ValueError, match=rf"targets\[1\]: {2 * BLOCK}"):
         public_token_stats(*inputs, validate=True)
 
 
