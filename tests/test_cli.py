@@ -270,7 +270,7 @@ BAD = {
     "top-p": ("sample --top-p 0.9", "another distribution"),
     "top-k": ("sample --top-k 50", "another distribution"),
     "temperature": ("sample --temperature 0", "temperature: expected a positive number"),
-    "per-prompt": ("sample --per-prompt 0", "per_prompt: expected at least 1"),
+    "per-prompt": ("sample --per-prompt 0", "per_prompt: 0, expected at least 1"),
     "too many tokens": ("sample --max-new-tokens 1000", "64 positions"),
     "no prompts file": ("sample --prompts none.jsonl", "none.jsonl: no such file"),
     "no prompts in the file": ("sample --prompts empty.jsonl", "no prompts"),
