@@ -3,6 +3,7 @@
 import warnings
 
 import numpy as np
+import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
@@ -97,10 +98,17 @@ CONFIGS = {
     ),
 }
 
+# Constants in the logits: a scale, and a scale and a softcap both (`random_model` makes what no library has).
+SCALED = ["granite", "cohere", "cohere, capped"]
+# mamba2 announces that it is run one sequence at a time; test_exact_pass asserts that it does.
+quiet_fallback = pytest.mark.filterwarnings("ignore:policy. packed rows do not reproduce")
+
 
 def random_model(name: str, seed: int = 0, **changes):
     import transformers
 
+    if name == "cohere, capped":
+        return _capped(random_model("cohere", seed, **changes), 0.5)
     config, settings = CONFIGS[name]
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, config)(**(settings | changes)))
@@ -108,6 +116,20 @@ def random_model(name: str, seed: int = 0, **changes):
         for layer in model.model.layers:
             torch.nn.init.normal_(layer.self_attn.sinks)
     return model.eval()
+
+
+def _capped(model, softcap: float):
+    """`model` with its logits, already scaled, capped as gemma2's are."""
+
+    class Capped(type(model)):
+        def forward(self, *args, **kwargs):
+            out = super().forward(*args, **kwargs)
+            out.logits = softcap * torch.tanh(out.logits / softcap)
+            return out
+
+    model.__class__ = Capped
+    model.config.final_logit_softcapping = softcap
+    return model
 
 
 def with_lora(model, adapter: str = "default", seed: int = 5, **settings):
@@ -200,3 +222,10 @@ class InFloat64(TorchFunctionMode):
         if func is torch.Tensor.to:
             args = tuple(torch.float64 if a is torch.float32 else a for a in args)
         return func(*args, **kwargs)
+
+
+def relative_errors(found, expected) -> dict[str, float]:
+    """The largest error of each column over its rms; both are tables or their columns."""
+    found, expected = (x if isinstance(x, dict) else x.columns() for x in (found, expected))
+    pairs = {name: (found[name], np.array(x)) for name, x in expected.items() if name not in ("group", "rollout")}
+    return {name: np.abs(x - y).max() / np.sqrt(np.mean(np.square(y))) for name, (x, y) in pairs.items()}

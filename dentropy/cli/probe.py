@@ -55,7 +55,7 @@ def add(commands) -> None:
     command.add_argument(
         "--compile-layers",
         action="store_true",
-        help="compile decoder layers with their tangents: tens of seconds at first, faster passes on a GPU",
+        help="compile decoder layers with their tangents: experimental, no gain recorded yet",
     )
     command.add_argument(
         "--skip-parameters",

@@ -58,7 +58,7 @@ def _local_size(*_args, local_size=None, **_kwargs) -> Tensor | None:
 
 def _check_mask(mask: Tensor | None, sliding_window: int | None) -> None:
     if mask is not None and (mask.ndim != 0 or int(mask) != sliding_window):
-        raise UnseenMask("attention_mask: the model masks more than causality and its sliding_window say")
+        raise UnseenMask("attention_mask: more than causality and sliding_window say, expected no more")
 
 
 def attention_forward(module, query, key, value, attention_mask=None, *, s_aux=None, **settings) -> tuple[Tensor, None]:
@@ -110,7 +110,7 @@ def _settings(
     """Where sequences begin [sequences + 1], the length of the longest or more, and the scores' settings."""
     batch, heads, length, size = query.shape
     if heads % key.shape[1]:
-        raise ValueError(f"key has {key.shape[1]} heads, expected a number that divides the query's {heads}")
+        raise ValueError(f"key: {key.shape[1]} heads, expected a number that divides the query's {heads}")
     if cu_seq_lens_q is None:
         cu_seq_lens_q = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=query.device)
         max_length_q = length

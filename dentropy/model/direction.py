@@ -6,6 +6,7 @@
 import copy
 import inspect
 import warnings
+import weakref
 from collections.abc import Mapping
 from numbers import Real
 from pathlib import Path
@@ -20,17 +21,22 @@ MOSTLY_ZERO = 0.5
 
 
 class Direction:
-    """v, a tensor per parameter name; parameters left out do not move.
+    """v, a tensor per parameter name; parameters left out do not move. Not to be changed once made.
 
-    tensors: name -> floating tensor of the parameter's shape. step_size: the η at which the update was, or would be,
-    taken (for an optimizer step its learning rate).
+    Names and shapes are held against a model when the direction is used with it.
 
-    Raises ValueError where a tensor is not floating or not finite, where all are zero, or the step size is not a
-    positive number. Names and shapes are held against a model when the direction is used with it.
+    Args:
+        tensors: name -> floating tensor of the parameter's shape.
+        step_size: the η at which the update was, or would be, taken (for an optimizer step its learning rate).
 
-    >>> v = Direction({"lm_head.weight": torch.ones(4, 2)}, step_size=1e-6)
-    >>> v.norm()
-    2.8284271247461903
+    Raises:
+        ValueError: where a tensor is not floating or not finite, where all are zero, or the step size is not a
+            positive number.
+
+    Example:
+        >>> v = Direction({"lm_head.weight": torch.ones(4, 2)}, step_size=1e-6)
+        >>> v.norm()
+        2.8284271247461903
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], step_size: float = 1.0):
@@ -41,8 +47,9 @@ class Direction:
         for name, v in self.tensors.items():
             if not v.is_floating_point():
                 raise ValueError(f"direction: {name} is {v.dtype}, expected a floating dtype")
-            if not torch.isfinite(v).all():
-                raise ValueError(f"direction: {name} has values that are not finite")
+        for name, finite in _on_host({name: torch.isfinite(v).all() for name, v in self.tensors.items()}).items():
+            if not finite:
+                raise ValueError(f"direction: {name} has values that are not finite, expected finite ones")
         if not any(v.any() for v in self.tensors.values()):
             raise ValueError(
                 f"direction: all {len(self.tensors)} tensors are zero, expected an update that moves something"
@@ -54,12 +61,24 @@ class Direction:
 
     @classmethod
     def between(cls, before, after, step_size: float) -> "Direction":
-        """(after − before)/step_size. Each side: a model, a state dict, or a checkpoint folder (loaded by
-        transformers, in the dtype it was saved in).
+        """(after − before)/step_size.
 
-        Both sides must name the same tensors, of the same shapes; an alias of a tied tensor may be missing on one
-        side. Warns where both are half precision and most of the difference is zero: in bf16 an update below 1/256
-        of a weight vanishes, and with it most of a small learning rate's step.
+        Warns where both are half precision and most of the difference is zero: in bf16 an update below 1/256 of a
+        weight vanishes, and with it most of a small learning rate's step.
+
+        Args:
+            before, after: a model, a state dict, or a checkpoint folder (loaded by transformers, in the dtype it was
+                saved in). Both must name the same tensors, of the same shapes; an alias of a tied tensor may be
+                missing on one side.
+            step_size: the η at which `before` becomes `after`.
+
+        Raises:
+            ValueError: for tensors that are missing or differ in shape, and where nothing differs.
+
+        Example:
+            >>> before, after = {"weight": torch.tensor([1.0, 2.0])}, {"weight": torch.tensor([1.5, 2.0])}
+            >>> Direction.between(before, after, step_size=0.25).tensors
+            {'weight': tensor([2., 0.])}
         """
         step_size = _step_size(step_size)
         before, after = _tensors(before, "before"), _tensors(after, "after")
@@ -93,13 +112,24 @@ class Direction:
         The step is taken by a copy of the optimizer on copies of the parameters, so model and optimizer stay as they
         are, bit for bit. It is the step as it would be rounded in the parameters' dtype: at a learning rate of 1e-6 in
         float32 that is some 1% of noise in v; warns where half precision rounds most of it away.
-        step_size: by default the learning rate; to be given where parameter groups differ in it. Parameters of the
-        optimizer that are not the model's (a value head, say) are left out, with a warning.
-        Raises ValueError for optimizers whose step needs a closure (LBFGS) or is prepared by step hooks, and where no
-        parameter has a gradient.
 
-        >>> loss.backward()                                                # doctest: +SKIP
-        >>> direction = Direction.from_optimizer_step(model, optimizer)    # doctest: +SKIP
+        Args:
+            model: the model whose parameters v is of.
+            optimizer: built on them. Those of its parameters that are not the model's (a value head, say) are left
+                out, with a warning.
+            step_size: by default the learning rate; to be given where parameter groups differ in it.
+
+        Raises:
+            ValueError: for optimizers whose step needs a closure (LBFGS) or is prepared by step hooks, and where no
+                parameter has a gradient.
+
+        Example:
+            >>> model = torch.nn.Linear(3, 1)
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+            >>> model(torch.ones(2, 3)).sum().backward()
+            >>> direction = Direction.from_optimizer_step(model, optimizer)
+            >>> round(direction.tensors["bias"].item(), 3), direction.step_size
+            (-2.0, 0.5)
         """
         _refuse_unforeseeable(optimizer)
         step_size = _learning_rate(optimizer) if step_size is None else _step_size(step_size)
@@ -125,17 +155,21 @@ class Direction:
 
     @classmethod
     def load(cls, path) -> "Direction":
-        """A safetensors file: one tensor per parameter name; step_size in its metadata (1.0 where there is none)."""
+        """The direction in a safetensors file: one tensor per parameter name, step_size in its metadata (else 1.0).
+
+        Raises:
+            ValueError: naming the file, for one that is not there or holds no direction.
+        """
         from safetensors import SafetensorError, safe_open
 
         if not Path(path).is_file():
-            raise ValueError(f"direction: {path}: no such file")
+            raise ValueError(f"direction: {path}: no such file, expected a safetensors file")
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
         except SafetensorError as error:
-            raise ValueError(f"direction: {path}: not a safetensors file ({error})") from error
+            raise ValueError(f"direction: {path}: not a safetensors file, expected one ({error})") from error
         try:
             return cls(tensors, float(metadata.get("step_size", 1.0)))
         except ValueError as error:
@@ -153,43 +187,98 @@ class Direction:
         """(parameter, v) for every parameter of `model` that moves, v in the parameter's dtype and on its device.
 
         Names are matched strictly. Several names of one tied parameter count once where their tensors are equal.
-        Raises ValueError for unknown names, shapes that differ, and unequal tensors for one parameter.
+
+        Raises:
+            ValueError: for unknown names, shapes that differ, unequal tensors for one parameter, and values that the
+                parameter's dtype cannot hold.
         """
-        parameters = dict(model.named_parameters(remove_duplicate=False))
+        return Binding(model).pairs(self)
+
+    def _checked(self, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+        """Name of each parameter that moves (the last of a tied one's) -> v, still as it is; ValueError as `on`."""
         unknown = [name for name in self.tensors if name not in parameters]
         if unknown:
             raise ValueError(
                 f"direction: {len(unknown)} of {len(self.tensors)} names are not the policy's "
                 f"({_some(unknown)}), expected names such as {_some(list(parameters))}"
             )
-        moving: dict[int, tuple[str, nn.Parameter, Tensor]] = {}
+        moving: dict[int, str] = {}
         for name, v in self.tensors.items():
             parameter = parameters[name]
             if v.shape != parameter.shape:
                 raise ValueError(
                     f"direction: {name} has shape {tuple(v.shape)}, expected the policy's {tuple(parameter.shape)}"
                 )
-            if id(parameter) in moving:
-                other, _, u = moving[id(parameter)]
-                if not torch.equal(u, v):
-                    raise ValueError(
-                        f"direction: {other} and {name} are one tied parameter of the policy, expected equal tensors"
-                    )
-            moving[id(parameter)] = (name, parameter, v)
-        return [(p, _cast(name, v, p)) for name, p, v in moving.values()]
+            other = moving.get(id(parameter))
+            if other is not None and not torch.equal(self.tensors[other], v):
+                raise ValueError(
+                    f"direction: {other} and {name} are one tied parameter of the policy, expected equal tensors"
+                )
+            moving[id(parameter)] = name
+        return {name: self.tensors[name] for name in moving.values()}
 
 
-def _cast(name: str, v: Tensor, parameter: nn.Parameter) -> Tensor:
-    """v as the parameter's tangent; ValueError where its dtype cannot hold v."""
-    cast = v.to(parameter.device, parameter.dtype)
-    if cast.dtype == v.dtype:  # the Direction has checked it
-        return cast
-    if not torch.isfinite(cast).all() or (v.any() and not cast.any()):
-        raise ValueError(
-            f"direction: {name} reaches from {v[v != 0].abs().min():.1e} to {v.abs().max():.1e}, which "
-            f"{parameter.dtype} cannot hold; scale the direction or load the policy in float32"
-        )
+class Binding:
+    """A model and the direction last used with it: its tensors as tangents of the parameters, checked and copied to
+    their dtype and device once, not at every pass.
+
+    There is one such copy for a model, and it goes with its Direction. It is made anew where parameters are no longer
+    of the shape, dtype and device they were, or tied as they were.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._model = model
+        self._direction, self._tangents, self._form = None, {}, None
+
+    def pairs(self, direction: Direction) -> list[tuple[nn.Parameter, Tensor]]:
+        """As `Direction.on` says."""
+        parameters = dict(self._model.named_parameters(remove_duplicate=False))
+        form = _form(direction, parameters)
+        if self._direction is None or self._direction() is not direction or form != self._form:
+            self._bind(direction, parameters, form)
+        return [(parameters[name], v) for name, v in self._tangents.items()]
+
+    def _bind(self, direction: Direction, parameters: dict[str, nn.Parameter], form) -> None:
+        self._direction, self._tangents = None, {}  # before there is another copy
+        with torch.inference_mode(False):  # a pass in it would leave tensors that later ones could not use
+            tangents = _cast(direction._checked(parameters), parameters)
+        # Only the dictionary is held by what runs when the Direction is gone.
+        self._direction = weakref.ref(direction, lambda _: tangents.clear())
+        self._tangents, self._form = tangents, form
+
+
+def _form(direction: Direction, parameters: dict[str, nn.Parameter]) -> list[tuple]:
+    """What a binding depends on, of every parameter that is named: shape, dtype, device, and which are tied."""
+    first: dict[int, int] = {}
+    named = [parameters.get(name) for name in direction.tensors]
+    return [
+        (None if p is None else (p.shape, p.dtype, p.device), first.setdefault(id(p), i)) for i, p in enumerate(named)
+    ]
+
+
+def _cast(moving: dict[str, Tensor], parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Each v as the parameter's tangent; ValueError where its dtype cannot hold v."""
+    cast = {name: v.to(parameters[name].device, parameters[name].dtype) for name, v in moving.items()}
+    changed = [name for name, v in moving.items() if cast[name].dtype != v.dtype]  # the others were checked before
+    moves = _on_host({name: moving[name].any() for name in changed})
+    holds = _on_host({name: torch.isfinite(cast[name]).all() & cast[name].any() for name in changed if moves[name]})
+    for name, held in holds.items():
+        if not held:
+            v = moving[name]
+            raise ValueError(
+                f"direction: {name} reaches from {v[v != 0].abs().min():.1e} to {v.abs().max():.1e}, which "
+                f"{cast[name].dtype} cannot hold, expected a scaled direction or a policy loaded in float32"
+            )
     return cast
+
+
+def _on_host(flags: dict[str, Tensor]) -> dict[str, bool]:
+    """Scalars on any devices, read in one copy from each."""
+    found = {}
+    for device in {flag.device for flag in flags.values()}:
+        names = [name for name, flag in flags.items() if flag.device == device]
+        found |= zip(names, torch.stack([flags[name] for name in names]).tolist(), strict=True)
+    return {name: found[name] for name in flags}
 
 
 def _step_size(step_size) -> float:
@@ -273,8 +362,8 @@ def _refuse_unforeseeable(optimizer: torch.optim.Optimizer) -> None:
         )
     if getattr(optimizer, "_optimizer_step_pre_hooks", None):
         raise ValueError(
-            "optimizer: it has step pre-hooks, which may change gradients; do what they do (clipping, say) "
-            "before, and remove them"
+            "optimizer: it has step pre-hooks, which may change gradients, expected none: do what they do (clipping, "
+            "say) before, and remove them"
         )
 
 

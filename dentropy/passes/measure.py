@@ -38,24 +38,39 @@ def measure(
     """One row per rollout: log-probability, entropy and their derivatives along `direction`, summed over tokens.
 
     The policy is taken at θ + eta·v, v the direction; sums are in nats, derivatives in nats per unit of η.
-    order: 0 for logp and entropy only, 1 for their derivatives too, 2 for the second ones as well; None means 1 with a
-    direction at eta = 0, else 0.
-    second_order: "difference" takes central differences of the first derivatives along v (three passes of the usual
-    kind; the column `second_order_step` says how far apart); "nested" takes forward mode through forward mode, exact
-    and some times slower, in plain PyTorch.
-    token_budget: prompt and response tokens run at a time (a longer rollout runs alone). Memory follows it; results do
-    not, beyond rounding. "auto" is 4096 on a CPU, where more is no faster; on CUDA it measures the memory of a first
-    microbatch of that size, which resets PyTorch's peak statistics, and then fills a safe share of what is free. Where
-    memory runs out the budget is halved, with a warning, and what is done is kept.
-    keep_tokens: also keep the per-token values, packed, on the CPU, as `.tokens`.
-    progress: called after every microbatch with the number of response tokens it held.
 
-    Raises ValueError for token ids outside the vocabulary, rollouts longer than the policy's positions, a direction
-    that does not fit the policy, and values that are not finite (naming the rollout); MemoryError for a rollout that
-    does not fit into memory alone.
+    Args:
+        policy: the model; it is left as found.
+        batch: rollouts of it, or of another policy.
+        direction: v; None for order 0 at eta = 0.
+        eta: the step along v.
+        order: 0 for logp and entropy only, 1 for their derivatives too, 2 for the second ones as well; None means 1
+            with a direction at eta = 0, else 0.
+        token_budget: prompt and response tokens run at a time (a longer rollout runs alone). Memory follows it;
+            results do not, beyond rounding. "auto" is 4096 on a CPU, where more is no faster; on CUDA it measures the
+            memory of a first microbatch of that size, which resets PyTorch's peak statistics, and then fills a safe
+            share of what is free. Where memory runs out the budget is halved, with a warning, and what is done is
+            kept.
+        keep_tokens: also keep the per-token values, packed, on the CPU, as `.tokens`.
+        second_order: "difference" takes central differences of the first derivatives along v (three passes of the
+            usual kind; the column `second_order_step` says how far apart); "nested" takes forward mode through
+            forward mode, exact and some times slower, in plain PyTorch.
+        progress: called after every microbatch with the number of response tokens it held.
 
-    >>> sums = measure(policy, batch, direction)                   # doctest: +SKIP
-    >>> sums.entropy.sum() / sums.n_tokens.sum()                   # H̄, nats per token  # doctest: +SKIP
+    Raises:
+        ValueError: for token ids outside the vocabulary, rollouts longer than the policy's positions, a direction
+            that does not fit the policy, and values that are not finite (naming the rollout).
+        MemoryError: for a rollout that does not fit into memory alone.
+
+    Example:
+        >>> from dentropy import sample
+        >>> from dentropy.demo.run import load_policy
+        >>> policy, tokenizer = load_policy()
+        >>> batch = sample(policy, [tokenizer.encode("17=")], per_prompt=4, max_new_tokens=33)
+        >>> direction = Direction({"model.norm.weight": policy.model.model.norm.weight})
+        >>> sums = measure(policy, batch, direction)
+        >>> len(sums), bool(sums.dentropy.sum() < 0)    # larger logits, less entropy
+        (4, True)
     """
     order = (1 if direction is not None and eta == 0 else 0) if order is None else order
     _check_request(policy, batch, direction, eta, order, second_order)
@@ -72,7 +87,7 @@ def measure(
             response_stats(policy, batch, direction, at, tangent=True, **settings) for at in (eta + step, eta - step)
         )
         stats = _with_second_order(stats, plus, minus, step)
-    sums = sequence_sums(stats, np.concatenate([[0], np.cumsum(batch.response_lens)]), group=batch.group)
+    sums = sequence_sums(stats, batch.response_offsets, group=batch.group)
     tokens = TokenStats(*(None if x is None else x.cpu() for x in stats)) if keep_tokens else None
     return replace(sums, tokens=tokens, second_order_step=None if step is None else np.full(len(batch), step))
 
@@ -120,12 +135,12 @@ def _check_request(policy, batch, direction, eta, order, second_order) -> None:
     longest = int(np.argmax(batch.prompt_lens + batch.response_lens))
     length = int(batch.prompt_lens[longest] + batch.response_lens[longest])
     if policy.max_positions is not None and length > policy.max_positions:
-        raise ValueError(f"rollout {longest}: {length} tokens, the policy has {policy.max_positions} positions")
+        raise ValueError(f"rollout {longest}: {length} tokens, expected at most {policy.max_positions} positions")
     half = torch.finfo(policy.dtype).bits < 32
     if order == 2 and half:
         raise ValueError(
-            f"order: 2 with weights in {policy.dtype}, where second derivatives drown in rounding; load the "
-            "policy with dtype=torch.float32"
+            f"order: 2 with weights in {policy.dtype}, where second derivatives drown in rounding, expected the "
+            "policy loaded with dtype=torch.float32"
         )
     if eta != 0 and half:
         warnings.warn(

@@ -11,16 +11,17 @@ blocks), and logits, which only response tokens need, exist a few rows at a time
 import gc
 import warnings
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from numbers import Integral
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from dentropy.model.memory import free_memory, is_out_of_memory
+from dentropy.model.packed_row import PackedRow, to_device
 from dentropy.rollouts.batch import PackedBatch
 from dentropy.stats.tables import TokenStats
 
@@ -30,6 +31,8 @@ AUTO_START = 4096
 # Of the memory that is free after the first microbatch. The rest is for tokens that cost more than the first ones'
 # (experts that many visit, more responses among them), for gaps between blocks, and for the caller's other work.
 SAFE_SHARE = 0.8
+
+Result = TypeVar("Result")
 
 
 class TokenBudget:
@@ -44,43 +47,64 @@ class TokenBudget:
         if request != AUTO and (not isinstance(request, Integral) or request < 1):
             raise ValueError(f"token_budget: {request!r}, expected {AUTO!r} or a whole number of at least 1")
         self.tokens = AUTO_START if request == AUTO else int(request)
-        self._device = device
+        self.device = device
         self._measures = request == AUTO and device.type == "cuda"
         self._lowered = False
 
     @contextmanager
-    def trial(self, n_tokens: int) -> Iterator[None]:
-        """Around the run of a microbatch of `n_tokens`: what it needed settles the budget where that is open."""
+    def trial(self, size: int) -> Iterator[None]:
+        """Around the run of a microbatch of `size` tokens: what it needed settles the budget where that is open."""
         if self._measures:
-            torch.cuda.reset_peak_memory_stats(self._device)
-            before = torch.cuda.memory_allocated(self._device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+            before = torch.cuda.memory_allocated(self.device)
         yield
         if self._measures:
-            needed = max(1, torch.cuda.max_memory_allocated(self._device) - before)
-            self.tokens = max(1, int(SAFE_SHARE * free_memory(self._device) * n_tokens / needed))
+            needed = max(1, torch.cuda.max_memory_allocated(self.device) - before)
+            self.tokens = max(1, int(SAFE_SHARE * free_memory(self.device) * size / needed))
             self._measures = False
         if self._lowered:
             warnings.warn(f"token_budget: out of memory, went on with {self.tokens:,} tokens at a time", stacklevel=2)
             self._lowered = False
 
-    def lower(self, n_tokens: int) -> None:
-        """To half of the `n_tokens` that did not fit."""
-        self.tokens = max(1, n_tokens // 2)
+    def lower(self, size: int) -> None:
+        """To half of the `size` tokens that did not fit."""
+        self.tokens = max(1, size // 2)
         self._measures, self._lowered = False, True
 
 
-def walk(
-    batch: PackedBatch,
-    budget: TokenBudget,
-    run: Callable[[np.ndarray], Any],
-    keep: Callable[[np.ndarray, Any], None],
-    progress: Callable[[int], None] | None,
-) -> None:
-    """keep(rollouts, run(rollouts)) for microbatches that hold every rollout with a response once.
+@dataclass(frozen=True, eq=False)
+class Microbatch:
+    """Rollouts that run together, int64 [M], and where their response tokens stand among all of the batch's, int64 [N];
+    in `row` these are the targets, in the same order."""
 
-    rollouts: int64 indices into the batch. Where `run` runs out of memory the budget is halved and its rollouts wait
-    for another microbatch, so `run` must leave nothing behind but what it returns. progress: called after every
-    microbatch with its number of response tokens.
+    rollouts: np.ndarray
+    places: np.ndarray
+    row: PackedRow
+
+    @classmethod
+    def of(cls, batch: PackedBatch, rollouts: np.ndarray, device: torch.device) -> "Microbatch":
+        """Everything is made on the host and then copied. The last token of a response predicts nothing and is left
+        out; `rollouts` have responses."""
+        prompts, responses, starts = batch.prompt_lens[rollouts], batch.response_lens[rollouts], batch.offsets[rollouts]
+        lengths, tokens = prompts + responses - 1, batch.tokens.numpy()
+        firsts = np.cumsum(lengths) - lengths + prompts - 1  # the positions that predict the first tokens of responses
+        row = PackedRow.of(
+            tokens[_ranges(starts, lengths)],
+            lengths,
+            _ranges(firsts, responses),
+            tokens[_ranges(starts + prompts, responses)],
+            device,
+        )
+        return cls(rollouts, _ranges(batch.response_offsets[rollouts], responses), row)
+
+
+def walk(
+    batch: PackedBatch, budget: TokenBudget, run: Callable[[Microbatch], Result]
+) -> Iterator[tuple[Microbatch, Result]]:
+    """(microbatch, run(microbatch)), for microbatches that hold every rollout with a response once.
+
+    Where `run` runs out of memory the budget is halved and its rollouts wait for another microbatch, so `run` must
+    leave nothing behind but what it returns; that is not held on to.
 
     Raises MemoryError, naming the rollout and its length, where a rollout does not fit alone.
     """
@@ -88,17 +112,17 @@ def walk(
     waiting = sorted((int(lengths[i]), i) for i in np.flatnonzero(batch.response_lens).tolist())
     while waiting:
         taken = _take(waiting, budget.tokens)
-        rollouts, n_tokens = np.array([i for _, i in taken]), sum(length for length, _ in taken)
-        shortage = _attempt(budget, n_tokens, rollouts, run, keep)
+        rollouts, size = np.array([i for _, i in taken]), sum(length for length, _ in taken)
+        microbatch, results = Microbatch.of(batch, rollouts, budget.device), []
+        shortage = _attempt(budget, size, run, microbatch, results)
         if shortage is None:
-            if progress is not None:
-                progress(int(batch.response_lens[rollouts].sum()))
+            yield microbatch, results.pop()
         elif len(taken) > 1:
-            budget.lower(n_tokens)
+            budget.lower(size)
             waiting = sorted(waiting + taken)
         else:
             raise MemoryError(
-                f"rollout {rollouts[0]}: its {n_tokens:,} tokens do not fit into memory even alone; "
+                f"rollout {rollouts[0]}: its {size:,} tokens do not fit into memory even alone; "
                 f"expected shorter rollouts, a smaller dtype or more memory ({shortage})"
             )
 
@@ -113,17 +137,17 @@ def _take(waiting: list[tuple[int, int]], budget: int) -> list[tuple[int, int]]:
     return taken
 
 
-def _attempt(budget, n_tokens, rollouts, run, keep) -> str | None:
-    """Runs and keeps one microbatch; the allocator's message where memory ran out, and then nothing of it is left."""
+def _attempt(budget: TokenBudget, size: int, run, microbatch: Microbatch, results: list) -> str | None:
+    """Appends what `run` returns to `results`; the allocator's message where memory ran out, and then nothing of it
+    is left."""
     try:
-        with budget.trial(n_tokens):
-            result = run(rollouts)
+        with budget.trial(size):
+            results.append(run(microbatch))
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
         message = str(error).strip().partition("\n")[0]
     else:
-        keep(rollouts, result)
         return None
     # Only here is the error gone, and with it the frames that held on to the microbatch's tensors.
     gc.collect()
@@ -132,43 +156,18 @@ def _attempt(budget, n_tokens, rollouts, run, keep) -> str | None:
     return message
 
 
-def stats_in_rollout_order(
-    batch: PackedBatch,
-    budget: TokenBudget,
-    run: Callable[[np.ndarray], TokenStats],
-    progress: Callable[[int], None] | None,
+def in_rollout_order(
+    walked: Iterable[tuple[Microbatch, TokenStats]], progress: Callable[[int], None] | None
 ) -> TokenStats:
-    """What `run` gives for the response tokens of each microbatch's rollouts, put in the order of the batch."""
-    parts: list[TokenStats] = []
-    places: list[np.ndarray] = []
-
-    def keep(rollouts: np.ndarray, stats: TokenStats) -> None:
+    """The token statistics of all microbatches of a walk, put in the order of the batch."""
+    parts, places = [], []
+    for microbatch, stats in walked:
         parts.append(stats)
-        places.append(response_places(batch, rollouts))
-
-    walk(batch, budget, run, keep, progress)
-    back = torch.from_numpy(np.argsort(np.concatenate(places))).to(parts[0].logp.device)
+        places.append(microbatch.places)
+        if progress is not None:
+            progress(len(microbatch.places))
+    back = to_device(np.argsort(np.concatenate(places)), parts[0].logp.device)
     return TokenStats(*(None if column[0] is None else torch.cat(column)[back] for column in zip(*parts, strict=True)))
-
-
-def response_places(batch: PackedBatch, rollouts: np.ndarray) -> np.ndarray:
-    """Where the response tokens of `rollouts`, one rollout after the other, stand among all of the batch's."""
-    ends = np.cumsum(batch.response_lens)
-    return _ranges((ends - batch.response_lens)[rollouts], batch.response_lens[rollouts])
-
-
-def packed_inputs(batch: PackedBatch, rollouts: np.ndarray, device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """tokens, cu_seqlens, rows, targets of `rollouts`, which have responses: logits at `rows` of the packed row
-    predict `targets`, the response tokens. The last token of a response predicts nothing and is left out."""
-    prompts, responses, starts = batch.prompt_lens[rollouts], batch.response_lens[rollouts], batch.offsets[rollouts]
-    lengths = prompts + responses - 1
-    cu_seqlens = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    inputs, targets = (
-        batch.tokens[torch.from_numpy(_ranges(*where))].to(device)
-        for where in ((starts, lengths), (starts + prompts, responses))
-    )
-    rows = _ranges(cu_seqlens[:-1] + prompts - 1, responses)
-    return inputs, torch.from_numpy(cu_seqlens).to(device), torch.from_numpy(rows).to(device), targets
 
 
 def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:

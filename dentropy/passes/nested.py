@@ -10,30 +10,31 @@ from torch.func import jvp
 from torch.overrides import TorchFunctionMode
 
 from dentropy.model import attention
+from dentropy.model.packed_row import PackedRow
 from dentropy.passes.forward_mode import in_place_of_parameters
-from dentropy.passes.microbatches import packed_inputs, stats_in_rollout_order
+from dentropy.passes.microbatches import Microbatch, in_rollout_order, walk
 from dentropy.stats import plain
 from dentropy.stats.tables import TokenStats
 
 
 def nested_response_stats(policy, batch, direction, eta, *, budget, progress) -> TokenStats:
     """Statistics of every response token with both derivatives along `direction`, in rollout order."""
-    moving = direction.on(policy.model)
+    moving = policy.moving(direction)
+
+    def score(microbatch: Microbatch) -> TokenStats:
+        return _score(policy, microbatch.row, moving, eta, batch.temperature)
+
     # Some derivatives (silu's) are differentiable again only while gradients are enabled; no weight asks for one.
     with policy.ready(attention.NESTABLE), torch.enable_grad(), _NestableLayerNorm():
-        return stats_in_rollout_order(
-            batch, budget, lambda rollouts: _score(policy, batch, rollouts, moving, eta), progress
-        )
+        return in_rollout_order(walk(batch, budget, score), progress)
 
 
-def _score(policy, batch, rollouts, moving, eta) -> TokenStats:
-    tokens, cu_seqlens, rows, targets = packed_inputs(batch, rollouts, policy.device)
-
+def _score(policy, row: PackedRow, moving, eta: float, temperature: float) -> TokenStats:
     def logits(at: Tensor) -> Tensor:
         moved = {id(p): p.detach() for p in policy.model.parameters()}
         moved |= {id(p): p.detach() + at.to(p.dtype) * v for p, v in moving}
         with in_place_of_parameters(policy.model, moved):
-            return policy.logits(tokens, cu_seqlens)[rows]
+            return policy.logits(row)[row.rows]
 
     at, one = (torch.full((), x, dtype=torch.float64, device=policy.device) for x in (eta, 1.0))
     try:
@@ -43,7 +44,7 @@ def _score(policy, batch, rollouts, moving, eta) -> TokenStats:
             f"second_order: 'nested' finds an operation without it ({str(error).splitlines()[0]}), expected "
             "'difference' for this policy"
         ) from error
-    return plain.token_stats(z, targets, dz, ddz, temperature=batch.temperature)
+    return plain.token_stats(z, row.targets, dz, ddz, temperature=temperature)
 
 
 class _NestableLayerNorm(TorchFunctionMode):

@@ -37,13 +37,24 @@ def noise_floor(
 
     Measures ΔH at ±ε for two small ε that follow from the sizes of θ and v alone, + and − under different packing. The
     half difference is ε·R' with R' the "exact" slope of `base`; what is left is rounding, of half the variance of one
-    measurement. Never below the rounding of the sums themselves, ε_dtype · H̄ / sqrt(tokens). exact: that slope,
-    where it is there already. token_budget and progress as in `measure`.
+    measurement. Never below the rounding of the sums themselves, ε_dtype · H̄ / sqrt(tokens).
 
-    >>> noise_floor(policy, batch, direction, base)                # doctest: +SKIP
-    3.1e-08
+    Args:
+        policy, batch, direction: those of the measurement.
+        base: `measure(policy, batch, direction)`, at eta = 0.
+        exact: the "exact" slope of `base`, where it is there already.
+        token_budget, progress: as in `measure`.
+
+    Example:
+        >>> from dentropy import sample
+        >>> from dentropy.demo.run import load_policy
+        >>> policy, tokenizer = load_policy()
+        >>> batch = sample(policy, [tokenizer.encode("17=")], per_prompt=4, max_new_tokens=33)
+        >>> direction = Direction({"model.norm.weight": policy.model.model.norm.weight})
+        >>> 0 < noise_floor(policy, batch, direction, measure(policy, batch, direction)) < 1e-3
+        True
     """
-    moving = direction.on(policy.model)
+    moving = policy.moving(direction)
     weights = math.sqrt(sum(float(p.detach().double().square().sum()) for p, _ in moving))
     tangent = math.sqrt(sum(float(v.double().square().sum()) for _, v in moving))
     unit = torch.finfo(policy.dtype).eps * (weights / tangent if weights else 1.0)

@@ -34,19 +34,34 @@ def parameter_attribution(
     """Name of each parameter that moves -> its contribution to the slope; together they are the slope, to rounding.
 
     One reverse pass of Σ_k (h_k + a_k logp_k) / D with the estimator's coefficients a_k (see `token_attribution`),
-    dotted with v. Contributions are in nats per token (or per sequence) per unit of η.
-    sums: `measure(policy, batch, direction, keep_tokens=True)` at eta = 0. Memory: the activations of token_budget
-    tokens and a gradient for every parameter that moves.
+    dotted with v. Memory: the activations of token_budget tokens and a gradient for every parameter that moves.
 
-    Raises ValueError as `token_attribution` and `Direction.on` do.
+    Args:
+        policy, batch, direction: those of the measurement.
+        sums: `measure(policy, batch, direction, keep_tokens=True)` at eta = 0.
+        estimator, per: as in `slope`.
+        token_budget, progress: as in `measure`.
 
-    >>> shares = parameter_attribution(policy, batch, direction, sums)          # doctest: +SKIP
-    >>> sum(shares.values()) - slope(sums).value                                # doctest: +SKIP
-    1.3e-12
+    Returns:
+        Contributions in nats per token (or per sequence) per unit of η.
+
+    Raises:
+        ValueError: as `token_attribution` and `Direction.on` do.
+
+    Example:
+        >>> from dentropy import Direction, measure, sample, slope
+        >>> from dentropy.demo.run import load_policy
+        >>> policy, tokenizer = load_policy()
+        >>> batch = sample(policy, [tokenizer.encode("17=")], per_prompt=4, max_new_tokens=33)
+        >>> direction = Direction({name: p for name, p in policy.model.named_parameters() if "norm" in name})
+        >>> sums = measure(policy, batch, direction, keep_tokens=True)
+        >>> shares = parameter_attribution(policy, batch, direction, sums)
+        >>> abs(sum(shares.values()) - slope(sums).value) < 1e-4
+        True
     """
     score, total = score_coefficients(sums, estimator=estimator, per=per)
     names = {id(p): name for name, p in policy.model.named_parameters()}
-    parameters, tangents = zip(*direction.on(policy.model), strict=True)
+    parameters, tangents = zip(*policy.moving(direction), strict=True)
     with _every_embedding_row(policy.model):
         gradients = gradient(
             policy,

@@ -32,15 +32,29 @@ def policy_gradient_direction(
 ) -> Direction:
     """The direction of one policy-gradient step on `batch`, which needs rewards and groups of several rollouts.
 
-    optimizer: "sgd" (v is minus the gradient) or "adamw" (without weight decay unless the state says otherwise).
-    optimizer_state: the state_dict of an AdamW optimizer of this policy, saved in training; its moments, betas, eps
-    and weight decay are used, its learning rate is not: v does not depend on one. None means a fresh AdamW.
-    step_size: the learning rate, kept as the direction's step_size. token_budget and progress as in `measure`. The
-    model and its gradients are left as found.
+    The model and its gradients are left as found.
 
-    Raises ValueError without rewards, where rewards differ within no group, and for a state that does not fit.
+    Args:
+        policy: at the weights that sampled the batch.
+        batch: rollouts with rewards.
+        step_size: the learning rate, kept as the direction's step_size.
+        optimizer: "sgd" (v is minus the gradient) or "adamw" (without weight decay unless the state says otherwise).
+        optimizer_state: the state_dict of an AdamW optimizer of this policy, saved in training; its moments, betas,
+            eps and weight decay are used, its learning rate is not: v does not depend on one. None means a fresh AdamW.
+        token_budget, progress: as in `measure`.
 
-    >>> direction = policy_gradient_direction(policy, rewarded, step_size=1e-6)    # doctest: +SKIP
+    Raises:
+        ValueError: without rewards, where rewards differ within no group, and for a state that does not fit.
+
+    Example:
+        >>> from dentropy import PackedBatch
+        >>> from dentropy.demo.run import load_policy
+        >>> policy, tokenizer = load_policy()
+        >>> prompt, *answers = (tokenizer.encode(text) for text in ("2=", "1+1", "1+2"))
+        >>> batch = PackedBatch.from_lists([prompt] * 2, answers, group=[0, 0], reward=[1, 0])
+        >>> direction = policy_gradient_direction(policy, batch, step_size=1e-4)
+        >>> direction.step_size, set(direction.tensors) == {name for name, _ in policy.model.named_parameters()}
+        (0.0001, True)
     """
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer: {optimizer!r}, expected one of {OPTIMIZERS}")

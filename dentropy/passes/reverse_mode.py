@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from dentropy.model.policy import Policy, at_least_float32
-from dentropy.passes.microbatches import AUTO, TokenBudget, packed_inputs, response_places, walk
+from dentropy.model.packed_row import to_device
+from dentropy.model.policy import Policy
+from dentropy.passes.microbatches import AUTO, Microbatch, TokenBudget, walk
 from dentropy.rollouts.batch import PackedBatch
 
 # Logits alive at once, in elements: 64 MiB in float32, small beside the activations of a model worth the name.
@@ -33,49 +34,57 @@ def gradient(
 ) -> list[Tensor]:
     """∂/∂θ of Σ_k (a_k h_k + b_k logp_k) over the batch's response tokens, one tensor per parameter.
 
-    entropy_weight (a), logp_weight (b): float [n_tokens], packed in rollout order. Frozen parameters are fine; the
-    model and its .grad are left as found. token_budget and progress as in `measure`. The result is float32 or better.
+    The model and its .grad are left as found.
+
+    Args:
+        policy, batch: as in `measure`.
+        parameters: of the policy's model; frozen ones are fine.
+        entropy_weight, logp_weight: a and b, float [n_tokens], packed in rollout order.
+        token_budget, progress: as in `measure`.
+
+    Returns:
+        A tensor of each parameter's shape, float32 or better.
     """
     total = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
     frozen = [p for p in parameters if not p.requires_grad]
-    budget = TokenBudget(token_budget, policy.device)
 
-    def run(rollouts: np.ndarray) -> tuple[Tensor | None, ...]:
-        value = _weighted_sum(policy, batch, rollouts, entropy_weight, logp_weight)
+    def run(microbatch: Microbatch) -> tuple[Tensor | None, ...]:
+        value = _weighted_sum(policy, batch, microbatch, entropy_weight, logp_weight)
         return torch.autograd.grad(value, parameters, allow_unused=True)
-
-    def keep(_rollouts: np.ndarray, parts: tuple[Tensor | None, ...]) -> None:
-        for sum_, part in zip(total, parts, strict=True):
-            if part is not None:
-                sum_ += part
 
     try:
         for p in frozen:
             p.requires_grad_(True)
         with policy.ready(), torch.enable_grad():
-            walk(batch, budget, run, keep, progress)
+            for microbatch, parts in walk(batch, TokenBudget(token_budget, policy.device), run):
+                _add(total, parts)
+                del parts  # as large as the model: not to be held through the next microbatch
+                if progress is not None:
+                    progress(len(microbatch.places))
     finally:
         for p in frozen:
             p.requires_grad_(False)
     return total
 
 
-def _weighted_sum(policy, batch, rollouts, entropy_weight, logp_weight) -> Tensor:
-    """Σ (a h + b logp) over the response tokens of `rollouts`, differentiable in the weights."""
-    tokens, cu_seqlens, rows, targets = packed_inputs(batch, rollouts, policy.device)
-    places = response_places(batch, rollouts)
-    x = (policy.hidden if policy.splits_head else policy.logits)(tokens, cu_seqlens)[rows]
+def _add(total: list[Tensor], parts: Sequence[Tensor | None]) -> None:
+    for sum_, part in zip(total, parts, strict=True):
+        if part is not None:
+            sum_ += part
+
+
+def _weighted_sum(policy, batch, microbatch, entropy_weight, logp_weight) -> Tensor:
+    """Σ (a h + b logp) over the response tokens of a microbatch, differentiable in the weights."""
+    row = microbatch.row
+    x, head = policy.outputs(row)
     dtype = torch.promote_types(x.dtype, torch.float32)
-    a, b = (torch.from_numpy(w[places]).to(x.device, dtype) for w in (entropy_weight, logp_weight))
-    if not policy.splits_head:
-        logp = torch.log_softmax(at_least_float32(x) / batch.temperature, -1)
-        entropy = -torch.where(logp == -torch.inf, 0.0, logp.exp() * logp).sum(-1)
-        return (a * entropy + b * logp.gather(-1, targets[:, None])[:, 0]).sum()
-    head = policy.head()
-    softcap = None if head.softcap is None else head.softcap / head.scale
-    return weighted_token_sum(
-        x, head.weight, targets, a, b, bias=head.bias, softcap=softcap, temperature=batch.temperature / head.scale
-    )
+    a, b = (to_device(w[microbatch.places], x.device).to(dtype) for w in (entropy_weight, logp_weight))
+    if head is None:
+        logp = torch.log_softmax(x.to(dtype) / batch.temperature, -1)
+        entropy = -(logp.exp() * logp.masked_fill(logp == -torch.inf, 0.0)).sum(-1)  # masked vocabulary: no 0 · inf
+        return (a * entropy + b * logp.gather(-1, row.targets[:, None])[:, 0]).sum()
+    transform = head.transform(batch.temperature)
+    return weighted_token_sum(x, head.weight, row.targets, a, b, bias=head.bias, **transform)
 
 
 def weighted_token_sum(
@@ -101,7 +110,7 @@ def weighted_token_sum(
 class _WeightedTokenSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, a, b, temperature, softcap):
-        wide, matrix = at_least_float32(hidden), at_least_float32(weight)
+        wide, matrix = _at_least_float32(hidden), _at_least_float32(weight)
         value = wide.new_zeros(())
         dhidden = torch.empty_like(wide)
         dweight = torch.zeros_like(matrix) if weight.requires_grad else None
@@ -129,6 +138,10 @@ class _WeightedTokenSum(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, upstream):
         return *(None if g is None else g * upstream for g in ctx.gradients), None, None, None, None, None
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _of_logits(

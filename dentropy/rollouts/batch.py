@@ -8,6 +8,7 @@ import json
 import warnings
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from numbers import Real
 from pathlib import Path
 
@@ -18,21 +19,26 @@ from torch import Tensor
 from dentropy.rollouts.readers import column_of, json_lines, tokens_of
 
 RESPONSE_IDS = ("response_ids", "completion_ids")
+RESPONSE_TEXT = ("response", "completion", "output")
 
 
 @dataclass(frozen=True, eq=False)
 class PackedBatch:
-    """Rollouts of one policy at one sampling temperature.
-
-    tokens: int64 [total], CPU: prompt then response of every rollout, the sampled end token included.
-    prompt_lens, response_lens: int64 [S]. group: int64 [S], equal for rollouts of one prompt.
-    temperature: the sampling temperature (> 0). reward: float64 [S] or None.
+    """Rollouts of one policy at one sampling temperature. Not to be changed once made.
 
     Build one with `from_lists`, `from_padded` or `from_jsonl`; they check what they are given (ValueError).
 
-    >>> batch = PackedBatch.from_lists([[5, 6], [5, 6]], [[7, 2], [8]], group=[0, 0])
-    >>> len(batch), batch.n_tokens, batch.response(0)
-    (2, 3, [7, 2])
+    Attributes:
+        tokens: int64 [total], CPU: prompt then response of every rollout, the sampled end token included.
+        prompt_lens, response_lens: int64 [S].
+        group: int64 [S], equal for rollouts of one prompt.
+        temperature: the sampling temperature (> 0).
+        reward: float64 [S] or None.
+
+    Example:
+        >>> batch = PackedBatch.from_lists([[5, 6], [5, 6]], [[7, 2], [8]], group=[0, 0])
+        >>> len(batch), batch.n_tokens, batch.response(0)
+        (2, 3, [7, 2])
     """
 
     tokens: Tensor
@@ -54,10 +60,16 @@ class PackedBatch:
     def n_groups(self) -> int:
         return len(np.unique(self.group))
 
-    @property
+    @cached_property
     def offsets(self) -> np.ndarray:
         """int64 [S + 1]: rollout i is tokens[offsets[i]:offsets[i + 1]]."""
         return np.concatenate([[0], np.cumsum(self.prompt_lens + self.response_lens)])
+
+    @cached_property
+    def response_offsets(self) -> np.ndarray:
+        """int64 [S + 1]: the response of rollout i is [response_offsets[i], response_offsets[i + 1]) of all responses'
+        tokens, end to end."""
+        return np.concatenate([[0], np.cumsum(self.response_lens)])
 
     def prompt(self, i: int) -> list[int]:
         start = self.offsets[i]
@@ -71,10 +83,16 @@ class PackedBatch:
     def from_lists(cls, prompts, responses, group=None, reward=None, temperature=1.0) -> "PackedBatch":
         """From lists of token ids, one prompt and one response per rollout.
 
-        prompts, responses: sequences of S sequences of ints. A prompt needs at least one token (its last position
-        predicts the first response token); a response may be empty, but not all of them.
-        group: S labels (ints are kept, others are numbered in order of appearance); None makes each rollout its own.
-        reward: S finite numbers or None. Raises ValueError naming the argument and the rollout.
+        Args:
+            prompts, responses: S sequences of ints each. A prompt needs at least one token (its last position
+                predicts the first response token); a response may be empty, but not all of them.
+            group: S labels (ints are kept, others are numbered in order of appearance); None makes each rollout its
+                own.
+            reward: S finite numbers or None.
+            temperature: the one they were sampled at.
+
+        Raises:
+            ValueError: naming the argument and the rollout.
         """
         prompts = [token_ids(ids, "prompts", i) for i, ids in enumerate(prompts)]
         responses = [token_ids(ids, "responses", i) for i, ids in enumerate(responses)]
@@ -106,9 +124,22 @@ class PackedBatch:
     ) -> "PackedBatch":
         """From the padded layout of B prompts with G responses each; rollout b·G + g, group b.
 
-        sequences, attention_masks: int [B, G, L], the mask 1 at real tokens. Prompts are left-padded to one length
-        per row, prompt_lens [B]; the response of gen_lens[b][g] tokens follows at once. reward: [B, G] or None.
-        Raises ValueError naming the argument, the row and what was expected.
+        Args:
+            sequences: int [B, G, L]: prompts left-padded to one length per row, the response right after it.
+            attention_masks: int [B, G, L], 1 at real tokens.
+            prompt_lens: [B], the padded lengths of the prompts.
+            gen_lens: [B][G], tokens of the responses.
+            reward: [B, G] or None.
+            temperature: the one they were sampled at.
+
+        Raises:
+            ValueError: naming the argument, the row and what was expected.
+
+        Example:
+            >>> tokens, masks = [[[0, 5, 7, 2], [0, 5, 8, 0]]], [[[0, 1, 1, 1], [0, 1, 1, 0]]]
+            >>> batch = PackedBatch.from_padded(tokens, masks, prompt_lens=[2], gen_lens=[[2, 1]])
+            >>> batch.prompt(0), batch.response(0), batch.response(1)
+            ([5], [7, 2], [8])
         """
         sequences, masks = _array(sequences), _array(attention_masks)
         if sequences.ndim != 3:
@@ -119,7 +150,7 @@ class PackedBatch:
         if len(prompt_lens) != rows:
             raise ValueError(f"prompt_lens: {len(prompt_lens)} of them, expected B = {rows}")
         if len(gen_lens) != rows or any(np.shape(lens) != (per_prompt,) for lens in gen_lens):
-            raise ValueError(f"gen_lens: expected B = {rows} lists of G = {per_prompt} lengths")
+            raise ValueError(f"gen_lens: {len(gen_lens)} lists, expected B = {rows} lists of G = {per_prompt} lengths")
         prompts, responses = [], []
         for b, g in np.ndindex(rows, per_prompt):
             start, stop = int(prompt_lens[b]), int(prompt_lens[b]) + int(gen_lens[b][g])
@@ -129,7 +160,7 @@ class PackedBatch:
                 )
             if not masks[b, g, start:stop].all() or masks[b, g, stop:].any():
                 raise ValueError(
-                    f"attention_masks[{b}][{g}]: expected 1 in the response ({start} to {stop}) and 0 after it"
+                    f"attention_masks[{b}][{g}]: 0 in the response or 1 after it, expected 1 at {start}:{stop}, then 0"
                 )
             if (np.diff(masks[b, g, :start].astype(int)) < 0).any():
                 raise ValueError(f"attention_masks[{b}][{g}]: 0 after a 1 in the prompt, expected padding on the left")
@@ -149,18 +180,33 @@ class PackedBatch:
         or none: then rollouts of equal prompts are one group); `temperature` (equal in all lines, default 1). So TRL
         completions logs and verl rollout dumps, saved as JSON lines, are read as they are.
 
-        Text needs the `tokenizer`. Token ids are exact and text may not be: dumps leave out special tokens, so the
-        end token is missing from their responses (a warning says so). `append_eos=True` puts one behind every text
-        response. Raises ValueError naming the file and the line.
+        Token ids are exact and text may not be: dumps leave out special tokens, so the end token is missing from their
+        responses (a warning says so).
+
+        Args:
+            path: the file.
+            tokenizer: for text.
+            append_eos: put the end token behind every text response.
+
+        Raises:
+            ValueError: naming the file and the line.
+
+        Example:
+            >>> import tempfile
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     path = Path(folder, "rollouts.jsonl")
+            ...     PackedBatch.from_lists([[5, 6]], [[7, 2]], reward=[1.0]).to_jsonl(path)
+            ...     PackedBatch.from_jsonl(path).reward
+            array([1.])
         """
         rows = list(json_lines(Path(path)))
         if not rows:
             raise ValueError(f"{path}: no rollouts, expected one JSON object per line")
         prompts, responses = [], []
         for where, row in rows:
-            prompts.append(tokens_of(where, row, ("prompt_ids",), ("prompt", "input"), tokenizer, True, False))
+            prompts.append(tokens_of(where, row, ("prompt_ids",), ("prompt", "input"), tokenizer, is_prompt=True))
             responses.append(
-                tokens_of(where, row, RESPONSE_IDS, ("response", "completion", "output"), tokenizer, False, append_eos)
+                tokens_of(where, row, RESPONSE_IDS, RESPONSE_TEXT, tokenizer, is_prompt=False, append_eos=append_eos)
             )
         if not any(name in rows[0][1] for name in RESPONSE_IDS):
             _warn_without_end_tokens(path, responses, tokenizer.eos_token_id)

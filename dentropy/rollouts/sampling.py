@@ -31,20 +31,29 @@ def sample(
 ) -> PackedBatch:
     """Draw `per_prompt` responses to each prompt from the policy at `temperature`.
 
-    `prompts` are lists of token ids. A response ends with the first of the end tokens that is drawn, which
-    belongs to it, or after `max_new_tokens`. `eos_token_id` None means the model's own end tokens
-    (`end_tokens`), an empty list none at all. `batch_size` rows are generated at a time; `progress`, if
-    given, is called with the numbers of rollouts and of tokens just finished. The draw is fixed by `seed` (on
-    one machine and one `batch_size`), and the global random state is left as it was.
+    The draw is fixed by `seed` (on one machine and one `batch_size`), and the global random state is left as it was.
 
-    Returns a batch of len(prompts)·per_prompt rollouts in the order of the prompts; `group` is the prompt's
-    index, also where prompts are equal: each is a draw of its own.
+    Args:
+        policy: a Policy; its weights as they are now.
+        prompts: lists of token ids.
+        per_prompt: responses to each.
+        max_new_tokens: where a response is cut off that draws no end token.
+        temperature: logits are divided by it.
+        seed: of the draw.
+        eos_token_id: what ends a response, and belongs to it. None means the model's own end tokens (`end_tokens`),
+            an empty list none at all.
+        batch_size: rows generated at a time.
+        progress: called with the numbers of rollouts and of tokens just finished.
 
-    Raises ValueError for prompts that are empty or have ids outside the vocabulary, a temperature that is not positive,
-    counts below 1, and more new tokens than the policy has positions for.
+    Returns:
+        A batch of len(prompts)·per_prompt rollouts in the order of the prompts; `group` is the prompt's index, also
+        where prompts are equal: each is a draw of its own.
+
+    Raises:
+        ValueError: for prompts that are empty or have ids outside the vocabulary, a temperature that is not positive,
+            counts below 1, and more new tokens than the policy has positions for.
 
     Example:
-        >>> from dentropy.demo import task
         >>> from dentropy.demo.run import load_policy
         >>> policy, tokenizer = load_policy()
         >>> batch = sample(policy, [tokenizer.encode("17=")], per_prompt=4, max_new_tokens=33)
@@ -80,13 +89,23 @@ def end_tokens(policy) -> tuple[int, ...]:
 def read_prompts(path: str | Path, tokenizer=None) -> list[list[int]]:
     """Token ids of the prompts in a JSONL file, one per line.
 
-    A line holds `"prompt_ids"` (a list of token ids) or `"prompt"`: a text, or a list of chat messages, to
-    which the tokenizer's chat template is applied with the generation prompt added. Prompts are encoded as
-    `PackedBatch.from_jsonl` encodes them. Raises ValueError, naming the line, for one that is none of these
-    and where a tokenizer is needed but not given.
+    A line holds `"prompt_ids"` (a list of token ids) or `"prompt"`: a text, or a list of chat messages, to which the
+    tokenizer's chat template is applied with the generation prompt added. Prompts are encoded as
+    `PackedBatch.from_jsonl` encodes them.
+
+    Raises:
+        ValueError: naming the line, for one that is none of these and where a tokenizer is needed but not given.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder, "prompts.jsonl")
+        ...     _ = path.write_text('{"prompt_ids": [3, 4]}\\n{"prompt_ids": [5]}\\n')
+        ...     read_prompts(path)
+        [[3, 4], [5]]
     """
     prompts = [
-        tokens_of(where, row, ("prompt_ids",), ("prompt",), tokenizer, is_prompt=True, append_eos=False)
+        tokens_of(where, row, ("prompt_ids",), ("prompt",), tokenizer, is_prompt=True)
         for where, row in json_lines(Path(path))
     ]
     if not prompts:
@@ -96,7 +115,7 @@ def read_prompts(path: str | Path, tokenizer=None) -> list[list[int]]:
 
 def _checked_prompts(prompts, policy) -> list[list[int]]:
     if len(prompts) == 0:
-        raise ValueError("prompts: expected at least one, got none")
+        raise ValueError("prompts: none, expected at least one")
     checked = [token_ids(prompt, "prompts", index).tolist() for index, prompt in enumerate(prompts)]
     for index, ids in enumerate(checked):
         if not ids:
@@ -112,9 +131,9 @@ def _checked_prompts(prompts, policy) -> list[list[int]]:
 def _check_request(policy, prompts, per_prompt, max_new_tokens, batch_size, temperature) -> None:
     for name, count in (("per_prompt", per_prompt), ("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if count < 1:
-            raise ValueError(f"{name}: expected at least 1, got {count}")
+            raise ValueError(f"{name}: {count}, expected at least 1")
     if not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature: expected a positive number, got {temperature}")
+        raise ValueError(f"temperature: {temperature}, expected a positive number")
     longest = max(map(len, prompts))
     if policy.max_positions is not None and longest + max_new_tokens > policy.max_positions:
         raise ValueError(

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from dentropy import Policy
 from dentropy.cli import main
 from dentropy.cli.probe import DEFAULT_STEPS
+from dentropy.model.exact_pass import LENGTHS
 
 
 class TestProbe:
@@ -56,9 +57,9 @@ class TestProbe:
         longest = []
         hidden = Policy.hidden
 
-        def watched(policy, tokens, cu_seqlens):
-            longest.append(len(tokens))
-            return hidden(policy, tokens, cu_seqlens)
+        def watched(policy, row):
+            longest.append(len(row.tokens))
+            return hidden(policy, row)
 
         monkeypatch.setattr(Policy, "hidden", watched)
         update = "--step-size 1e-4 --update-rollouts rewarded.jsonl"
@@ -69,7 +70,11 @@ class TestProbe:
         assert few["slope"][0]["value"] == pytest.approx(many["slope"][0]["value"], rel=1e-3)
 
     def test_a_rollout_that_memory_has_no_room_for_is_one_line(self, place, tmp_path, monkeypatch, capsys):
-        def full(policy, tokens, cu_seqlens):
+        hidden = Policy.hidden
+
+        def full(policy, row):
+            if len(row.tokens) == LENGTHS.sum():  # the self-check's
+                return hidden(policy, row)
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
 
         monkeypatch.setattr(Policy, "hidden", full)

@@ -161,5 +161,5 @@ def test_the_adjoint_is_never_run(packed):
 
 
 def test_key_heads_that_do_not_divide_the_queries_are_refused():
-    with pytest.raises(ValueError, match="key has 2 heads, expected a number that divides the query's 3"):
+    with pytest.raises(ValueError, match="key: 2 heads, expected a number that divides the query's 3"):
         attention.attention_forward(None, *(torch.randn(1, heads, 5, 4) for heads in (3, 2, 2)))

@@ -9,7 +9,15 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from models import InFloat64, random_batch, random_direction, random_model, reference_columns, with_lora
+from models import (
+    InFloat64,
+    random_batch,
+    random_direction,
+    random_model,
+    reference_columns,
+    relative_errors,
+    with_lora,
+)
 
 from dentropy import Direction, PackedBatch, Policy, measure, policy_gradient_direction
 from dentropy.model.compiled_layers import layers, trace
@@ -55,16 +63,6 @@ def nothing_said():
 def nothing_compiled_again():
     with nothing_said(), torch._dynamo.config.patch(error_on_recompile=True):
         yield
-
-
-def relative_errors(found, expected) -> dict[str, float]:
-    """The largest difference of each column over its rms; `expected` is a table or its columns."""
-    columns = expected if isinstance(expected, dict) else expected.columns()
-    columns = {name: np.asarray(values) for name, values in columns.items() if name not in ("group", "rollout")}
-    return {
-        name: np.abs(getattr(found, name) - values).max() / np.sqrt(np.mean(np.square(values)))
-        for name, values in columns.items()
-    }
 
 
 def assert_same(found, expected, bar=1e-5):

@@ -1,10 +1,14 @@
 import copy
+import weakref
 
 import pytest
 import torch
 from models import random_batch, random_direction, random_model
 
 from dentropy import Direction, Policy, measure
+from dentropy.model import direction as direction_module
+from dentropy.passes.noise_floor import noise_floor
+from dentropy.passes.parameter_attribution import parameter_attribution
 
 
 def train_a_little(model, optimizer, steps=2, seed=0):
@@ -262,3 +266,68 @@ def test_slopes_scale_with_the_direction():
     assert twice.norm() == pytest.approx(2 * direction.norm())
     a, b = measure(policy, batch, direction), measure(policy, batch, twice)
     assert abs(b.dentropy - 2 * a.dentropy).max() <= 1e-5 * abs(a.dentropy).max()
+
+
+class TestABinding:
+    """What `Policy.moving` keeps of a direction between passes."""
+
+    @pytest.fixture
+    def casts(self, monkeypatch) -> list[int]:
+        """How many tensors were cast each time that one was made."""
+        made, cast = [], direction_module._cast
+
+        def counted(moving, parameters):
+            made.append(len(moving))
+            return cast(moving, parameters)
+
+        monkeypatch.setattr(direction_module, "_cast", counted)
+        return made
+
+    def test_is_made_once_for_all_passes(self, casts):
+        model = random_model("qwen2")
+        policy, batch = Policy(model), random_batch()
+        direction = Direction({name: v.double() for name, v in random_direction(model).tensors.items()})
+        sums = measure(policy, batch, direction, order=2, keep_tokens=True)
+        measure(policy, batch, direction, eta=0.1)
+        measure(policy, batch, direction, order=2, second_order="nested")
+        parameter_attribution(policy, batch, direction, sums)
+        noise_floor(policy, batch, direction, sums)
+        assert casts == [len(direction.tensors)]
+        assert all(v.dtype == p.dtype for p, v in policy.moving(direction))
+
+    def test_is_made_anew_for_another_direction_and_other_parameters(self, casts):
+        model = random_model("llama")
+        policy, (one, two) = Policy(model), (random_direction(model, seed) for seed in (1, 2))
+        for direction in (one, one, two, two, one):
+            assert all(
+                torch.equal(v, direction.tensors[name]) and p is model.get_parameter(name)
+                for name, (p, v) in zip(direction.tensors, policy.moving(direction), strict=True)
+            )
+        assert len(casts) == 3
+        model.double()
+        assert {v.dtype for _, v in policy.moving(one)} == {torch.float64} and len(casts) == 4
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+        assert any(p is model.lm_head.weight for p, _ in policy.moving(one)) and len(casts) == 4
+        model.lm_head.weight = model.model.embed_tokens.weight
+        with pytest.raises(ValueError, match="one tied parameter of the policy"):
+            policy.moving(one)
+        model.lm_head.weight = torch.nn.Parameter(torch.ones(2, 2))
+        with pytest.raises(ValueError, match="lm_head.weight has shape"):
+            policy.moving(one)
+
+    def test_moves_both_of_what_was_tied(self):
+        model = random_model("qwen2")
+        policy, v = Policy(model), torch.ones(40, 32)
+        both = Direction({"model.embed_tokens.weight": v, "lm_head.weight": v.clone()})
+        assert len(policy.moving(both)) == 1
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+        assert len(policy.moving(both)) == 2
+
+    def test_goes_with_its_direction(self):
+        model = random_model("llama")
+        policy = Policy(model)
+        direction = Direction({name: v.double() for name, v in random_direction(model).tensors.items()})
+        held = weakref.ref(policy.moving(direction)[0][1])
+        assert held() is not None
+        del direction
+        assert held() is None

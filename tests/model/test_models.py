@@ -1,12 +1,20 @@
 """Every architecture people use, in float32, against a float64 run of one rollout at a time through its own logits."""
 
-import warnings
 from pathlib import Path
 
-import numpy as np
 import pytest
 from model_table import markdown
-from models import CONFIGS, InFloat64, random_batch, random_direction, random_model, reference_columns, with_lora
+from models import (
+    CONFIGS,
+    InFloat64,
+    quiet_fallback,
+    random_batch,
+    random_direction,
+    random_model,
+    reference_columns,
+    relative_errors,
+    with_lora,
+)
 
 from dentropy import Policy, measure
 
@@ -24,12 +32,7 @@ LORA = {"mamba2": dict(target_modules=["in_proj"])} | {
 }
 
 
-@pytest.fixture(autouse=True)
-def quiet_fallback():
-    """mamba2 announces that it is run one sequence at a time; test_policy asserts that it does."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="policy: packed rows do not reproduce")
-        yield
+pytestmark = quiet_fallback
 
 
 def assert_float32_agrees_with_float64(model, names):
@@ -46,14 +49,6 @@ def assert_float32_agrees_with_float64(model, names):
         plain = relative_errors(reference_columns(model.float(), batch, direction), expected)
         bar = {column: max(1e-5, 2 * plain[column]) for column in plain}
     assert all(of_run[column] <= bar[column] for of_run in errors for column in bar), (errors, bar)
-
-
-def relative_errors(columns, expected) -> dict[str, float]:
-    """The largest error of each column over its rms."""
-    return {
-        column: np.abs(columns[column] - values).max() / np.sqrt(np.mean(np.square(values)))
-        for column, values in ((name, np.array(x)) for name, x in expected.items())
-    }
 
 
 @pytest.mark.parametrize("moves", MOVES)

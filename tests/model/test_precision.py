@@ -8,6 +8,7 @@ from torch.backends import cuda, cudnn, mkldnn
 
 from dentropy import Policy, measure, slope
 from dentropy.demo.run import POLICY, draw_rollouts, load_policy
+from dentropy.model.packed_row import PackedRow
 from dentropy.model.precision import full_float32
 from dentropy.passes.policy_gradient import policy_gradient_direction
 
@@ -118,8 +119,10 @@ def test_logits_of_bf16_weights_are_never_rounded():
     assert {x.dtype for x in sums.tokens if x is not None} == {torch.float32}
     for i in range(len(batch)):
         ids, first = torch.tensor(batch.prompt(i) + batch.response(i)), len(batch.prompt(i)) - 1
+        rows = np.arange(first, len(ids) - 1)
+        row = PackedRow.of(ids.numpy(), np.array([len(ids)]), rows, ids.numpy()[rows + 1], policy.device)
         with policy.ready(), torch.no_grad():
-            hidden = policy.hidden(ids, torch.tensor([0, len(ids)], dtype=torch.int32))[first:-1]
+            hidden, _ = policy.outputs(row)
         logp = torch.log_softmax(hidden.double() @ policy.model.lm_head.weight.double().T, -1)
         assert sums.logp[i] == pytest.approx(float(logp.gather(1, ids[first + 1 :, None]).sum()), rel=1e-5, abs=1e-5)
         assert sums.entropy[i] == pytest.approx(float(-(logp.exp() * logp).sum()), rel=1e-5, abs=1e-5)

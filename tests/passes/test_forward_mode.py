@@ -3,24 +3,27 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from models import CONFIGS, LLAMA_LIKE, InFloat64, random_batch, random_direction, random_model, reference_columns
+from models import (
+    CONFIGS,
+    LLAMA_LIKE,
+    SCALED,
+    InFloat64,
+    quiet_fallback,
+    random_batch,
+    random_direction,
+    random_model,
+    reference_columns,
+)
 
 from dentropy import Direction, PackedBatch, Policy, importance, measure, moved_weights, slope
 
 FIVE = ["llama", "qwen2", "gemma2", "gpt2", "mixtral"]
 
 
-@pytest.fixture(autouse=True)
-def quiet_fallback():
-    """mamba2 announces that it is run one sequence at a time; test_policy asserts that it does."""
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="policy: packed rows do not reproduce")
-        yield
+pytestmark = quiet_fallback
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [*CONFIGS, SCALED[-1]])
 def test_every_column_equals_a_run_without_packing(name):
     model = random_model(name).double()
     batch, direction = random_batch(temperature=0.8), random_direction(model)
@@ -262,7 +265,7 @@ def test_bf16_policies_warn_where_steps_vanish():
         (dict(direction=None, order=1), "direction: None"),
         (dict(token_budget=0), "token_budget: 0"),
         (dict(batch=PackedBatch.from_lists([[1]], [[99]])), "rollout 0: token id 99"),
-        (dict(batch=PackedBatch.from_lists([[1]], [[2] * 64])), "rollout 0: 65 tokens, the policy has 64 positions"),
+        (dict(batch=PackedBatch.from_lists([[1]], [[2] * 64])), "rollout 0: 65 tokens, expected at most 64"),
         (dict(direction=Direction({"nowhere": torch.ones(2)})), "1 of 1 names are not the policy's .nowhere"),
         (dict(direction=Direction({"model.norm.weight": torch.ones(2)})), r"model.norm.weight has shape \(2,\)"),
     ],

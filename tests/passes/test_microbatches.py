@@ -1,25 +1,19 @@
 import gc
-import warnings
 import weakref
 
 import numpy as np
 import pytest
 import torch
-from models import InFloat64, random_batch, random_direction, random_model
+from models import InFloat64, quiet_fallback, random_batch, random_direction, random_model
 
 from dentropy import PackedBatch, Policy, measure
-from dentropy.passes.microbatches import AUTO_START, SAFE_SHARE, TokenBudget, response_places, walk
+from dentropy.passes.microbatches import AUTO_START, SAFE_SHARE, TokenBudget, walk
 from dentropy.passes.reverse_mode import gradient
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 
-@pytest.fixture(autouse=True)
-def quiet_fallback():
-    """mamba2 announces that it is run one sequence at a time; test_policy asserts that it does."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="policy: packed rows do not reproduce")
-        yield
+pytestmark = quiet_fallback
 
 
 def batch_of(totals, prompt=1):
@@ -28,9 +22,7 @@ def batch_of(totals, prompt=1):
 
 def packing(batch, budget) -> list[list[int]]:
     """The rollouts of every microbatch, in the order of the walk."""
-    found = []
-    walk(batch, TokenBudget(budget, CPU), np.ndarray.tolist, lambda _, rollouts: found.append(rollouts), None)
-    return found
+    return [rollouts for _, rollouts in walk(batch, TokenBudget(budget, CPU), lambda m: m.rollouts.tolist())]
 
 
 def picked(batch, order) -> PackedBatch:
@@ -92,7 +84,8 @@ def test_results_do_not_depend_on_budget_or_order(name, order):
                 # The difference of two passes is divided by its step, which costs it digits.
                 bar = 1e-8 if column in ("d2logp", "d2entropy") else 1e-12
                 assert np.abs(getattr(found, column) - values[where]).max() <= bar * scale, (column, budget)
-            tokens = response_places(batch, where)
+            bounds = batch.response_offsets
+            tokens = np.concatenate([np.arange(bounds[i], bounds[i + 1]) for i in where])
             torch.testing.assert_close(found.tokens.logp, whole.tokens.logp[tokens], rtol=1e-12, atol=1e-12)
 
 
@@ -113,11 +106,11 @@ def fail_above(policy, monkeypatch, limit, error=card_shortage) -> list[int]:
     asked = []
 
     def limited(run):
-        def running(tokens, cu_seqlens):
-            asked.append(len(tokens))
-            if len(tokens) > limit:
+        def running(row):
+            asked.append(len(row.tokens))
+            if len(row.tokens) > limit:
                 raise error()
-            return run(tokens, cu_seqlens)
+            return run(row)
 
         return running
 
@@ -166,18 +159,19 @@ class TestOutOfMemory:
 
     def test_what_is_done_is_kept(self):
         """The third microbatch fails: the two before it are not run again, its own rollouts are."""
-        batch, runs, kept = batch_of([5] * 12), [], []
+        batch, runs = batch_of([5] * 12), []
 
-        def run(rollouts):
-            runs.append(rollouts.tolist())
+        def run(microbatch):
+            runs.append(microbatch.rollouts.tolist())
             if len(runs) == 3:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return "done"
 
         budget = TokenBudget(20, CPU)
         with pytest.warns(UserWarning, match="went on with 10 tokens"):
-            walk(batch, budget, run, lambda rollouts, result: kept.extend(rollouts.tolist()), None)
+            done = [(microbatch.rollouts.tolist(), result) for microbatch, result in walk(batch, budget, run)]
         assert [len(rollouts) for rollouts in runs] == [4, 4, 4, 2, 2] and budget.tokens == 10
+        kept = [i for rollouts, result in done for i in rollouts if result == "done"]
         assert sorted(kept) == list(range(12)) and sorted(runs[3] + runs[4]) == sorted(runs[2])
 
     def test_a_rollout_that_does_not_fit_alone_is_named(self, monkeypatch):
@@ -201,9 +195,9 @@ class TestOutOfMemory:
     def test_the_failed_microbatch_is_freed_before_the_next(self):
         failed = []
 
-        def run(rollouts):
+        def run(microbatch):
             assert not failed or failed.pop()() is None
-            if len(rollouts) > 2:
+            if len(microbatch.rollouts) > 2:
                 activations = torch.zeros(1000)
                 failed.append(weakref.ref(activations))
                 error = torch.OutOfMemoryError("CUDA out of memory")
@@ -213,21 +207,39 @@ class TestOutOfMemory:
         gc.disable()
         try:
             with pytest.warns(UserWarning, match="went on with 10 tokens"):
-                walk(batch_of([5] * 4), TokenBudget(20, CPU), run, lambda rollouts, result: None, None)
+                assert len(list(walk(batch_of([5] * 4), TokenBudget(20, CPU), run))) == 2
         finally:
             gc.enable()
 
     def test_a_microbatch_that_is_kept_is_not_held_on_to(self):
         """A gradient is as large as the model: one that is added up must not stay alive through the next pass."""
-        last = []
+        last, n = [], 0
 
-        def run(rollouts):
+        def run(microbatch):
             assert not last or last.pop()() is None
             result = torch.zeros(1000)
             last.append(weakref.ref(result))
             return result
 
-        walk(batch_of([5] * 4), TokenBudget(5, CPU), run, lambda rollouts, result: None, None)
+        for _, result in walk(batch_of([5] * 4), TokenBudget(5, CPU), run):
+            n += len(result) // 1000
+            del result
+        assert n == 4
+
+    def test_a_gradient_that_is_added_up_is_not_held_on_to(self, monkeypatch):
+        model, taken, grad = random_model("llama"), [], torch.autograd.grad
+
+        def watched(*arguments, **settings):
+            assert all(part() is None for part in taken)
+            parts = grad(*arguments, **settings)
+            taken[:] = [weakref.ref(part) for part in parts if part is not None]
+            return parts
+
+        monkeypatch.setattr(torch.autograd, "grad", watched)
+        batch = random_batch()
+        weights = np.ones(batch.n_tokens)
+        gradient(Policy(model), batch, list(model.parameters()), weights, weights, token_budget=1)
+        assert taken
 
 
 class TestBudget:
@@ -289,7 +301,8 @@ class TestOnCuda:
         policy = Policy(random_model("llama").to(CUDA))
         budget = TokenBudget("auto", CUDA)
         batch = batch_of([40] * 300)
-        walk(batch, budget, lambda rollouts: torch.empty(10_000 * len(rollouts), device=CUDA), lambda *_: None, None)
+        for _, result in walk(batch, budget, lambda m: torch.empty(10_000 * len(m.rollouts), device=CUDA)):
+            del result
         free = torch.cuda.mem_get_info(CUDA)[0]
         assert 0.5 * free < budget.tokens * 1000 < free  # 1,000 bytes a token
         direction = random_direction(policy.model)
@@ -299,13 +312,10 @@ class TestOnCuda:
     def test_a_real_shortage_is_survived(self):
         torch.cuda.empty_cache()
         rows = torch.cuda.mem_get_info(CUDA)[1] // 10  # bytes a rollout: half of the twelve do not fit together
-        kept = []
+
+        def run(microbatch):
+            return torch.empty(rows * len(microbatch.rollouts), dtype=torch.uint8, device=CUDA).numel()
+
         with pytest.warns(UserWarning, match="out of memory, went on with"):
-            walk(
-                batch_of([5] * 12),
-                TokenBudget(60, CUDA),
-                lambda rollouts: torch.empty(rows * len(rollouts), dtype=torch.uint8, device=CUDA).numel(),
-                lambda rollouts, _: kept.extend(rollouts.tolist()),
-                None,
-            )
-        assert sorted(kept) == list(range(12))
+            walked = list(walk(batch_of([5] * 12), TokenBudget(60, CUDA), run))
+        assert sorted(i for microbatch, _ in walked for i in microbatch.rollouts) == list(range(12))

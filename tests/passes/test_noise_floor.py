@@ -55,9 +55,7 @@ def test_both_sides_are_packed_differently_even_where_all_fits_at_once(monkeypat
     model = random_model("llama")
     batch, direction, policy = random_batch(), random_direction(model), Policy(model)
     base, packings, hidden = measure(policy, batch, direction), [], policy.hidden
-    monkeypatch.setattr(
-        policy, "hidden", lambda tokens, cu_seqlens: packings.append(len(cu_seqlens) - 1) or hidden(tokens, cu_seqlens)
-    )
+    monkeypatch.setattr(policy, "hidden", lambda row: packings.append(len(row.bounds) - 1) or hidden(row))
     noise_floor(policy, batch, direction, base)
     together = int((batch.response_lens > 0).sum())
     assert packings.count(together) == 2 and sum(packings) == 4 * together

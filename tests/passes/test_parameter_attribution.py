@@ -1,6 +1,6 @@
 import pytest
 import torch
-from models import InFloat64, random_batch, random_direction, random_model
+from models import SCALED, InFloat64, random_batch, random_direction, random_model
 
 from dentropy import PackedBatch, Policy, measure, slope
 from dentropy.passes.parameter_attribution import by_kind, by_layer, parameter_attribution
@@ -8,7 +8,7 @@ from dentropy.passes.parameter_attribution import by_kind, by_layer, parameter_a
 
 @pytest.mark.parametrize("per", ["token", "sequence"])
 @pytest.mark.parametrize("estimator", ["causal", "exact", "mixed"])
-@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2", *SCALED])
 def test_shares_add_up_to_the_forward_mode_slope(name, estimator, per):
     model = random_model(name).double()
     batch, direction = random_batch(temperature=0.8), random_direction(model)

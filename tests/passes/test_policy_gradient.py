@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from models import random_batch, random_direction, random_model
+from models import SCALED, random_batch, random_direction, random_model
 
 from dentropy import PackedBatch, Policy, measure, policy_gradient_direction
 from dentropy.passes.policy_gradient import group_normalized_advantages
@@ -22,7 +22,7 @@ def by_hand_gradient(model, batch) -> dict[str, torch.Tensor]:
     return dict(zip(names, torch.autograd.grad(loss, list(names.values())), strict=True))
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", *SCALED])
 def test_sgd_direction_is_minus_the_gradient(name):
     model = random_model(name)
     batch = random_batch(reward=True, temperature=0.8)

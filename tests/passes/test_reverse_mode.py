@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from models import InFloat64, random_batch, random_direction, random_model
+from models import SCALED, InFloat64, random_batch, random_direction, random_model
 
 from dentropy import Policy, measure
 from dentropy.passes import reverse_mode
@@ -51,7 +51,7 @@ def test_masked_vocabulary_contributes_nothing():
     torch.testing.assert_close(*(torch.autograd.grad(x, hidden)[0] for x in (full, without)))
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2", "gpt2", "mixtral"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2", "gpt2", "mixtral", *SCALED])
 def test_reverse_mode_and_forward_mode_agree_through_the_model(name):
     model = random_model(name).double()
     batch, direction = random_batch(temperature=0.8), random_direction(model)
@@ -62,6 +62,7 @@ def test_reverse_mode_and_forward_mode_agree_through_the_model(name):
     flags = [p.requires_grad for p in model.parameters()]
     with InFloat64():
         policy = Policy(model)
+        assert policy.splits_head
         pairs = direction.on(model)
         gradients = gradient(policy, batch, [p for p, _ in pairs], a, b, token_budget=30)
         stats = measure(policy, batch, direction, keep_tokens=True).tokens

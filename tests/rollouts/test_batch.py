@@ -35,7 +35,8 @@ def test_lists_are_packed_in_order():
         [[5, 6], [7], [5, 6]], [[1, 2, 3], [], [4]], group=["a", "b", "a"], reward=[1, 0, 0.5]
     )
     assert batch.tokens.tolist() == [5, 6, 1, 2, 3, 7, 5, 6, 4]
-    assert batch.offsets.tolist() == [0, 5, 6, 9]
+    assert batch.offsets.tolist() == [0, 5, 6, 9] and batch.response_offsets.tolist() == [0, 3, 3, 4]
+    assert batch.offsets is batch.offsets  # a sum over all rollouts for each of them would be quadratic
     assert (len(batch), batch.n_tokens, batch.n_groups) == (3, 4, 2)
     assert batch.group.tolist() == [0, 1, 0] and batch.reward.tolist() == [1, 0, 0.5]
     assert [batch.prompt(i) for i in range(3)] == [[5, 6], [7], [5, 6]]
@@ -67,7 +68,10 @@ def test_padded_layout_equals_lists():
         (dict(prompt_lens=[3, 3]), "prompt_lens"),
         (dict(gen_lens=[[1]]), "gen_lens"),
         (dict(gen_lens=[[1, 4]]), "gen_lens"),
-        (dict(gen_lens=[[1, 1]]), r"attention_masks\[0\]\[1\]: expected 1 in the response .3 to 4. and 0 after it"),
+        (
+            dict(gen_lens=[[1, 1]]),
+            r"attention_masks\[0\]\[1\]: 0 in the response or 1 after it, expected 1 at 3:4, then 0",
+        ),
         (dict(attention_masks=np.array([[[1, 0, 1, 1, 0, 0], [0, 1, 1, 1, 1, 0]]])), "padding on the left"),
     ],
 )
@@ -158,9 +162,9 @@ GOOD = {"prompt_ids": [1], "response_ids": [2]}
         ([], "no rollouts"),
         ([GOOD, "{broken"], "line 2: broken JSON"),
         (["", GOOD, "", "[1]"], "line 4: a JSON list"),
-        ([{"response_ids": [1]}], "line 1: none of prompt_ids, prompt, input"),
-        ([{"prompt_ids": [1], "response_ids": [2.5]}], "line 1: response_ids is not a list of token ids"),
-        ([{"prompt": "a", "response_ids": [2]}], "line 1: prompt is text, which needs a tokenizer"),
+        ([{"response_ids": [1]}], "line 1: only response_ids, expected one of prompt_ids, prompt, input"),
+        ([{"prompt_ids": [1], "response_ids": [2.5]}], "line 1: response_ids: .2.5., expected a list of token ids"),
+        ([{"prompt": "a", "response_ids": [2]}], "line 1: prompt: text without a tokenizer"),
         ([GOOD | {"reward": 1}, GOOD], "line 2: no reward"),
         ([GOOD | {"temperature": 0.5}, GOOD], "line 2: temperature 1.0"),
         ([GOOD | {"group": [1]}], "group"),
@@ -176,7 +180,7 @@ def test_json_lines_refuse_bad_input_by_line(tmp_path, rows, named):
 
 def test_text_the_tokenizer_refuses_names_the_line(tmp_path):
     path = write(tmp_path / "e.jsonl", {"prompt": "a", "response": "b"}, {"prompt": "a", "response": "\N{SNOWMAN}"})
-    with pytest.raises(ValueError, match="line 2: response: the tokenizer refuses it: Missing"):
+    with pytest.raises(ValueError, match="line 2: response: the tokenizer refuses it .Missing"):
         PackedBatch.from_jsonl(path, Tokenizer())
 
 
