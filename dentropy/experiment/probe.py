@@ -32,8 +32,7 @@ from dentropy.model.direction import Direction
 from dentropy.model.policy import Policy
 from dentropy.passes.measure import measure
 from dentropy.passes.microbatches import AUTO
-from dentropy.passes.noise_floor import PASSES as NOISE_PASSES
-from dentropy.passes.noise_floor import noise_floor
+from dentropy.passes.noise_floor import noise_floor, sampled_rollouts
 from dentropy.passes.parameter_attribution import parameter_attribution
 from dentropy.rollouts.batch import PackedBatch
 from dentropy.stats.tables import SequenceSums
@@ -74,7 +73,8 @@ class Change:
     diagnostics        what the weights say about it: k̂, verdict
     linear, quadratic  the predictions η R' and η R' + η² R''/2, with the causal slope; quadratic is None without R''
     error              linear − measured, with the standard error of the pair
-    below_noise        whether |measured| is below the arithmetic's own error, so that it is no measurement
+    noise_floor        what the rounding in `measured` stays below in 95% of cases
+    below_noise        whether |measured| is below it, so that it is no measurement
     """
 
     eta: float
@@ -84,7 +84,11 @@ class Change:
     linear: Estimate
     quadratic: Estimate | None
     error: Estimate
-    below_noise: bool
+    noise_floor: float
+
+    @property
+    def below_noise(self) -> bool:
+        return self.eta != 0 and abs(self.measured.delta) < self.noise_floor
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +100,6 @@ class ProbeResult:
     slopes         the slope by each of the three estimators: "causal", "exact", "mixed"
     curvature      R'', and trust how far predictions reach; both None for weights in half precision
     changes        prediction and measurement at each η, in the order given
-    noise_floor    two standard deviations of the rounding in a measured ΔH
     parameters     contribution of every parameter that moves to the causal slope, by name; None if not asked for
     audit          do the rollouts look like samples of this policy?
     batch          the rollouts
@@ -113,7 +116,6 @@ class ProbeResult:
     curvature: Estimate | None
     trust: TrustRange | None
     changes: tuple[Change, ...]
-    noise_floor: float
     parameters: dict[str, float] | None
     audit: OnPolicyAudit
     batch: PackedBatch
@@ -128,6 +130,11 @@ class ProbeResult:
     @property
     def etas(self) -> tuple[float, ...]:
         return tuple(change.eta for change in self.changes)
+
+    @property
+    def noise_floor(self) -> float:
+        """The largest of the changes', in nats per token."""
+        return max(change.noise_floor for change in self.changes)
 
     def save(self, out: str | Path, tokenizer=None) -> Path:
         """Write the run folder `out` (see results.md beside this file): whole, or not at all.
@@ -156,11 +163,11 @@ def probe(
     """Slope and curvature of the entropy along `direction`, and the measured ΔH(η) at each of `etas`.
 
     Passes with tangents at the base weights give slope and curvature; a plain pass at θ + η·v per η gives the
-    measurement (importance sampling on the same rollouts); four more give the noise floor of the arithmetic; one
+    measurement (importance sampling on the same rollouts) and one over a fifth of the rollouts its noise floor; one
     reverse pass gives each parameter's share, unless `parameters` is False (it needs a gradient's memory). `prompts`
     says what the standard errors are for: prompts drawn at "random", or this "fixed" set. `token_budget` is that of
     `measure`, for every pass by itself: they differ in what a token needs. `progress` is called with the number of
-    tokens just finished, `n_passes` times those of the batch in all.
+    tokens just finished, `tokens_to_run` in all.
 
     Raises ValueError, before any work, for etas that are empty, not finite, repeated, or 0 only; see `measure` for
     what it refuses.
@@ -180,12 +187,12 @@ def probe(
     etas = check_etas(etas)
     settings = {"token_budget": token_budget, "progress": progress}
     base = measure(policy, batch, direction, order=_order(policy), keep_tokens=True, **settings)
-    floor = noise_floor(policy, batch, direction, base, **settings)
     slopes = {name: slope(base, estimator=name, prompts=prompts) for name in ESTIMATORS}
     second = None if base.d2logp is None else curvature(base, prompts=prompts)
     changes = []
     for eta in etas:
         moved = measure(policy, batch, direction, eta=eta, order=0, **settings)
+        floor = noise_floor(policy, batch, direction, base, moved, eta, **settings)
         changes.append(change(base, moved, eta, prompts, floor))
     shares = parameter_attribution(policy, batch, direction, base, **settings) if parameters else None
     base_entropy, base_influence = entropy_per_token(base)
@@ -197,7 +204,6 @@ def probe(
         curvature=second,
         trust=None if second is None else trust_range(slopes["causal"], second),
         changes=tuple(changes),
-        noise_floor=floor,
         parameters=shares,
         audit=on_policy_audit(base),
         batch=batch,
@@ -208,29 +214,29 @@ def probe(
     )
 
 
-def n_passes(policy: Policy, etas: Sequence[float], parameters: bool = True) -> int:
-    """How many times `probe` goes through the batch."""
-    at_base = 3 if _order(policy) == 2 else 1
-    return at_base + NOISE_PASSES + len(etas) + parameters
+def tokens_to_run(policy: Policy, batch: PackedBatch, etas: Sequence[float], parameters: bool = True) -> int:
+    """How many response tokens `probe` runs through the policy, over all its passes."""
+    passes = (3 if _order(policy) == 2 else 1) + len(etas) + parameters
+    return passes * batch.n_tokens + len(etas) * int(batch.response_lens[sampled_rollouts(batch)].sum())
 
 
 def change(base: SequenceSums, moved: SequenceSums, eta: float, prompts: str, noise_floor: float) -> Change:
     """Prediction against measurement at one η, from the two tables."""
     measured = importance(base, moved, prompts=prompts)
-    diagnostics, below_noise = importance_diagnostics(measured), eta != 0 and abs(measured.delta) < noise_floor
-    if below_noise:
-        reason = f"|ΔH| is {abs(measured.delta):.1e}, below the noise floor of the arithmetic, {noise_floor:.1e}"
-        diagnostics = replace(diagnostics, verdict="unusable", reason=reason)
-    return Change(
+    found = Change(
         eta=eta,
         moved=moved,
         measured=measured,
-        diagnostics=diagnostics,
+        diagnostics=importance_diagnostics(measured),
         linear=predict(base, eta, prompts=prompts),
         quadratic=None if base.d2logp is None else predict(base, eta, order=2, prompts=prompts),
         error=prediction_error(base, moved, eta, prompts=prompts),
-        below_noise=below_noise,
+        noise_floor=noise_floor,
     )
+    if not found.below_noise:
+        return found
+    reason = f"|ΔH| is {abs(measured.delta):.1e}, below the noise floor of the arithmetic, {noise_floor:.1e}"
+    return replace(found, diagnostics=replace(found.diagnostics, verdict="unusable", reason=reason))
 
 
 def _order(policy: Policy) -> int:

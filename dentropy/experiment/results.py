@@ -217,6 +217,7 @@ def _measured_entry(change, slope) -> dict:
         "delta": measured.delta,
         **_errors(measured),
         "smoothed_delta": found.smoothed_delta,
+        "noise_floor": change.noise_floor,
         "below_noise_floor": change.below_noise,
         "verdict": found.verdict,
         "verdict_reason": found.reason,

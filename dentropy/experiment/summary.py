@@ -64,7 +64,7 @@ def _reach(content: dict) -> list[str]:
 
 def _verdicts(content: dict) -> str:
     lines = [f"  {m['eta']: .3g}  {m['verdict']}: {m['verdict_reason']}" for m in content["measured"]]
-    floor = f"Rounding alone can make a ΔH of {content['noise_floor']:.1e} nats per token (the noise floor)."
+    floor = f"Rounding alone can make a ΔH of up to {content['noise_floor']:.1e} nats per token (the noise floor)."
     return "\n".join(["Can the measurements be believed?", *lines, floor])
 
 
