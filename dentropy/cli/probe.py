@@ -80,7 +80,7 @@ def _token_budget(text: str) -> int | str:
 
 
 def run(options) -> None:
-    from dentropy.experiment.probe import check_etas, n_passes, probe
+    from dentropy.experiment.probe import check_etas, probe, tokens_to_run
     from dentropy.experiment.progress import token_bar
     from dentropy.experiment.run_folder import check_out
     from dentropy.model.policy import Policy
@@ -100,7 +100,7 @@ def run(options) -> None:
     etas = etas or [step * direction.step_size for step in DEFAULT_STEPS]
     for_report = tokenizer.load_for_the_report()
     parameters = not options.skip_parameters
-    with token_bar("passes", batch.n_tokens * n_passes(policy, etas, parameters)) as progress:
+    with token_bar("passes", tokens_to_run(policy, batch, etas, parameters)) as progress:
         result = probe(
             policy,
             batch,

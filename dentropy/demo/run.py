@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from dentropy.demo import task
-from dentropy.experiment.probe import ProbeResult, fresh_check, n_passes, probe
+from dentropy.experiment.probe import ProbeResult, fresh_check, probe, tokens_to_run
 from dentropy.experiment.progress import rollout_bar, token_bar
 from dentropy.model.policy import Policy
 from dentropy.passes.forward_mode import moved_weights
@@ -59,7 +59,7 @@ def _run(seed: int) -> ProbeResult:
     with token_bar("2/4 policy gradient", update.n_tokens) as progress:
         direction = policy_gradient_direction(policy, update, step_size=STEP_SIZE, progress=progress)
     etas = [step * STEP_SIZE for step in STEPS]
-    with token_bar("3/4 predict and measure", batch.n_tokens * n_passes(policy, etas)) as progress:
+    with token_bar("3/4 predict and measure", tokens_to_run(policy, batch, etas)) as progress:
         result = probe(policy, batch, direction, etas, progress=progress)
 
     with moved_weights(policy, direction, etas[-1]):

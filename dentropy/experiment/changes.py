@@ -20,7 +20,7 @@ class Change:
         linear: The prediction η R', with the causal slope.
         quadratic: The prediction η R' + η² R''/2; None without R''.
         error: linear − measured, with the standard error of the pair.
-        below_noise: Whether |measured| is below the arithmetic's own error, so that it is no measurement.
+        noise_floor: What the rounding in `measured` stays below in 95% of cases.
     """
 
     eta: float
@@ -30,7 +30,12 @@ class Change:
     linear: Estimate
     quadratic: Estimate | None
     error: Estimate
-    below_noise: bool
+    noise_floor: float
+
+    @property
+    def below_noise(self) -> bool:
+        """Whether |measured| is below the arithmetic's own error, so that it is no measurement."""
+        return self.eta != 0 and abs(self.measured.delta) < self.noise_floor
 
 
 @dataclass(frozen=True, eq=False)

@@ -48,6 +48,7 @@ def measured(change: Change, causal: Estimate) -> dict:
         "delta": result.delta,
         **_errors(result),
         "smoothed_delta": found.smoothed_delta,
+        "noise_floor": change.noise_floor,
         "below_noise_floor": change.below_noise,
         "verdict": found.verdict,
         "verdict_reason": found.reason,

@@ -11,6 +11,7 @@ import torch
 
 from dentropy.estimators import (
     Estimate,
+    ImportanceResult,
     curvature,
     importance,
     importance_diagnostics,
@@ -28,8 +29,7 @@ from dentropy.model.direction import Direction
 from dentropy.model.policy import Policy
 from dentropy.passes.measure import measure
 from dentropy.passes.microbatches import AUTO
-from dentropy.passes.noise_floor import PASSES as NOISE_PASSES
-from dentropy.passes.noise_floor import noise_floor
+from dentropy.passes.noise_floor import noise_floor, sampled_rollouts
 from dentropy.passes.parameter_attribution import parameter_attribution
 from dentropy.rollouts.batch import PackedBatch
 from dentropy.stats.tables import SequenceSums
@@ -51,11 +51,11 @@ def probe(
     """Slope and curvature of the entropy along `direction`, and the measured ΔH(η) at each of `etas`.
 
     Passes with tangents at the base weights give slope and curvature; a plain pass at θ + η·v per η gives the
-    measurement (importance sampling on the same rollouts); four more give the noise floor of the arithmetic; one
+    measurement (importance sampling on the same rollouts) and one over a fifth of the rollouts its noise floor; one
     reverse pass gives each parameter's share, unless `parameters` is False (it needs a gradient's memory). `prompts`
     says what the standard errors are for: prompts drawn at "random", or this "fixed" set. `token_budget` is that of
     `measure`, for every pass by itself: they differ in what a token needs. `progress` is called with the number of
-    tokens just finished, `n_passes` times those of the batch in all.
+    tokens just finished, `tokens_to_run` in all.
 
     Raises ValueError, before any work, for etas that are empty, not finite, repeated, or 0 only; see `measure` for
     what it refuses.
@@ -77,11 +77,12 @@ def probe(
     base = measure(policy, batch, direction, order=_order(policy), keep_tokens=True, **settings)
     slopes = {name: slope(base, estimator=name, prompts=prompts) for name in ESTIMATORS}
     second = None if base.d2logp is None else curvature(base, prompts=prompts, first=slopes["exact"])
-    floor = noise_floor(policy, batch, direction, base, exact=slopes["exact"], **settings)
     changes = []
     for eta in etas:
         moved = measure(policy, batch, direction, eta=eta, order=0, **settings)
-        changes.append(change(base, moved, eta, slopes["causal"], second, floor))
+        measured = importance(base, moved, prompts=prompts)
+        floor = noise_floor(policy, batch, direction, base, measured, slopes["exact"], eta, **settings)
+        changes.append(change(moved, measured, eta, slopes["causal"], second, floor))
     shares = parameter_attribution(policy, batch, direction, base, **settings) if parameters else None
     base_entropy, base_influence = entropy_per_token(base)
     return ProbeResult(
@@ -92,7 +93,6 @@ def probe(
         curvature=second,
         trust=None if second is None else trust_range(slopes["causal"], second),
         changes=tuple(changes),
-        noise_floor=floor,
         parameters=shares,
         audit=on_policy_audit(base),
         batch=batch,
@@ -103,31 +103,36 @@ def probe(
     )
 
 
-def n_passes(policy: Policy, etas: Sequence[float], parameters: bool = True) -> int:
-    """How many times `probe` goes through the batch."""
-    at_base = 3 if _order(policy) == 2 else 1
-    return at_base + NOISE_PASSES + len(etas) + parameters
+def tokens_to_run(policy: Policy, batch: PackedBatch, etas: Sequence[float], parameters: bool = True) -> int:
+    """How many response tokens `probe` runs through the policy, over all its passes."""
+    passes = (3 if _order(policy) == 2 else 1) + len(etas) + parameters
+    return passes * batch.n_tokens + len(etas) * int(batch.response_lens[sampled_rollouts(batch)].sum())
 
 
 def change(
-    base: SequenceSums, moved: SequenceSums, eta: float, first: Estimate, second: Estimate | None, noise_floor: float
+    moved: SequenceSums,
+    measured: ImportanceResult,
+    eta: float,
+    first: Estimate,
+    second: Estimate | None,
+    noise_floor: float,
 ) -> Change:
     """Prediction from slope and curvature against the measurement at one η."""
-    measured, linear = importance(base, moved, prompts=first.prompts), predict(first, eta)
-    diagnostics, below_noise = importance_diagnostics(measured), eta != 0 and abs(measured.delta) < noise_floor
-    if below_noise:
-        reason = f"|ΔH| is {abs(measured.delta):.1e}, below the noise floor of the arithmetic, {noise_floor:.1e}"
-        diagnostics = replace(diagnostics, verdict="unusable", reason=reason)
-    return Change(
+    linear = predict(first, eta)
+    found = Change(
         eta=eta,
         moved=moved,
         measured=measured,
-        diagnostics=diagnostics,
+        diagnostics=importance_diagnostics(measured),
         linear=linear,
         quadratic=None if second is None else predict(first, eta, second),
         error=prediction_error(linear, measured),
-        below_noise=below_noise,
+        noise_floor=noise_floor,
     )
+    if not found.below_noise:
+        return found
+    reason = f"|ΔH| is {abs(measured.delta):.1e}, below the noise floor of the arithmetic, {noise_floor:.1e}"
+    return replace(found, diagnostics=replace(found.diagnostics, verdict="unusable", reason=reason))
 
 
 def _order(policy: Policy) -> int:

@@ -28,7 +28,6 @@ class ProbeResult:
         curvature: R''; None for weights in half precision.
         trust: How far predictions reach; None without a curvature.
         changes: Prediction and measurement at each η, in the order given.
-        noise_floor: Two standard deviations of the rounding in a measured ΔH.
         parameters: Contribution of every parameter that moves to the causal slope, by name; None if not asked for.
         audit: Do the rollouts look like samples of this policy?
         batch: The rollouts.
@@ -48,7 +47,6 @@ class ProbeResult:
     curvature: Estimate | None
     trust: TrustRange | None
     changes: tuple[Change, ...]
-    noise_floor: float
     parameters: dict[str, float] | None
     audit: OnPolicyAudit
     batch: PackedBatch
@@ -59,6 +57,11 @@ class ProbeResult:
     seeds: dict[str, int] = field(default_factory=dict)
     source: dict[str, str] = field(default_factory=dict)
     fresh: FreshCheck | None = None
+
+    @property
+    def noise_floor(self) -> float:
+        """The largest of the changes', in nats per token."""
+        return max(change.noise_floor for change in self.changes)
 
     @property
     def etas(self) -> tuple[float, ...]:

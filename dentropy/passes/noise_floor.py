@@ -1,26 +1,31 @@
 """The arithmetic's own error of a measured ΔH: below it a measurement says nothing, however small its error bar.
 
 ΔH(η) is the difference of two sums of rounded numbers, at weights that are themselves rounded to θ + η·v. Sampling
-error bars do not see that: both sides use the same rollouts.
+error bars do not see that: both sides use the same rollouts. What it amounts to shows when the same rollouts are scored
+at the same η under other roundings: of the weights, and through them of everything computed from these. Nothing else
+changes, so the curvature of ΔH, however large, does not enter.
 """
 
-import math
 from collections.abc import Callable
+from math import ceil
 
+import numpy as np
 import torch
+from torch import Tensor, nn
 
-from dentropy.estimators import Estimate, importance, slope
+from dentropy.estimators import Estimate, ImportanceResult
 from dentropy.model.direction import Direction
 from dentropy.model.policy import Policy
+from dentropy.passes.forward_mode import in_place_of_parameters, moved_weights
 from dentropy.passes.measure import measure
-from dentropy.passes.microbatches import AUTO, TokenBudget
+from dentropy.passes.microbatches import AUTO
 from dentropy.rollouts.batch import PackedBatch
 from dentropy.stats.tables import SequenceSums
 
-# Steps in units of the last place of a typical weight: enough for most weights to move and to round on their own,
-# too little for anything but the linear term of ΔH.
-STEPS = (30.0, 60.0)
-PASSES = 2 * len(STEPS)
+BLOCKS = 8  # other roundings
+T_QUANTILE = 2.306  # Student's t, 95%, for a standard deviation that is known from BLOCKS of them
+SHARE = 0.2  # of the rollouts that are scored again, so that five η cost one plain pass
+SEED = 0
 
 
 def noise_floor(
@@ -28,53 +33,122 @@ def noise_floor(
     batch: PackedBatch,
     direction: Direction,
     base: SequenceSums,
+    measured: ImportanceResult,
+    exact: Estimate,
+    eta: float,
     *,
-    exact: Estimate | None = None,
     token_budget: int | str = AUTO,
     progress: Callable[[int], None] | None = None,
 ) -> float:
-    """Two standard deviations of the rounding in a measured ΔH, in nats per token.
+    """What the rounding in the ΔH measured at `eta` stays below in 95% of cases, in nats per token.
 
-    Measures ΔH at ±ε for two small ε that follow from the sizes of θ and v alone, + and − under different packing. The
-    half difference is ε·R' with R' the "exact" slope of `base`; what is left is rounding, of half the variance of one
-    measurement. Never below the rounding of the sums themselves, ε_dtype · H̄ / sqrt(tokens).
+    A sample of the rollouts, `sampled_rollouts`, is scored again in blocks, each with a rounding of its own: every
+    weight of the moved policy goes to the next number up or down with probability 1/12 each, twice the variance of
+    rounding to nearest. To first order ΔH changes by Σ_i d_i with
+
+        d_i = [w*_i (H*_i − R T_i) − w_i (H_i − R T_i)] / Σ_j w_j T_j ,
+
+    R, w and H of the measurement, a star for the other rounding. With a and c the means over the sample of d_i² and of
+    d_i d_j, i ≠ j within a block, the floor is 2.306 σ (Student's t, σ being known from eight roundings),
+
+        σ² = S a + S (S − 1) max(0, c) + [(1 − φ) η R']² ,      φ = ⟨fl(θ + ηv) − θ, ηv⟩ / ‖ηv‖² .
+
+    c is what the rollouts share, which no number of them averages out. φ is the share of the update that is left in
+    weights of this precision and R' the "exact" slope, so that an update that is rounded away is seen as such.
+
+    The rollouts are drawn at random from the S of this batch with a response: the sample stands for them, whatever
+    the prompts have in common, while few heavy weights w_i may hide in the rest. Few rollouts cost more than a fifth:
+    16 are scored at least, and every block goes over all weights once, of which it holds a copy.
 
     Args:
-        policy, batch, direction: those of the measurement.
-        base: `measure(policy, batch, direction)`, at eta = 0.
-        exact: the "exact" slope of `base`, where it is there already.
-        token_budget, progress: as in `measure`.
+        policy, batch, direction: as measured.
+        base: the table at η = 0.
+        measured: `importance` of the table at `eta`.
+        exact: the "exact" slope of `base`.
+        eta: where ΔH was measured.
+        token_budget, progress: as in `measure`; progress sees the tokens of the sample.
+
+    Returns:
+        2.306 σ. The same for the same input: random numbers come from a generator of a fixed seed.
+
+    Raises:
+        ValueError: as `measure`.
 
     Example:
-        >>> from dentropy import sample
-        >>> from dentropy.demo.run import load_policy
+        >>> from dentropy import importance, slope
+        >>> from dentropy.demo.run import load_policy, draw_rollouts
+        >>> from dentropy.passes.policy_gradient import policy_gradient_direction
         >>> policy, tokenizer = load_policy()
-        >>> batch = sample(policy, [tokenizer.encode("17=")], per_prompt=4, max_new_tokens=33)
-        >>> direction = Direction({"model.norm.weight": policy.model.model.norm.weight})
-        >>> 0 < noise_floor(policy, batch, direction, measure(policy, batch, direction)) < 1e-3
+        >>> rollouts = draw_rollouts(policy, tokenizer, n_prompts=4, per_prompt=4, seed=0)
+        >>> direction = policy_gradient_direction(policy, rollouts, step_size=1e-4)
+        >>> base = measure(policy, rollouts, direction)
+        >>> measured = importance(base, measure(policy, rollouts, direction, eta=1e-4))
+        >>> exact = slope(base, estimator="exact")
+        >>> floor = noise_floor(policy, rollouts, direction, base, measured, exact, 1e-4)
+        >>> 0 < floor < 0.01 * abs(measured.delta)
         True
     """
-    moving = policy.moving(direction)
-    weights = math.sqrt(sum(float(p.detach().double().square().sum()) for p, _ in moving))
-    tangent = math.sqrt(sum(float(v.double().square().sum()) for _, v in moving))
-    unit = torch.finfo(policy.dtype).eps * (weights / tangent if weights else 1.0)
-    if exact is None:
-        exact = slope(base, estimator="exact")
-    # Half of what one microbatch would hold: another packing, also where the whole batch fits into one.
-    held = min(TokenBudget(token_budget, policy.device).tokens, int(batch.offsets[-1]))
-    packings = ((1, token_budget), (-1, max(1, held // 2)))
+    name_of = {id(p): name for name, p in policy.model.named_parameters()}
+    moving = [(name_of[id(p)], p.detach(), v) for p, v in policy.moving(direction)]
+    generator = torch.Generator(policy.device).manual_seed(SEED)
+    others = []
+    with moved_weights(policy, direction, eta):
+        lost = _lost(moving, dict(policy.model.named_parameters(remove_duplicate=False)), eta)
+        for rollouts in sampled_rollouts(batch):
+            with in_place_of_parameters(policy.model, _rounded_otherwise(policy.model, generator)):
+                table = measure(policy, batch.take(rollouts), token_budget=token_budget, progress=progress)
+            others.append((rollouts, table))
+    differences = _differences(base, measured, others)
+    square = np.mean(differences**2)
+    size = differences.shape[1]
+    product = np.mean(differences.sum(1) ** 2 - np.sum(differences**2, 1)) / max(1, size * (size - 1))
+    n = np.count_nonzero(batch.response_lens)
+    rounded_away = lost * exact.value
+    return T_QUANTILE * float(np.sqrt(n * square + n * (n - 1) * max(0.0, product) + rounded_away**2))
 
-    def rounding(epsilon: float) -> float:
-        plus, minus = (
-            importance(
-                base,
-                measure(policy, batch, direction, eta=sign * epsilon, order=0, token_budget=budget, progress=progress),
-            ).delta
-            for sign, budget in packings
-        )
-        return (plus - minus) / 2 - epsilon * exact.value
 
-    mean_square = sum(rounding(step * unit) ** 2 for step in STEPS) / len(STEPS)
-    n_tokens = float(base.n_tokens.sum())
-    of_the_sums = torch.finfo(policy.dtype).eps * float(base.entropy.sum()) / n_tokens / math.sqrt(n_tokens)
-    return 2 * max(math.sqrt(2 * mean_square), of_the_sums)
+def sampled_rollouts(batch: PackedBatch) -> np.ndarray:
+    """The rollouts whose rounding is looked at, int64 [BLOCKS, at least 2]: in random order, none twice in a block.
+
+    SHARE of those with a response; but two to a block where they are so few, so that some are in several blocks.
+    """
+    rollouts = np.random.default_rng(SEED).permutation(np.flatnonzero(batch.response_lens))
+    size = min(len(rollouts), max(2, ceil(SHARE * len(rollouts) / BLOCKS)))
+    return np.resize(rollouts, (BLOCKS, size))
+
+
+def _differences(
+    base: SequenceSums, measured: ImportanceResult, others: list[tuple[np.ndarray, SequenceSums]]
+) -> np.ndarray:
+    """d_i of `noise_floor`, one row per block: float64 [blocks, rollouts of a block]."""
+    weights = np.exp(measured.log_weights - measured.log_weights.max())
+    centred = measured.moved_entropy - measured.moved_value * measured.size
+    logp, row_of = base.logp + measured.log_weights, np.argsort(base.rollout)
+    differences = []
+    for rollouts, other in others:
+        rows = row_of[rollouts]
+        other_centred = other.entropy - measured.moved_value * other.n_tokens
+        differences.append(weights[rows] * (np.exp(other.logp - logp[rows]) * other_centred - centred[rows]))
+    return np.array(differences) / np.sum(weights * measured.size)
+
+
+@torch.no_grad()
+def _lost(moving: list[tuple[str, Tensor, Tensor]], moved: dict[str, Tensor], eta: float) -> float:
+    """(1 − φ) η: by how much the weights are short of η along v, having been rounded to their dtype."""
+    along, square = 0.0, 0.0
+    for name, start, v in moving:
+        along += float(((moved[name].double() - start.double()) * v.double()).sum())
+        square += float(v.double().square().sum())
+    return eta - along / square
+
+
+def _rounded_otherwise(model: nn.Module, generator: torch.Generator) -> dict[int, Tensor]:
+    """For the id() of every parameter as it stands: its values, each with probability 1/12 one number up or down."""
+    return {id(p): _one_in_six_a_unit_off(p.detach(), generator) for p in model.parameters()}
+
+
+def _one_in_six_a_unit_off(values: Tensor, generator: torch.Generator) -> Tensor:
+    units = torch.empty_like(values).uniform_(-0.6, 0.6, generator=generator).round_()
+    # ε/2 of a value is between a half and one unit of its last place: a little more always reaches the next number,
+    # and no other.
+    return torch.addcmul(values, values, units, value=0.51 * torch.finfo(values.dtype).eps)

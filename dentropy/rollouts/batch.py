@@ -246,6 +246,28 @@ class PackedBatch:
                     row["response"] = tokenizer.decode(row["response_ids"])
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
+    def take(self, rows) -> "PackedBatch":
+        """The rollouts `rows`, at least one of their indices, in that order, as a batch of their own.
+
+        Groups keep their numbers. Raises ValueError for no rows and for indices outside [0, S).
+
+        >>> batch = PackedBatch.from_lists([[5], [6], [7]], [[1, 2], [3], [4]], group=[0, 0, 1])
+        >>> [batch.take([2, 0]).response(i) for i in range(2)]
+        [[4], [1, 2]]
+        """
+        rows = np.asarray(rows, dtype=np.int64)
+        if rows.size == 0 or rows.min() < 0 or rows.max() >= len(self):
+            raise ValueError(f"rows: {rows.tolist()}, expected indices of rollouts, from 0 to {len(self) - 1}")
+        offsets = self.offsets
+        return PackedBatch(
+            tokens=torch.cat([self.tokens[offsets[i] : offsets[i + 1]] for i in rows]),
+            prompt_lens=self.prompt_lens[rows],
+            response_lens=self.response_lens[rows],
+            group=self.group[rows],
+            temperature=self.temperature,
+            reward=None if self.reward is None else self.reward[rows],
+        )
+
     def check_vocabulary(self, vocab_size: int) -> None:
         """ValueError naming the first rollout with a token id the policy does not have."""
         bad = torch.nonzero(self.tokens >= vocab_size)

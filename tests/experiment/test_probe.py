@@ -8,8 +8,19 @@ import pytest
 import torch
 from models import InFloat64, random_direction, random_model
 
-from dentropy import Direction, PackedBatch, Policy, SequenceSums, importance, measure, moved_weights, probe, sample
-from dentropy.experiment.probe import FreshCheck, check_etas, fresh_check, n_passes
+from dentropy import (
+    Direction,
+    PackedBatch,
+    Policy,
+    SequenceSums,
+    importance,
+    measure,
+    moved_weights,
+    noise_floor,
+    probe,
+    sample,
+)
+from dentropy.experiment.probe import FreshCheck, check_etas, fresh_check, tokens_to_run
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12], [13, 14]]
 STEP = 0.01
@@ -76,13 +87,19 @@ def test_a_change_below_the_noise_floor_is_no_measurement(policy, batch, directi
     tiny, step = found.changes
     assert tiny.below_noise and tiny.diagnostics.verdict == "unusable" and "noise floor" in tiny.diagnostics.reason
     assert not step.below_noise
+    written = found.content
+    assert [entry["noise_floor"] for entry in written["measured"]] == [tiny.noise_floor, step.noise_floor]
+    assert written["noise_floor"] == max(tiny.noise_floor, step.noise_floor) and tiny.noise_floor != step.noise_floor
+    assert step.noise_floor == noise_floor(
+        policy, batch, direction, found.base, step.measured, found.slopes["exact"], STEP
+    )
 
 
 @pytest.mark.parametrize("parameters", [True, False])
 def test_progress_counts_every_pass(policy, batch, direction, parameters):
     counts = []
     found = probe(policy, batch, direction, ETAS, token_budget=100, parameters=parameters, progress=counts.append)
-    assert sum(counts) == batch.n_tokens * n_passes(policy, ETAS, parameters) and len(counts) > 5 * 4
+    assert sum(counts) == tokens_to_run(policy, batch, ETAS, parameters) and len(counts) > 5 * 4
     assert (found.parameters is None) == (not parameters)
 
 
@@ -112,7 +129,6 @@ def test_every_statistic_is_computed_once(policy, batch, direction, monkeypatch)
 
     for module, names in (
         ("experiment.probe", ("slope", "curvature", "importance", "prediction_error", "trust_range")),
-        ("passes.noise_floor", ("slope", "importance")),
         ("estimators.slopes", ("leave_one_out",)),
         ("estimators.curvatures", ("slope", "leave_one_out")),
         ("estimators.importance_sampling", ("leave_one_out",)),
@@ -127,10 +143,9 @@ def test_every_statistic_is_computed_once(policy, batch, direction, monkeypatch)
         "probe.trust_range": 1,
         "probe.importance": n,
         "probe.prediction_error": n,
-        "noise_floor.importance": 4,
         "slopes.leave_one_out": 3,
         "curvatures.leave_one_out": 1,
-        "importance_sampling.leave_one_out": n + 4,
+        "importance_sampling.leave_one_out": n,
     }
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from models import random_batch, random_direction, random_model
 
-from dentropy import Direction, Policy, measure
+from dentropy import Direction, Policy, importance, measure, slope
 from dentropy.model import direction as direction_module
 from dentropy.passes.noise_floor import noise_floor
 from dentropy.passes.parameter_attribution import parameter_attribution
@@ -288,10 +288,10 @@ class TestABinding:
         policy, batch = Policy(model), random_batch()
         direction = Direction({name: v.double() for name, v in random_direction(model).tensors.items()})
         sums = measure(policy, batch, direction, order=2, keep_tokens=True)
-        measure(policy, batch, direction, eta=0.1)
+        measured = importance(sums, measure(policy, batch, direction, eta=0.1))
         measure(policy, batch, direction, order=2, second_order="nested")
         parameter_attribution(policy, batch, direction, sums)
-        noise_floor(policy, batch, direction, sums)
+        noise_floor(policy, batch, direction, sums, measured, slope(sums, estimator="exact"), 0.1)
         assert casts == [len(direction.tensors)]
         assert all(v.dtype == p.dtype for p, v in policy.moving(direction))
 

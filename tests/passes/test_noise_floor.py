@@ -1,61 +1,234 @@
+import copy
+
 import numpy as np
+import pytest
+import torch
 from models import InFloat64, random_batch, random_direction, random_model
 
-from dentropy import Direction, Policy, importance, measure
-from dentropy.passes.noise_floor import noise_floor
+from dentropy import Direction, PackedBatch, Policy, curvature, importance, measure, noise_floor, slope
+from dentropy.passes import noise_floor as module
+from dentropy.passes.policy_gradient import policy_gradient_direction
+
+DTYPES = (torch.float32, torch.bfloat16)
+BENCHMARKED = dict(
+    vocab_size=49152,
+    hidden_size=512,
+    num_hidden_layers=8,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    intermediate_size=2048,
+)
+SMALL = dict(
+    vocab_size=4096,
+    hidden_size=128,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=512,
+    initializer_range=0.1,
+)
 
 
-def test_it_is_the_size_of_the_error_float32_makes():
-    """Against the same measurement in float64, over ten policies: the floor is a fair two sigma of the error."""
-    floors, errors = [], []
-    for seed in range(10):
-        model = random_model("llama", seed)
-        batch, direction, eta = random_batch(seed, rollouts=12), random_direction(model, seed), 1e-4
-        policy = Policy(model)
+def measured_with_floor(policy, batch, direction, eta, base=None):
+    """(ΔH, its noise floor), both at `eta`."""
+    base = measure(policy, batch, direction) if base is None else base
+    moved = measure(policy, batch, direction, eta=eta)
+    measured, exact = importance(base, moved), slope(base, estimator="exact")
+    return measured.delta, noise_floor(policy, batch, direction, base, measured, exact, eta)
+
+
+def in_float64(model, batch, direction, etas) -> list[float]:
+    """ΔH at each of `etas` for the very same weights and v, computed in float64 throughout."""
+    wide = Direction({name: v.double() for name, v in direction.tensors.items()})
+    with InFloat64():
+        policy = Policy(copy.deepcopy(model).double())
+        base = measure(policy, batch, wide)
+        return [importance(base, measure(policy, batch, wide, eta=eta)).delta for eta in etas]
+
+
+@pytest.mark.filterwarnings("ignore:policy. weights are torch.bfloat16")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_errors_against_float64_lie_within_it_and_fill_it(dtype):
+    etas, ratios = (1e-3, 1e-2), []
+    for seed in range(18):
+        model = random_model(("llama", "qwen2")[seed % 2], seed).to(dtype)
+        batch, direction, policy = random_batch(seed, rollouts=30), random_direction(model, seed), Policy(model)
         base = measure(policy, batch, direction)
-        floors.append(noise_floor(policy, batch, direction, base, token_budget=40))
-        single = importance(base, measure(policy, batch, direction, eta=eta)).delta
-        wide = Direction({name: v.double() for name, v in direction.tensors.items()})
-        model.double()
-        with InFloat64():
-            policy = Policy(model)
-            exact_base = measure(policy, batch, wide)
-            exact = importance(exact_base, measure(policy, batch, wide, eta=eta)).delta
-            double_floor = noise_floor(policy, batch, wide, exact_base, token_budget=40)
-        errors.append(abs(single - exact))
-        assert double_floor < 0.1 * abs(exact)
-    sigma, typical = np.sqrt(np.mean(np.square(floors))) / 2, np.sqrt(np.mean(np.square(errors)))
-    assert 1 / 3 < sigma / typical < 3  # two root mean squares of ten draws each
+        for eta, truth in zip(etas, in_float64(model, batch, direction, etas), strict=True):
+            delta, floor = measured_with_floor(policy, batch, direction, eta, base)
+            ratios.append(abs(delta - truth) / floor)
+    ratios = np.array(ratios)
+    assert np.mean(ratios < 1) >= 0.88  # of 36, where 95% are expected
+    assert 0.2 < np.sqrt(np.mean(ratios**2)) < 0.75  # 1/2.3 for errors of exactly the size it says
+
+
+@pytest.mark.filterwarnings("ignore:policy. weights are torch.bfloat16")
+def test_true_rounding_in_bfloat16_is_flagged():
+    """A ΔH of 2e-5 that is measured as 2e-4 or so; and an update that no weight takes note of."""
+    truths, deltas = [], []
+    for seed in range(5):
+        model = random_model("llama", seed).bfloat16()
+        batch, direction, policy = random_batch(seed, rollouts=30), random_direction(model, seed), Policy(model)
+        delta, floor = measured_with_floor(policy, batch, direction, 1e-4)
+        assert abs(delta) < floor
+        truths += in_float64(model, batch, direction, [1e-4])
+        deltas.append(delta)
+        gone, floor = measured_with_floor(policy, batch, direction, 1e-9)
+        assert abs(gone) < floor
+    assert np.linalg.norm(np.subtract(deltas, truths)) > 2 * np.linalg.norm(truths)
+
+
+def test_what_rounding_takes_from_the_update_counts():
+    """Every weight moves by less than half a unit, so ΔH is 0; its error is all of η R', for which they add up."""
+    model = random_model("llama")
+    batch, policy = random_batch(), Policy(model)
+    for i in np.flatnonzero(batch.response_lens):
+        logits = model(torch.tensor([batch.prompt(i) + batch.response(i)])).logits
+        torch.distributions.Categorical(logits=logits).entropy().sum().backward()
+    direction = Direction({name: p.grad.sign() * p.detach().abs() for name, p in model.named_parameters()})
+    eta, base = 0.24 * torch.finfo(torch.float32).eps, measure(policy, batch, direction)
+    _, of_the_rest = measured_with_floor(policy, batch, direction, 1e-3, base)
+    delta, floor = measured_with_floor(policy, batch, direction, eta, base)
+    error = abs(eta * slope(base, estimator="exact").value)
+    assert delta == 0 and floor > 2 * error > 2 * of_the_rest
+
+
+def by_small_steps(policy, batch, direction, base) -> float:
+    """The floor as it was taken before: what ΔH at ±ε, ε two small steps, has beside its linear term."""
+    weights = float(sum(p.detach().double().square().sum() for p in policy.model.parameters())) ** 0.5
+    steps = [count * torch.finfo(policy.dtype).eps * weights / direction.norm() for count in (30, 60)]
+    rest = []
+    for step in steps:
+        up, down = (importance(base, measure(policy, batch, direction, eta=eta)).delta for eta in (step, -step))
+        rest.append((up - down) / 2 - step * slope(base, estimator="exact").value)
+    return 2 * float(np.sqrt(2 * np.mean(np.square(rest))))
+
+
+def of_norm_1(direction: Direction) -> Direction:
+    return Direction({name: v / direction.norm() for name, v in direction.tensors.items()})
+
+
+def qwen2(settings, length):
+    """A random policy, four rollouts of `length` random tokens, and a policy gradient of norm 1."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.Qwen2Config(**settings, tie_word_embeddings=True, max_position_embeddings=512)
+    policy = Policy(transformers.AutoModelForCausalLM.from_config(config).eval())
+    tokens = torch.randint(config.vocab_size, (4, length), generator=torch.Generator().manual_seed(2))
+    ids = [part.tolist() for part in tokens.split([length // 8, length - length // 8], 1)]
+    batch = PackedBatch.from_lists(*ids, group=[0, 0, 1, 1], reward=np.random.default_rng(0).random(4))
+    return policy, batch, of_norm_1(policy_gradient_direction(policy, batch, step_size=1.0, optimizer="sgd"))
+
+
+@pytest.mark.parametrize(
+    "settings, length", [(SMALL, 129), pytest.param(BENCHMARKED, 257, marks=pytest.mark.slow)], ids=["2M", "57M"]
+)
+def test_along_a_direction_of_norm_1_it_is_a_hundredth_of_the_bending(settings, length):
+    policy, batch, direction = qwen2(settings, length)
+    base = measure(policy, batch, direction)
+    _, floor = measured_with_floor(policy, batch, direction, 1e-3, base)
+    assert 0 < floor < 0.01 * by_small_steps(policy, batch, direction, base)
+
+
+def test_it_does_not_grow_with_the_curvature():
+    """Two directions of one norm over the same weights and rollouts: the rounding is the same."""
+    policy, batch, steep = qwen2(SMALL, 129)
+    flat = of_norm_1(random_direction(policy.model))
+    bends, floors = [], []
+    for direction in (flat, steep):
+        base = measure(policy, batch, direction, order=2)
+        bends.append(abs(curvature(base).value))
+        floors.append(measured_with_floor(policy, batch, direction, 1e-4, base)[1])
+    assert bends[1] > 1000 * bends[0] and floors[1] < 2 * floors[0]
 
 
 def test_in_float64_it_is_far_below_float32():
     model = random_model("llama")
     batch, direction = random_batch(), random_direction(model)
-    policy = Policy(model)
-    single = noise_floor(policy, batch, direction, measure(policy, batch, direction))
+    _, single = measured_with_floor(Policy(model), batch, direction, 1e-3)
     wide = Direction({name: v.double() for name, v in direction.tensors.items()})
     with InFloat64():
-        policy = Policy(model.double())
-        double = noise_floor(policy, batch, wide, measure(policy, batch, wide))
+        _, double = measured_with_floor(Policy(model.double()), batch, wide, 1e-3)
     assert 0 < double < 1e-5 * single
 
 
-def test_a_step_too_small_for_float32_is_below_it():
-    for seed in range(5):
-        model = random_model("llama", seed)
-        batch, direction = random_batch(seed, rollouts=12), random_direction(model, seed)
-        policy = Policy(model)
-        base = measure(policy, batch, direction)
-        floor = noise_floor(policy, batch, direction, base)
-        for eta in (1e-12, -1e-11):
-            assert abs(importance(base, measure(policy, batch, direction, eta=eta)).delta) < floor
-
-
-def test_both_sides_are_packed_differently_even_where_all_fits_at_once(monkeypatch):
+def test_the_differences_sum_to_the_change_of_the_measurement():
+    """With all rollouts in a block, against the measurement made again at the other weights, in float64."""
     model = random_model("llama")
+    batch = random_batch(rollouts=12)
+    wide = {name: v.double() for name, v in random_direction(model).tensors.items()}
+    with InFloat64():
+        policy, direction = Policy(model.double()), Direction(wide)
+        base, moved, other = (measure(policy, batch, direction, eta=eta, order=0) for eta in (0.0, 0.02, 0.02 + 1e-7))
+    rows = np.random.default_rng(0).permutation(len(batch))
+    shuffled = type(base)(**{name: column[rows] for name, column in base.columns().items()})
+    measured = importance(shuffled, moved)
+    change = importance(base, other).delta - measured.delta
+    summed = module._differences(shuffled, measured, [(np.arange(len(batch)), other)]).sum()
+    assert summed == pytest.approx(change, rel=1e-5) and change != 0
+
+
+def test_a_sample_says_what_all_rollouts_say(monkeypatch):
+    model = random_model("llama")
+    batch, direction, policy = random_batch(rollouts=240), random_direction(model), Policy(model)
+    _, sampled = measured_with_floor(policy, batch, direction, 1e-3)
+    monkeypatch.setattr(module, "SHARE", 1.0)
+    _, whole = measured_with_floor(policy, batch, direction, 1e-3)
+    assert 1 / 3 < sampled / whole < 3
+
+
+@pytest.mark.parametrize("rollouts", [1, 2, 3, 12, 100, 500])
+def test_the_sample_is_a_fifth_and_no_block_has_a_rollout_twice(rollouts):
+    batch = PackedBatch.from_lists([[1]] * (rollouts + 1), [[]] + [[1]] * rollouts)
+    blocks = module.sampled_rollouts(batch)
+    assert blocks.shape == (8, min(rollouts, max(2, -(-rollouts // 40)))) and blocks.min() > 0
+    assert all(len(set(block)) == len(block) for block in blocks.tolist())
+    if rollouts >= 80:
+        assert len(set(blocks.ravel())) == blocks.size <= 0.2 * rollouts + 8
+    np.testing.assert_array_equal(blocks, module.sampled_rollouts(batch))
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16, torch.float64])
+def test_another_rounding_is_one_unit_off_in_one_value_of_six(dtype):
+    values = torch.randn(200_000, generator=torch.Generator().manual_seed(0)).to(dtype)
+    values[:3000] = torch.tensor([1.0, -0.25, 0.0]).to(dtype).repeat(1000)
+    other = module._one_in_six_a_unit_off(values, torch.Generator().manual_seed(1))
+    up, down = (torch.nextafter(values, torch.full_like(values, end)) for end in (float("inf"), float("-inf")))
+    assert ((other == values) | (other == up) | (other == down)).all()
+    for side in (up, down):
+        assert float((other == side)[3000:].double().mean()) == pytest.approx(1 / 12, rel=0.05)
+
+
+def test_it_is_the_same_again_and_leaves_everything_as_it_was(monkeypatch):
+    model = random_model("qwen2")  # a tied head
     batch, direction, policy = random_batch(), random_direction(model), Policy(model)
-    base, packings, hidden = measure(policy, batch, direction), [], policy.hidden
-    monkeypatch.setattr(policy, "hidden", lambda row: packings.append(len(row.bounds) - 1) or hidden(row))
-    noise_floor(policy, batch, direction, base)
-    together = int((batch.response_lens > 0).sum())
-    assert packings.count(together) == 2 and sum(packings) == 4 * together
+    base = measure(policy, batch, direction)
+    weights = {name: p.detach().clone() for name, p in model.named_parameters(remove_duplicate=False)}
+    places = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
+    states = torch.get_rng_state(), str(np.random.get_state())  # noqa: NPY002
+
+    def unchanged():
+        now = dict(model.named_parameters(remove_duplicate=False))
+        return {name: id(p) for name, p in now.items()} == places and all(
+            torch.equal(p, weights[name]) for name, p in now.items()
+        )
+
+    floors = [measured_with_floor(policy, batch, direction, 1e-3, base)[1] for _ in range(2)]
+    assert floors[0] == floors[1] and unchanged()
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert str(np.random.get_state()) == states[1]  # noqa: NPY002
+
+    calls, hidden = [], policy.hidden
+
+    def fails_at_the_third(*inputs):
+        calls.append(not torch.equal(policy.head().weight, weights["lm_head.weight"]))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return hidden(*inputs)
+
+    moved = measure(policy, batch, direction, eta=1e-3)
+    monkeypatch.setattr(policy, "hidden", fails_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        noise_floor(policy, batch, direction, base, importance(base, moved), slope(base, estimator="exact"), 1e-3)
+    assert calls == [True] * 3 and unchanged()

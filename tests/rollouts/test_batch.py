@@ -44,6 +44,21 @@ def test_lists_are_packed_in_order():
     assert PackedBatch.from_lists([[1], [1]], [[2], [3]]).group.tolist() == [0, 1]
 
 
+def test_rollouts_are_taken_in_the_order_asked_for():
+    prompts, responses = [[5, 6], [7], [5, 6]], [[1, 2, 3], [], [4]]
+    batch = PackedBatch.from_lists(prompts, responses, group=[3, 8, 3], reward=[1, 0, 0.5], temperature=0.7)
+    taken = batch.take(np.array([2, 0]))
+    by_hand = PackedBatch.from_lists(
+        [prompts[2], prompts[0]], [responses[2], responses[0]], group=[3, 3], reward=[0.5, 1], temperature=0.7
+    )
+    for column in ("tokens", "prompt_lens", "response_lens", "group", "reward", "temperature"):
+        assert np.array_equal(getattr(taken, column), getattr(by_hand, column)), column
+    assert PackedBatch.from_lists([[1]], [[2]]).take([0]).reward is None
+    for rows in ([], [3], [-1, 0]):
+        with pytest.raises(ValueError, match=r"rows: \["):
+            batch.take(rows)
+
+
 def test_padded_layout_equals_lists():
     prompts, responses = [[5, 6], [7]], [[[1, 2], [3]], [[4], [8, 9, 9]]]
     sequences, masks = np.zeros((2, 2, 6), int), np.zeros((2, 2, 6), int)

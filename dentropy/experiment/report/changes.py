@@ -69,7 +69,7 @@ def reliability(content: dict) -> Markup:
     floor = content.get("noise_floor")
     noise = None
     if floor is not None:
-        noise = tag("p", "Noise floor of the arithmetic: ", number(floor, plain(floor)), f" {NATS}.")
+        noise = tag("p", "Noise floor of the arithmetic: at most ", number(floor, plain(floor)), f" {NATS}.")
     note = "ESS is the effective sample size of the importance weights w."
     if any(row.get("khat") for row in rows):
         note += " k̂ is the shape of the tail of what is named: above 1 it has no mean."
