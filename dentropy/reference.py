@@ -123,6 +123,12 @@ def sequence_sums(stats: TokenStats, cu_seqlens, *, group=None) -> SequenceSums:
             row["entropy_dlogp"] = sum(h[k] * dlogp[k] for k in range(length))
             row["entropy_to_go"] = sum(dlogp[k] * h[k + 1 :].sum() for k in range(length))
             row["length_to_go"] = sum(dlogp[k] * (length - 1 - k) for k in range(length))
+        if stats.d2logp is not None:
+            before = [dlogp[:j].sum() for j in range(length)]
+            bend = [before[j] ** 2 + token["d2logp"][:j].sum() for j in range(length)]
+            row["dentropy_to_go"] = sum(before[j] * token["dentropy"][j] for j in range(length))
+            row["entropy_to_go_2"] = sum(bend[j] * h[j] for j in range(length))
+            row["length_to_go_2"] = sum(bend)
         rows.append(row)
     columns = {name: np.array([row[name] for row in rows], dtype=np.float64) for name in (rows[0] if rows else ())}
     return SequenceSums(**columns, group=checked_group(group, len(ends) - 1), rollout=np.arange(len(ends) - 1))

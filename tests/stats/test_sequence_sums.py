@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from dentropy import SequenceSums, TokenStats, sequence_sums
+from dentropy import SequenceSums, TokenStats, reference, sequence_sums
 from dentropy.stats import plain
 
 FIELDS = TokenStats._fields
@@ -29,6 +29,12 @@ def one_by_one(stats, cu_seqlens):
             row["entropy_dlogp"] = math.fsum(h[k] * dlogp[k] for k in ks)
             row["length_to_go"] = math.fsum((end - 1 - k) * dlogp[k] for k in ks)
             row["entropy_to_go"] = math.fsum(dlogp[k] * math.fsum(h[k + 1 : end]) for k in ks)
+        if "d2logp" in fields:
+            before = {j: math.fsum(dlogp[start:j]) for j in ks}
+            bend = {j: before[j] ** 2 + math.fsum(fields["d2logp"][start:j]) for j in ks}
+            row["dentropy_to_go"] = math.fsum(before[j] * fields["dentropy"][j] for j in ks)
+            row["entropy_to_go_2"] = math.fsum(bend[j] * h[j] for j in ks)
+            row["length_to_go_2"] = math.fsum(bend.values())
         rows.append(row)
     return {name: np.array([row[name] for row in rows], dtype=np.float64) for name in rows[0]}
 
@@ -47,7 +53,7 @@ def test_every_column_against_its_definition(order, dtype):
     for name, column in want.items():
         assert columns[name].dtype == np.float64
         np.testing.assert_allclose(columns[name], column, rtol=1e-13, atol=1e-13, err_msg=name)
-    second = ["d2logp", "d2entropy"]
+    second = ["d2logp", "d2entropy", "dentropy_to_go", "entropy_to_go_2", "length_to_go_2"]
     first = ["dlogp", "dentropy", "entropy_dlogp", "entropy_to_go", "length_to_go"]
     assert all(getattr(sums, name) is None for name in {0: first + second, 1: second, 2: []}[order])
     np.testing.assert_array_equal(sums.rollout, np.arange(8))
@@ -84,7 +90,7 @@ def test_a_row_does_not_feel_the_rows_around_it():
     both = TokenStats(*(torch.cat(pair) for pair in zip(large, small)))
     ends = [*range(0, 10**6 + 1, 1000), 10**6 + 200]
     alone, among = sequence_sums(small, [0, 200]), sequence_sums(both, ends)
-    for name in ("logp", "entropy_dlogp", "entropy_to_go", "length_to_go"):
+    for name in ("logp", "entropy_dlogp", "entropy_to_go", "length_to_go", "dentropy_to_go", "length_to_go_2"):
         assert getattr(among, name)[-1] == pytest.approx(getattr(alone, name)[0], rel=1e-12)
 
 
@@ -109,6 +115,16 @@ def test_a_million_sequences_take_seconds():
     assert time.perf_counter() - start < 10
     assert len(sums) == 10**6
     assert sums.entropy.sum() == pytest.approx(stats.entropy.double().sum().item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_the_definition_written_down(order):
+    stats = random_stats(53, order)
+    sums = reference.sequence_sums(stats, ENDS)
+    want = one_by_one(stats, ENDS)
+    assert set(sums.columns()) == set(want) | {"group", "rollout"}
+    for name, column in want.items():
+        np.testing.assert_allclose(getattr(sums, name), column, rtol=1e-13, atol=1e-13, err_msg=name)
 
 
 def test_the_reference_has_it_too():
