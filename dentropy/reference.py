@@ -158,4 +158,19 @@ def _columns(stats: TokenStats, ends: np.ndarray) -> dict[str, np.ndarray]:
         columns["entropy_dlogp"] = [(h * d).sum() for h, d in pairs]
         columns["entropy_to_go"] = [sum(d[k] * h[k + 1 :].sum() for k in range(len(d))) for h, d in pairs]
         columns["length_to_go"] = [sum(d[k] * (len(d) - (k + 1)) for k in range(len(d))) for _, d in pairs]
+    if "d2logp" in tokens:
+        triples = [[tokens[name][span] for name in ("dlogp", "d2logp", "dentropy", "entropy")] for span in spans]
+        rows = [_second_order_row(*triple) for triple in triples]
+        columns |= {name: [row[i] for row in rows] for i, name in enumerate(PREFIX_COLUMNS)}
     return {name: np.array(column, dtype=np.float64) for name, column in columns.items()}
+
+
+PREFIX_COLUMNS = ("dentropy_to_go", "entropy_to_go_2", "length_to_go_2")
+
+
+def _second_order_row(dlogp: np.ndarray, d2logp: np.ndarray, dentropy: np.ndarray, entropy: np.ndarray) -> tuple:
+    """Σ_j A_j dh_j, Σ_j B_j h_j and Σ_j B_j, with A_j = Σ_{k<j} dlogp_k and B_j = A_j² + Σ_{k<j} d2logp_k."""
+    n = len(dlogp)
+    a = [dlogp[:j].sum() for j in range(n)]
+    b = [a[j] ** 2 + d2logp[:j].sum() for j in range(n)]
+    return sum(a[j] * dentropy[j] for j in range(n)), sum(b[j] * entropy[j] for j in range(n)), sum(b)

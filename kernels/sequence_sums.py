@@ -15,7 +15,7 @@ import triton.language as tl
 # Tokens in a block, and the warps that share it; the same for every sequence, or bits would depend on the
 # batch. One warp adds up a block by shuffles alone, without shared memory or barriers, and leaves room for
 # many short sequences on a multiprocessor at once. Eight tokens a lane put many loads in flight without
-# spilling (sm_90: about 140 of 255 registers at second order). They keep the dependent steps of a long
+# spilling (sm_90: 186 of 255 registers at second order). They keep the dependent steps of a long
 # sequence few (391 at 100,000 tokens) and cost a short one only additions of zeros, no memory traffic.
 BLOCK = 256
 NUM_WARPS = 1
@@ -31,8 +31,11 @@ COLUMNS = (
     "length_to_go",
     "d2logp",
     "d2entropy",
+    "dentropy_to_go",
+    "entropy_to_go_2",
+    "length_to_go_2",
 )
-COLUMNS_OF_ORDER = (3, 8, 10)
+COLUMNS_OF_ORDER = (3, 8, 13)
 
 _STRIDES = [
     "logp_stride",
@@ -77,6 +80,7 @@ def _sequence_sums_kernel(
     zero = (nothing, nothing)
     logp, entropy, dlogp, dentropy, entropy_dlogp = zero, zero, zero, zero, zero
     entropy_to_go, length_to_go, d2logp, d2entropy = zero, zero, zero, zero
+    dentropy_to_go, entropy_to_go_2, length_to_go_2 = zero, zero, zero
 
     for first in range(0, end - start, BLOCK):
         after = first + lanes  # tokens after this one
@@ -86,19 +90,25 @@ def _sequence_sums_kernel(
         logp = _add(logp, _load(Logp, token, logp_stride, inside))
         if ORDER >= 1:
             d = _load(DLogp, token, dlogp_stride, inside)
-            dlogp = _add(dlogp, d)
-            dentropy = _add(dentropy, _load(DEntropy, token, dentropy_stride, inside))
+            # What is left behind the block, and of the block behind the token. The latter is read anew, one token
+            # on: a running sum that includes a token's own value, less that one, would round at its size.
+            later = inside & (lanes > 0)
+            left_h = _left(entropy, _load(Entropy, token + 1, entropy_stride, later))
+            left_n = after.to(tl.float64)
+            if ORDER >= 2:
+                dd = _load(D2Logp, token, d2logp_stride, inside)
+                left_dh = _left(dentropy, _load(DEntropy, token + 1, dentropy_stride, later))
+                dentropy_to_go = _add(dentropy_to_go, left_dh * d)
+                entropy_to_go_2 = _add(entropy_to_go_2, _second_order(d, dd, left_h, entropy_to_go))
+                length_to_go_2 = _add(length_to_go_2, _second_order(d, dd, left_n, length_to_go))
+                d2logp = _add(d2logp, dd)
+                d2entropy = _add(d2entropy, _load(D2Entropy, token, d2entropy_stride, inside))
+            entropy_to_go = _add(entropy_to_go, left_h * d)
+            length_to_go = _add(length_to_go, left_n * d)
             entropy_dlogp = _add(entropy_dlogp, h * d)
-            length_to_go = _add(length_to_go, after.to(tl.float64) * d)
-            # The entropies of the block one token on, read anew: a running sum that includes a token's own,
-            # less that one, would round at its size.
-            later_h = _load(Entropy, token + 1, entropy_stride, inside & (lanes > 0))
-            left = entropy[0] + (tl.cumsum(later_h, 0) - entropy[1])
-            entropy_to_go = _add(entropy_to_go, left * d)
+            dentropy = _add(dentropy, _load(DEntropy, token, dentropy_stride, inside))
+            dlogp = _add(dlogp, d)
         entropy = _add(entropy, h)
-        if ORDER >= 2:
-            d2logp = _add(d2logp, _load(D2Logp, token, d2logp_stride, inside))
-            d2entropy = _add(d2entropy, _load(D2Entropy, token, d2entropy_stride, inside))
 
     Out += sequence
     S = S.to(tl.int64)
@@ -114,12 +124,33 @@ def _sequence_sums_kernel(
     if ORDER >= 2:
         tl.store(Out + 8 * S, d2logp[0])
         tl.store(Out + 9 * S, d2entropy[0])
+        tl.store(Out + 10 * S, dentropy_to_go[0])
+        tl.store(Out + 11 * S, entropy_to_go_2[0])
+        tl.store(Out + 12 * S, length_to_go_2[0])
 
 
 @triton.jit
 def _load(Values, token, stride, mask):
     """Values at `token` in float64; 0 where `mask` is false."""
     return tl.load(Values + token * stride, mask=mask, other=0.0).to(tl.float64)
+
+
+@triton.jit
+def _left(total, later):
+    """`total` and the running sum of `later` over the block: what is left behind each token."""
+    return total[0] + (tl.cumsum(later, 0) - total[1])
+
+
+@triton.jit
+def _second_order(d, dd, left, to_go):
+    """What each token adds to Σ_j x_j (A_j² + Σ_{k<j} d2logp_k), A_j = Σ_{k<j} dlogp_k.
+
+    That is Σ_k [d2logp_k left_k + dlogp_k (dlogp_k left_k + 2 Σ_{l>k} dlogp_l left_l)] with left_k = Σ_{j>k} x_j;
+    `to_go` is Σ_l dlogp_l left_l behind the block. The token's own term, taken off a running sum that includes it,
+    is no larger than what is added.
+    """
+    own = d * left
+    return dd * left + d * (2 * _left(to_go, own) - own)
 
 
 @triton.jit
@@ -140,7 +171,7 @@ def sequence_sums(
     *,
     cu_seqlens: torch.Tensor,
 ) -> torch.Tensor:
-    """The first 3, 8 or 10 of COLUMNS, for values up to order 0, 1 or 2: float64 [columns, S].
+    """The first 3, 8 or 13 of COLUMNS, for values up to order 0, 1 or 2: float64 [columns, S].
 
     The values are [N] in any floating dtypes, each order whole or None, cu_seqlens [S + 1] in int32 or int64,
     all with any strides and on one device. Nothing is checked and nothing synchronizes.

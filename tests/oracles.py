@@ -6,11 +6,12 @@ arithmetic on truncated Taylor series ("jets"), expectations from a sum over eve
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import numpy as np
 
-from dentropy.stats.tables import SequenceSums
+from dentropy.stats.tables import SequenceSums, TokenStats
 
 END = 0  # the end token; a sequence that reaches the horizon is cut off without it
 
@@ -74,6 +75,9 @@ class TinyPolicy:
         logp, entropy = self.token_jets(eta)
         later = [sum(entropy[0, ..., j] for j in range(k + 1, self.horizon)) for k in range(self.horizon)]
         left = [np.maximum(self.lengths - k, 0) for k in range(1, self.horizon + 1)]
+        before = np.concatenate([np.zeros_like(logp[..., :1]), np.cumsum(logp, -1)[..., :-1]], -1)
+        before[0] = 0.0  # log-weights against the policy at this eta
+        weight = jet_exp(before) * self.mask
         return {
             "n_tokens": np.broadcast_to(self.lengths, logp.shape[1:3]).astype(float),
             "logp": logp[0].sum(-1),
@@ -85,6 +89,9 @@ class TinyPolicy:
             "length_to_go": sum(logp[1, ..., k] * left[k] for k in range(self.horizon)),
             "d2logp": logp[2].sum(-1),
             "d2entropy": entropy[2].sum(-1),
+            "dentropy_to_go": (weight[1] * entropy[1]).sum(-1),
+            "entropy_to_go_2": (weight[2] * entropy[0]).sum(-1),
+            "length_to_go_2": weight[2].sum(-1),
         }
 
     def truth(self, eta: float = 0.0, per: str = "token") -> np.ndarray:
@@ -130,10 +137,20 @@ class TinyPolicy:
         }
 
 
+def take(sums: SequenceSums, rows) -> SequenceSums:
+    """The table of these rows, with their tokens where it has kept them."""
+    tokens = sums.tokens
+    if tokens is not None:
+        ends = np.concatenate([[0], np.cumsum(sums.n_tokens).astype(int)])
+        index = np.concatenate([np.arange(ends[row], ends[row + 1]) for row in rows])
+        tokens = TokenStats(*(None if values is None else values[index] for values in tokens))
+    return SequenceSums(**{name: values[rows] for name, values in sums.columns().items()}, tokens=tokens)
+
+
 def repeat_rows(sums: SequenceSums, counts) -> SequenceSums:
     """The table with row i occurring counts[i] times, which weights the rollouts; they are numbered anew."""
-    picked = {name: np.repeat(values, counts) for name, values in sums.columns().items()}
-    return SequenceSums(**picked | {"rollout": np.arange(len(picked["group"]))})
+    picked = take(sums, np.repeat(np.arange(len(sums)), counts))
+    return dataclasses.replace(picked, rollout=np.arange(len(picked)))
 
 
 def influence_by_repetition(value, n_rows: int, copies: int = 1000) -> np.ndarray:

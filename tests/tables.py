@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from oracles import TinyPolicy
+from oracles import take as take
 
 from dentropy.estimators import curvature, predict, slope
 from dentropy.stats.tables import SequenceSums, TokenStats
@@ -14,7 +15,7 @@ from dentropy.stats.tables import SequenceSums, TokenStats
 POLICY = TinyPolicy()
 ESTIMATORS = ("causal", "exact", "mixed")
 FIRST_ORDER = ("dlogp", "dentropy", "entropy_dlogp", "entropy_to_go", "length_to_go")
-SECOND_ORDER = ("d2logp", "d2entropy")
+SECOND_ORDER = ("d2logp", "d2entropy", "dentropy_to_go", "entropy_to_go_2", "length_to_go_2")
 
 per_both = pytest.mark.parametrize("per", ["token", "sequence"])
 order_both = pytest.mark.parametrize("order", [1, 2])
@@ -40,9 +41,15 @@ def one_table(seed=0, eta=0.0, n_groups=16, per_group=4) -> SequenceSums:
     return POLICY.table(*one_batch(seed, n_groups, per_group), columns(eta), per_group=per_group)
 
 
-def table_with_tokens(prompt, sequence) -> SequenceSums:
+@cache
+def token_jets(eta: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+    """Those of the policy."""
+    return POLICY.token_jets(eta)
+
+
+def table_with_tokens(prompt, sequence, eta=0.0, per_group=4) -> SequenceSums:
     """The table of a batch that kept its per-token values."""
-    logp, entropy = POLICY.token_jets(0.0)
+    logp, entropy = token_jets(eta)
     keep = POLICY.mask[sequence]
     tokens = TokenStats(
         *(
@@ -50,18 +57,13 @@ def table_with_tokens(prompt, sequence) -> SequenceSums:
             for order, jet in ((0, logp), (0, entropy), (1, logp), (1, entropy))
         )
     )
-    return dataclasses.replace(POLICY.table(prompt, sequence, columns()), tokens=tokens)
+    return dataclasses.replace(POLICY.table(prompt, sequence, columns(eta), per_group=per_group), tokens=tokens)
 
 
 def predicted(sums, eta, order=1, estimator="causal", per="token"):
     """The prediction at η from a table."""
     second = curvature(sums, per=per) if order == 2 else None
     return predict(slope(sums, estimator=estimator, per=per), eta, second)
-
-
-def take(sums: SequenceSums, rows) -> SequenceSums:
-    """The table of these rows."""
-    return SequenceSums(**{name: values[rows] for name, values in sums.columns().items()})
 
 
 def in_one_group(sums: SequenceSums) -> SequenceSums:

@@ -125,6 +125,9 @@ def test_sums_by_hand():
         length_to_go=[1 * 2 + 10 * 1, 0, 0],
         d2logp=[333, 0, 9],
         d2entropy=[555, 0, 15],
+        dentropy_to_go=[1 * 20 + 11 * 200, 0, 0],  # what comes before: 0, 1, 11
+        entropy_to_go_2=[(1 + 3) * 2 + (121 + 33) * 4, 0, 0],
+        length_to_go_2=[(1 + 3) + (121 + 33), 0, 0],
         group=[5, 5, 8],
         rollout=[0, 1, 2],
     )

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 PER = ("token", "sequence")
 
 _SECOND_ORDER = ("d2logp", "d2entropy")
+_SECOND_ORDER_TO_GO = ("dentropy_to_go", "entropy_to_go_2", "length_to_go_2")
 
 
 def check_choice(argument: str, value: object, choices: tuple[str, ...]) -> None:
@@ -25,7 +26,9 @@ def column(sums: SequenceSums, name: str, argument: str = "sums") -> np.ndarray:
     """The column `name` as float64 [S]; ValueError where it is missing or a value is not finite."""
     values = getattr(sums, name)
     if values is None:
-        expected = "order=2 or d2logits" if name in _SECOND_ORDER else "a direction or dlogits"
+        expected = "order=2 or d2logits" if name in _SECOND_ORDER + _SECOND_ORDER_TO_GO else "a direction or dlogits"
+        if name in _SECOND_ORDER_TO_GO and sums.d2logp is not None:
+            expected += " by a version that has it"
         raise ValueError(f"{argument}.{name}: None, expected the column of a table made with {expected}")
     values = np.asarray(values, dtype=np.float64)
     finite = np.isfinite(values)

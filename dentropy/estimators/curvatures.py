@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dentropy.estimators.columns import column, entropy_ratio
+from dentropy.estimators.columns import check_choice, column, entropy_ratio
 from dentropy.estimators.estimate import Estimate, check_estimate, check_same_rollouts
 from dentropy.estimators.groups import Groups
 from dentropy.estimators.jackknife import leave_one_out
@@ -15,27 +15,40 @@ from dentropy.estimators.slopes import ratio_slope, slope
 if TYPE_CHECKING:
     from dentropy.stats.tables import SequenceSums
 
+ESTIMATORS = ("exact", "causal")
+
 
 def curvature(
-    sums: SequenceSums, *, per: str = "token", prompts: str = "random", first: Estimate | None = None
+    sums: SequenceSums,
+    *,
+    estimator: str = "exact",
+    per: str = "token",
+    prompts: str = "random",
+    first: Estimate | None = None,
 ) -> Estimate:
-    """Second derivative at η = 0 of R(η) = Σ w_i H_i / Σ w_i T_i, every ratio term included.
+    """Second derivative at η = 0 of the entropy R(η), every ratio term included: ΔH(η) ≈ η R' + η² R''/2.
 
-    With D = Σ T_i, H̄ = Σ H_i / D, q_i = ℓ'_i² + ℓ''_i and R' the exact slope,
+    Rollout i has T_i tokens, D = Σ T_i, H̄ = Σ H_i / D. The curvature is Σ_i x_i / D with, R' being the slope of
+    the same estimator,
 
-        R'' = (1/D) Σ_i [ (H_i − H̄ T_i) q_i + 2 ℓ'_i (H'_i − R' T_i) + H''_i ] ,
+        "exact"    x_i = (H_i − H̄ T_i)(ℓ'_i² + ℓ''_i) + 2 ℓ'_i (H'_i − R' T_i) + H''_i
+        "causal"   x_i = Σ_j [(h_j − H̄)(A_j² + Σ_{k<j} d2logp_k) + 2 A_j (dh_j − R') + d2h_j] ,   A_j = Σ_{k<j} dlogp_k
 
-    so that ΔH(η) ≈ η R' + η² R''/2. per="sequence" puts 1 for T_i and S for D.
+    These are the second derivatives of `importance` on this very batch, with sequence and with prefix weights. Both
+    have the same limit. What comes after a token adds noise to the exact one alone: the causal one has half the
+    standard error where rollouts have some tens of tokens. per="sequence" puts 1 for T_i and S for D; the causal form
+    then has no H̄ and no R' term, for a constant has no future part.
 
     Args:
         sums: a table with first- and second-order columns, [S] float64.
+        estimator: "exact" or "causal".
         per: "token" or "sequence".
         prompts: "random" or "fixed", see `clustered_stderr`.
-        first: the exact slope of this table where it is there already, with the same `per` and `prompts`.
+        first: the slope of that estimator of this table where it is there already, with the same `per` and `prompts`.
 
     Returns:
-        Estimate in nats per token (or per sequence) per unit of η². Its parts add up to value: score (the q
-        term), cross (the ℓ' term), pathwise (from H'').
+        Estimate in nats per token (or per sequence) per unit of η². Its parts add up to value: score (the second
+        derivative of the weights), cross (their first), pathwise (from H'').
 
     Raises:
         ValueError: an unknown choice, no second-order columns, no rollout or no token at all, a value that is
@@ -51,26 +64,34 @@ def curvature(
         >>> abs(sum(estimate.parts.values()) - estimate.value) < 1e-12
         True
     """
+    check_choice("estimator", estimator, ESTIMATORS)
     ratio, groups = entropy_ratio(sums, per), Groups.of(sums.group, prompts)
     d2logp, d2entropy = column(sums, "d2logp"), column(sums, "d2entropy")
     dlogp, dentropy = column(sums, "dlogp"), column(sums, "dentropy")
     if first is None:
-        first = slope(sums, estimator="exact", per=per, prompts=prompts)
-    check_estimate("first", first, "slope", estimator="exact")
+        first = slope(sums, estimator=estimator, per=per, prompts=prompts)
+    check_estimate("first", first, "slope", estimator=estimator)
     check_same_rollouts("first", first, groups, per)
-    size, total = ratio.size, ratio.total
-    q = dlogp**2 + d2logp
+    total = ratio.total
 
-    score = ratio.centred * q
-    cross = 2 * dlogp * (dentropy - first.value * size)
+    # dsize and d2size are what a rollout adds to the derivatives of the denominator Σ w_i T_i.
+    if estimator == "exact":
+        q = dlogp**2 + d2logp
+        dsize, d2size, score, cross = ratio.size * dlogp, ratio.size * q, ratio.entropy * q, 2 * dlogp * dentropy
+    else:
+        dsize, d2size = column(sums, "length_to_go"), column(sums, "length_to_go_2")
+        if per == "sequence":
+            dsize = d2size = np.zeros_like(dlogp)
+        score, cross = column(sums, "entropy_to_go_2"), 2 * column(sums, "dentropy_to_go")
+    score = score - ratio.mean * d2size
+    # without R': its ratio is another one when a group is left out
+    without_slope = score + cross + d2entropy
+    cross = cross - 2 * first.value * dsize
     terms = score + cross + d2entropy
-    through_slope = 2 * np.sum(size * dlogp) / total
-    # cross without R': its ratio is another one when a group is left out
-    without_slope = score + 2 * dlogp * dentropy + d2entropy
-    totals = [size, ratio.centred, first.contributions * total, size * dlogp, without_slope, size * q]
+    totals = [ratio.size, ratio.centred, first.contributions * total, dsize, without_slope, d2size]
     return Estimate.of(
         terms.sum() / total,
-        ratio.influence(terms, size * q) - through_slope * first.influence,
+        ratio.influence(terms, d2size) - 2 * dsize.sum() / total * first.influence,
         leave_one_out(_ratio_curvature, totals, 1, groups),
         groups,
         per=per,
@@ -81,7 +102,7 @@ def curvature(
             "pathwise": float(d2entropy.sum() / total),
         },
         name="curvature",
-        estimator="exact",
+        estimator=estimator,
     )
 
 

@@ -46,7 +46,8 @@ class ImportanceDiagnostics:
     reason                the number that decided, in words
     khat                  shape k̂ of the tail of w (generalized Pareto; moments of order 1/k and above do not
                           exist); None with khat_reason
-    khat_tokens           the same of w_i·T_i, the denominator's terms (T_i is 1 with per="sequence")
+    khat_tokens           the same of w_i·T_i, the denominator's terms (T_i is 1 with per="sequence"); None where
+                          these are 1, with prefix weights per sequence
     khat_entropy          the same of w_i·H_i(η), the numerator's terms
     khat_reason           why a k̂ is None, in words: "not needed" where the weights are equal
     khat_threshold        min(1 − 1/log10 S, 0.7): above it S rollouts are too few for the tail
@@ -76,8 +77,9 @@ def importance_diagnostics(measured: ImportanceResult) -> ImportanceDiagnostics:
     The verdict is the first that holds of
 
         unusable  ESS of w or of w·T below 10; a k̂ above 1; a mean weight below 0.5, beyond 3 standard errors
-        strained  a k̂ above its threshold; ESS below half of the rollouts; a mean weight more than 1% and 3
-                  standard errors from 1; raw and smoothed ΔH more than a standard error apart; no k̂
+        strained  a k̂ above its threshold; ESS below half of the rollouts; with prefix weights, an ESS at the worst
+                  position below 10 of all rollouts; a mean weight more than 1% and 3 standard errors from 1;
+                  raw and smoothed ΔH more than a standard error apart; no k̂
         reliable  otherwise
 
     where k̂ does not count once the ESS is 99% of the rollouts.
@@ -111,6 +113,8 @@ def importance_diagnostics(measured: ImportanceResult) -> ImportanceDiagnostics:
         fits = [(None, None, "not needed: all weights are equal")] * 3
     else:
         fits = [pareto_smooth(measured.log_weights + factor) for factor in factors]
+        if measured.weights == "prefix" and measured.per == "sequence":
+            fits[1] = None, None, fits[0][2]  # the denominator is S, which has no tail
     smoothed, khat, reason = fits[0]
     if len({why for _, _, why in fits}) > 1:
         reason = "; ".join(f"{name}: {fit[2]}" for name, fit in zip(PRODUCTS, fits, strict=True) if fit[2])
@@ -199,6 +203,11 @@ def _verdict(measured: ImportanceResult, found: ImportanceDiagnostics) -> tuple[
         )
     if measured.ess_fraction < STRAINED_FRACTION:
         return "strained", f"the ESS is {measured.ess_fraction:.0%} of {measured.n} rollouts, below a half"
+    if measured.weights == "prefix" and measured.worst_ess_fraction * measured.n < LEAST_ESS:
+        return "strained", (
+            f"the ESS at token position {measured.worst_position} is {measured.worst_ess_fraction:.1%} of the rollouts "
+            f"that have it, {LEAST_ESS:g} of {measured.n} are needed"
+        )
     if off:
         return "strained", mean
     doubt = None if measured.ess_fraction >= NEARLY_EQUAL_FRACTION else _tail_doubt(measured, found)

@@ -7,14 +7,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dentropy.estimators.columns import column, entropy_ratio
+from dentropy.estimators.columns import check_choice, column, entropy_ratio
 from dentropy.estimators.estimate import Statistic
 from dentropy.estimators.groups import Groups
 from dentropy.estimators.jackknife import leave_one_out
+from dentropy.estimators.prefix_weights import prefix_weights
 
 if TYPE_CHECKING:
     from dentropy.stats.tables import SequenceSums
 
+WEIGHTS = ("sequence", "prefix")
 _QUANTILES = {"min": 0.0, "p05": 0.05, "p25": 0.25, "median": 0.5, "p75": 0.75, "p95": 0.95, "max": 1.0}
 
 
@@ -36,6 +38,15 @@ class ImportanceResult(Statistic):
     contributions         float64 [S], one per rollout; they sum to delta
     moved_entropy         float64 [S], H_i(η)
     size                  float64 [S], T_i (1 with per="sequence")
+    weights               "sequence" or "prefix"
+    worst_position        None, or with prefix weights the token position, from 1, whose weights w_{<j} have the
+                          smallest effective sample size for their number, of those where 95% of the tokens are
+    worst_ess_fraction    that size as a fraction of the rollouts which have the position
+
+    Prefix weights have another weight for each token. There log_weights, and what follows from them, are of w_i = M_i,
+    the mean over positions of the rollout's weight up to there, its last where it has ended (1 in expectation, as a
+    sequence weight is), and moved_entropy and size are what makes w_i·H_i = Σ_j w_{<j} h_j(η) and
+    w_i·T_i = Σ_j w_{<j}: the products, whose tails k̂ is about, are the terms of the two sums.
     """
 
     base_value: float
@@ -49,6 +60,9 @@ class ImportanceResult(Statistic):
     contributions: np.ndarray = field(repr=False)
     moved_entropy: np.ndarray = field(repr=False)
     size: np.ndarray = field(repr=False)
+    weights: str
+    worst_position: int | None
+    worst_ess_fraction: float | None
 
     @property
     def delta(self) -> float:
@@ -65,21 +79,30 @@ class ImportanceResult(Statistic):
 
 
 def importance(
-    base: SequenceSums, moved: SequenceSums, *, per: str = "token", prompts: str = "random"
+    base: SequenceSums, moved: SequenceSums, *, weights: str = "sequence", per: str = "token", prompts: str = "random"
 ) -> ImportanceResult:
     """ΔH between two weight settings from rollouts of the first, by self-normalized importance sampling.
 
-    With w_i = exp(L_i(η) − L_i(0)), H̄ = Σ H_i(0) / Σ T_i and R = Σ w_i H_i(η) / Σ w_i T_i, ΔH = R − H̄ is
-    the sum of
+    With H̄ = Σ H_i(0) / Σ T_i, ΔH = R − H̄ where
+
+        "sequence"   R = Σ_i w_i H_i(η) / Σ_i w_i T_i ,                w_i = exp(L_i(η) − L_i(0))
+        "prefix"     R = Σ_i Σ_j w_{<j} h_j(η) / Σ_i Σ_j w_{<j} ,      w_{<j} = exp Σ_{k<j} (logp_k(η) − logp_k(0))
+
+    Both have the same limit. Prefix weights leave out what comes after a token, which adds noise alone: the longer the
+    rollouts, the fewer of them they need. Their derivative is the causal slope, as that of sequence weights is the
+    exact one, so that each measurement has the smallest error beside the prediction of its own form. ΔH is the sum of
 
         c_i = w_i (H_i(η) − H̄ T_i) / Σ_j w_j T_j − (H_i(0) − H̄ T_i) / Σ_j T_j ,
 
     which are to first order η times the contributions of the exact slope, but for a term that sums to 0 (the
-    common denominator moves). The influence values have R for the first H̄. per="sequence" puts 1 for T_i.
+    common denominator moves), or with the two sums over j for w_i H_i(η) and w_i T_i those of the causal slope. The
+    influence values have R for the first H̄. per="sequence" puts 1 for T_i, and for the denominator of prefix weights:
+    nothing comes before a rollout.
 
     Args:
         base, moved: tables of the same rollouts, scored at the two weight settings, [S] float64; rows are
-            paired by `rollout`, so their order may differ.
+            paired by `rollout`, so their order may differ. Prefix weights need the kept tokens of both.
+        weights: "sequence" or "prefix".
         per: "token" or "sequence".
         prompts: "random" or "fixed", see `clustered_stderr`.
 
@@ -89,7 +112,8 @@ def importance(
     Raises:
         ValueError: an unknown choice; no rollout or no token at all; a value that is not finite, another set
             of rollouts, a rollout that occurs twice, or one whose n_tokens or group differ (each names the
-            rollout); weights that vanish on every rollout that has tokens.
+            rollout); weights that vanish on every rollout that has tokens; with prefix weights, tables without
+            tokens and weights beyond e^300.
 
     Example:
         >>> import torch
@@ -103,24 +127,29 @@ def importance(
         >>> abs(result.moved_value - result.base_value - result.delta) < 1e-12
         True
     """
+    check_choice("weights", weights, WEIGHTS)
     ratio, groups = entropy_ratio(base, per, "base"), Groups.of(base.group, prompts)
-    size, rows = ratio.size, _pair(base, moved)
+    rows = _pair(base, moved)
     moved_entropy = column(moved, "entropy", "moved")[rows]
     log_weights = column(moved, "logp", "moved")[rows] - column(base, "logp", "base")
+    moved_size, moved_tokens, worst = ratio.size, column(base, "n_tokens", "base"), (None, None)
+    if weights == "prefix":
+        log_weights, moved_entropy, moved_tokens, *worst = prefix_weights(base, moved, rows)
+        moved_size = moved_tokens if per == "token" else np.exp(-log_weights)
 
     # Ratios do not know a common factor of the weights: with 1 for the largest, none overflows.
-    weights = np.exp(log_weights - log_weights.max())
-    weighted_total = np.sum(weights * size)
+    scaled = np.exp(log_weights - log_weights.max())
+    weighted_total = np.sum(scaled * moved_size)
     if weighted_total == 0:
         raise ValueError(
             "moved.logp: so far below base.logp that the weight of every rollout with tokens vanishes beside "
             "the empty rollouts', expected a move small enough to measure by importance sampling"
         )
-    moved_value = np.sum(weights * moved_entropy) / weighted_total
-    moved_centred, base_term = weights * (moved_entropy - ratio.mean * size), ratio.centred / ratio.total
+    moved_value = np.sum(scaled * moved_entropy) / weighted_total
+    moved_centred, base_term = scaled * (moved_entropy - ratio.mean * moved_size), ratio.centred / ratio.total
     contributions = moved_centred / weighted_total - base_term
-    influence = weights * (moved_entropy - moved_value * size) / weighted_total - base_term
-    totals = [weights * size, size, moved_centred, ratio.centred]
+    influence = scaled * (moved_entropy - moved_value * moved_size) / weighted_total - base_term
+    totals = [scaled * moved_size, ratio.size, moved_centred, ratio.centred]
     return ImportanceResult.of(
         contributions.sum(),
         influence,
@@ -129,15 +158,18 @@ def importance(
         per=per,
         base_value=float(ratio.mean),
         moved_value=float(moved_value),
-        ess=_effective_sample_size(weights),
-        ess_tokens=_effective_sample_size(weights * column(base, "n_tokens", "base")),
-        max_weight=float(weights.max() / weights.sum()),
+        ess=_effective_sample_size(scaled),
+        ess_tokens=_effective_sample_size(scaled * moved_tokens),
+        max_weight=float(scaled.max() / scaled.sum()),
         mean_weight=_mean_weight(log_weights),
         log_weight_quantiles=_quantiles(log_weights),
         log_weights=log_weights,
         contributions=contributions,
         moved_entropy=moved_entropy,
-        size=size,
+        size=moved_size,
+        weights=weights,
+        worst_position=worst[0],
+        worst_ess_fraction=worst[1],
     )
 
 

@@ -57,9 +57,9 @@ def prediction_error(predicted: Estimate, measured: ImportanceResult) -> Estimat
     """Prediction less measurement of ΔH(η), on the same rollouts.
 
     The two are far from independent: the standard error comes from the difference of their influence values,
-    rollout by rollout. With the exact slope chance does nearly the same to both and what is left is what the
-    Taylor expansion leaves out on these very rollouts; the causal one adds the difference of the two slopes,
-    whose expectation is 0.
+    rollout by rollout. With the exact slope and sequence weights, or the causal slope and prefix weights, chance does
+    nearly the same to both and what is left is what the Taylor expansion leaves out on these very rollouts; another
+    pair adds the difference of the two slopes, whose expectation is 0.
 
     Args:
         predicted: what `predict` gave for a table at the base weights.

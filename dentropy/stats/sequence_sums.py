@@ -9,6 +9,7 @@ import torch
 
 from dentropy.stats.checks import check_stats, check_sums, checked_cu_seqlens, checked_group
 from dentropy.stats.dispatch import kernels_serve
+from dentropy.stats.segments import segment_sum, sum_before
 from dentropy.stats.tables import SequenceSums, TokenStats
 
 
@@ -69,36 +70,32 @@ def _kernel_columns(stats: TokenStats, ends: np.ndarray) -> dict[str, np.ndarray
 def plain_columns(stats: TokenStats, ends: np.ndarray) -> dict[str, np.ndarray]:
     """The columns in NumPy, whatever the device."""
     tokens = {name: v.detach().cpu().double().numpy() for name, v in stats._asdict().items() if v is not None}
-    lengths = np.diff(ends)
-    columns = {"n_tokens": lengths}
-    columns |= {name: _segment_sum(values, ends) for name, values in tokens.items()}
+    columns = {"n_tokens": np.diff(ends)}
+    columns |= {name: segment_sum(values, ends) for name, values in tokens.items()}
     if "dlogp" in tokens:
-        columns |= _to_go_columns(tokens["entropy"], tokens["dlogp"], columns["entropy"], lengths, ends)
+        columns |= {name: segment_sum(values, ends) for name, values in _prefix_products(tokens, ends).items()}
     return columns
 
 
-def _to_go_columns(
-    entropy: np.ndarray, dlogp: np.ndarray, sums: np.ndarray, lengths: np.ndarray, ends: np.ndarray
-) -> dict[str, np.ndarray]:
-    tokens_left = np.repeat(ends[1:], lengths) - 1.0 - np.arange(len(dlogp))
-    length_to_go = _segment_sum(tokens_left * dlogp, ends)
-    # What is left of the entropy is what is left of its deviation from the sequence's mean, plus that mean
-    # for each token left. The running sum of the deviations returns to 0 at the end of every sequence, so one
-    # sum over all tokens is exact to rounding within each.
-    means = sums / np.maximum(lengths, 1)
-    running = np.cumsum(entropy - np.repeat(means, lengths))
-    at_end = np.repeat(running[ends[1:] - 1], lengths) if len(running) else running
-    return {
-        "entropy_dlogp": _segment_sum(entropy * dlogp, ends),
-        "entropy_to_go": means * length_to_go + _segment_sum((at_end - running) * dlogp, ends),
-        "length_to_go": length_to_go,
+def _prefix_products(tokens: dict[str, np.ndarray], ends: np.ndarray) -> dict[str, np.ndarray]:
+    """What the columns that look at pairs of tokens are the sums of, [N] each.
+
+    The weight of token j, the ratio of the probabilities of what comes before it, has the first derivative
+    A_j = Σ_{k<j} dlogp_k and the second A_j² + Σ_{k<j} d2logp_k.
+    """
+    entropy, dlogp = tokens["entropy"], tokens["dlogp"]
+    first = sum_before(dlogp, ends)
+    tokens_left = np.repeat(ends[1:], np.diff(ends)) - 1.0 - np.arange(len(dlogp))
+    products = {
+        "entropy_dlogp": entropy * dlogp,
+        "entropy_to_go": entropy * first,
+        "length_to_go": tokens_left * dlogp,  # Σ_j A_j, without the roundings of a running sum
     }
-
-
-def _segment_sum(values: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """[S] sums of `values` [N] over the segments ends[i]:ends[i + 1]; those without elements give 0."""
-    out = np.zeros(len(ends) - 1)
-    filled = ends[1:] > ends[:-1]
-    if filled.any():
-        out[filled] = np.add.reduceat(values, ends[:-1][filled])
-    return out
+    if "d2logp" in tokens:
+        second = first**2 + sum_before(tokens["d2logp"], ends)
+        products |= {
+            "dentropy_to_go": tokens["dentropy"] * first,
+            "entropy_to_go_2": entropy * second,
+            "length_to_go_2": second,
+        }
+    return products

@@ -42,7 +42,8 @@ class SequenceSums:
 
     The columns are NumPy float64 arrays of shape [S] (`group` and `rollout` int64), in nats. For a rollout of
     tokens k = 1..T with log-probabilities logp_k, entropies h_k and derivatives dlogp_k, dh_k, d2logp_k,
-    d2h_k:
+    d2h_k, and with A_j = Σ_{k<j} dlogp_k and B_j = A_j² + Σ_{k<j} d2logp_k, the derivatives of the weight that
+    the tokens before j give it:
 
     =================== ============================== ===============================================
     `n_tokens`          T                              always
@@ -55,6 +56,9 @@ class SequenceSums:
     `length_to_go`      Σ_k (T − k) dlogp_k            None when the pass had no tangent
     `d2logp`            Σ d2logp_k                     None below second order
     `d2entropy`         Σ d2h_k                        None below second order
+    `dentropy_to_go`    Σ_j A_j dh_j                   None below second order
+    `entropy_to_go_2`   Σ_j B_j h_j                    None below second order
+    `length_to_go_2`    Σ_j B_j                        None below second order
     `second_order_step` step in η of the differences   None unless d2logp and d2entropy are differences
     `group`             the prompt the rollout is for  always
     `rollout`           its index in the batch         always
@@ -85,6 +89,9 @@ class SequenceSums:
     length_to_go: np.ndarray | None = None
     d2logp: np.ndarray | None = None
     d2entropy: np.ndarray | None = None
+    dentropy_to_go: np.ndarray | None = None
+    entropy_to_go_2: np.ndarray | None = None
+    length_to_go_2: np.ndarray | None = None
     second_order_step: np.ndarray | None = None
     group: np.ndarray
     rollout: np.ndarray

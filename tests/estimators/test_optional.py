@@ -18,14 +18,16 @@ import numpy as np
 import dentropy.estimators as e
 
 names = "n_tokens logp entropy dlogp dentropy entropy_dlogp entropy_to_go length_to_go d2logp d2entropy".split()
+names += ["dentropy_to_go", "entropy_to_go_2", "length_to_go_2"]
 columns = dict(zip(names, np.random.default_rng(0).uniform(1, 2, (len(names), 40))))
 columns["n_tokens"] = np.full(40, 3.0)
 def table(**more):
     return types.SimpleNamespace(**columns | more, group=np.arange(40) // 4, rollout=np.arange(40))
-tokens = types.SimpleNamespace(**{name: np.ones(120) for name in ("entropy", "dlogp", "dentropy")})
-base, moved = table(tokens=tokens), table(logp=columns["logp"] + 0.1)
+tokens = types.SimpleNamespace(**{name: np.ones(120) for name in ("logp", "entropy", "dlogp", "dentropy")})
+base, moved = table(tokens=tokens), table(logp=columns["logp"] + 0.1, tokens=tokens)
 
 first, second, measured = e.slope(base), e.curvature(base), e.importance(base, moved)
+e.curvature(base, estimator="causal"), e.importance(base, moved, weights="prefix")
 e.trust_range(first, second)
 error = e.prediction_error(e.predict(first, 0.1, second), measured)
 e.by_position(e.token_attribution(base), base), e.by_length(first.contributions, base)

@@ -68,7 +68,31 @@ def exact_row(stats, start, end):
             terms["length_to_go"].append(tokens_left * SCALE * d)
             entropy_left += h
         row |= {name: (sum(values) / SCALE**2, sum(map(abs, values)) / SCALE**2) for name, values in terms.items()}
+    if stats.d2logp is not None:
+        row |= exact_second_order(fields)
     return row
+
+
+def exact_second_order(fields):
+    """Of the columns with A_j = Σ_{k<j} dlogp_k and A_j² + Σ_{k<j} d2logp_k: (the sum, a bound of the terms' sizes)."""
+    columns = dict.fromkeys(("dentropy_to_go", "entropy_to_go_2", "length_to_go_2"), (0, 0))
+    first, second, first_size, second_size = 0, 0, 0, 0
+    for h, dh, d, dd in zip(*(fields[name] for name in ("entropy", "dentropy", "dlogp", "d2logp"))):
+        # over SCALE**2, SCALE**3 and SCALE**3
+        terms = {
+            "dentropy_to_go": (dh * first * SCALE, abs(dh) * first_size * SCALE),
+            "entropy_to_go_2": (h * (first**2 + second), abs(h) * (first_size**2 + second_size)),
+            "length_to_go_2": ((first**2 + second) * SCALE, (first_size**2 + second_size) * SCALE),
+        }
+        for name, (term, size) in terms.items():
+            columns[name] = columns[name][0] + term, columns[name][1] + size
+        first, second, first_size, second_size = (
+            first + d,
+            second + dd * SCALE,
+            first_size + abs(d),
+            second_size + abs(dd) * SCALE,
+        )
+    return {name: (term / SCALE**3, size / SCALE**3) for name, (term, size) in columns.items()}
 
 
 def assert_exact(columns, stats, ends, rows=None):
@@ -86,7 +110,7 @@ def test_every_column_at_every_length(draw, order, dtype):
     ends = ends_of(LENGTHS)
     stats = draw(ends[-1], order, dtype)
     columns = run_kernel(stats, ends)
-    assert len(columns) == {0: 3, 1: 8, 2: 10}[order]
+    assert len(columns) == {0: 3, 1: 8, 2: 13}[order]
     assert_exact(columns, stats, ends)
 
 
@@ -178,7 +202,7 @@ def test_expanded_values(draw):
 
 
 def test_no_sequences_and_no_tokens(draw):
-    for order, names in ((0, 3), (1, 8), (2, 10)):
+    for order, names in ((0, 3), (1, 8), (2, 13)):
         assert [len(c) for c in run_kernel(draw(0, order), np.array([0])).values()] == [0] * names
         nothing = run_kernel(draw(0, order), np.array([0, 0, 0]))
         assert [c.tolist() for c in nothing.values()] == [[0, 0]] * names

@@ -24,7 +24,7 @@ def test_every_column_against_its_definition(order, dtype):
     for name, column in want.items():
         assert columns[name].dtype == (np.int64 if name in ("group", "rollout") else np.float64)
         np.testing.assert_allclose(columns[name], column, rtol=1e-13, atol=1e-13, err_msg=name)
-    second = ["d2logp", "d2entropy"]
+    second = ["d2logp", "d2entropy", "dentropy_to_go", "entropy_to_go_2", "length_to_go_2"]
     first = ["dlogp", "dentropy", "entropy_dlogp", "entropy_to_go", "length_to_go"]
     assert all(getattr(sums, name) is None for name in {0: first + second, 1: second, 2: []}[order])
     np.testing.assert_array_equal(sums.rollout, np.arange(8))
@@ -61,7 +61,7 @@ def test_a_row_does_not_feel_the_rows_around_it():
     both = TokenStats(*(torch.cat(pair) for pair in zip(large, small)))
     ends = [*range(0, 10**6 + 1, 1000), 10**6 + 200]
     alone, among = sequence_sums(small, [0, 200]), sequence_sums(both, ends)
-    for name in ("logp", "entropy_dlogp", "entropy_to_go", "length_to_go"):
+    for name in ("logp", "entropy_dlogp", "entropy_to_go", "length_to_go", "dentropy_to_go", "length_to_go_2"):
         assert getattr(among, name)[-1] == pytest.approx(getattr(alone, name)[0], rel=1e-12)
 
 

@@ -1,0 +1,103 @@
+"""Prefix weights: in the moved policy's entropy, a token is weighed by what came before it alone.
+
+The numerator and the denominator of R(η) = Σ_i H^w_i / Σ_i T^w_i are sums over the tokens j of a rollout,
+
+    H^w_i = Σ_j w_{<j} h_j(η) ,     T^w_i = Σ_j w_{<j} ,     w_{<j} = exp Σ_{k<j} (logp_k(η) − logp_k(0)) ,
+
+which need the values of every token at both weight settings. Given those, the weight of any position is there too, and
+no column of a table could stand for it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from dentropy.estimators.columns import column
+from dentropy.stats.segments import place_in_sequence, segment_sum, sum_before
+
+if TYPE_CHECKING:
+    from dentropy.stats.tables import SequenceSums
+
+# In nats. Squares of such a weight are still far inside the range of float64, and no measurement survives it.
+LARGEST_LOG_WEIGHT = 300.0
+# The share of the tokens whose positions are looked at for the worst one: the longest rollouts may be few, and what
+# is said of so small a part of the tokens does not decide.
+CARRIED = 0.95
+
+
+class PrefixWeights(NamedTuple):
+    """What the sums over tokens of each rollout come to, float64 [S], and the position that is worst off.
+
+    log_weights         log M_i: the weight of the rollout's first tokens, a mean over positions j as the batch's tokens
+                        are spread over them; behind its end a rollout keeps the weight it ended with, so that the mean
+                        of M is 1 in expectation
+    entropy, size       H^w_i / M_i and T^w_i / M_i: with M_i for w_i the measurement is Σ w_i entropy_i / Σ w_i size_i
+    worst_position      the position, from 1, whose weights w_{<j} have the smallest effective sample size for their
+                        number, among those before which less than 95% of the tokens are
+    worst_ess_fraction  that size (Σ w)² / Σ w² as a fraction of the rollouts that have the position
+    """
+
+    log_weights: np.ndarray
+    entropy: np.ndarray
+    size: np.ndarray
+    worst_position: int
+    worst_ess_fraction: float
+
+
+def prefix_weights(base: SequenceSums, moved: SequenceSums, rows: np.ndarray) -> PrefixWeights:
+    """The prefix weights of two tables that kept their tokens; `rows` [S] is the row of `moved` for each of `base`.
+
+    Raises:
+        ValueError: no kept tokens, or another number of them than the rows have; a value that is not finite; a weight
+            beyond what a measurement can stand (the rollout is named).
+    """
+    lengths = column(base, "n_tokens", "base").astype(np.int64)
+    ends = np.concatenate([[0], np.cumsum(lengths)])
+    place = place_in_sequence(ends)
+    moved_lengths = column(moved, "n_tokens", "moved").astype(np.int64)
+    in_moved = np.repeat((np.cumsum(moved_lengths) - moved_lengths)[rows], lengths) + place
+    entropy = _kept(moved, "moved", "entropy", ends[-1])[in_moved]
+    log_ratio = _kept(moved, "moved", "logp", ends[-1])[in_moved] - _kept(base, "base", "logp", ends[-1])
+    log_weight, at_end = sum_before(log_ratio, ends), segment_sum(log_ratio, ends)
+    through = log_weight + log_ratio
+    if through.max() > LARGEST_LOG_WEIGHT:
+        rollout = int(np.repeat(base.rollout, lengths)[np.argmax(through)])
+        raise ValueError(
+            f"moved.tokens.logp: log-weights of rollout {rollout} reach {through.max():.0f} nats, "
+            f"expected at most {LARGEST_LOG_WEIGHT:g}, a move small enough to measure by importance sampling"
+        )
+
+    weight, have = np.exp(log_weight), np.bincount(place)
+    from_here = 1.0 - np.concatenate([[0], np.cumsum(have)]) / ends[-1]  # share of the tokens at or behind a position
+    mean = segment_sum((have / ends[-1])[place] * weight, ends) + from_here[lengths] * np.exp(at_end)
+    fractions = _ess_fractions(weight, place, have)[from_here[:-1] > 1 - CARRIED]
+    worst = int(np.argmin(fractions))
+    return PrefixWeights(
+        log_weights=np.log(mean),
+        entropy=segment_sum(weight * entropy, ends) / mean,
+        size=segment_sum(weight, ends) / mean,
+        worst_position=worst + 1,
+        worst_ess_fraction=float(fractions[worst]),
+    )
+
+
+def _ess_fractions(weight: np.ndarray, place: np.ndarray, have: np.ndarray) -> np.ndarray:
+    """(Σ w)² / Σ w² at each position over the number of rollouts that have it; 0 where all weights vanish."""
+    total, squares = np.bincount(place, weight), np.bincount(place, weight**2)
+    return np.divide(total**2, squares * have, out=np.zeros_like(total), where=squares > 0)
+
+
+def _kept(sums: SequenceSums, argument: str, name: str, expected: int) -> np.ndarray:
+    """A value of every token, float64 [tokens]."""
+    if sums.tokens is None:
+        raise ValueError(f"{argument}.tokens: None, expected those of a table measured with keep_tokens=True")
+    values = np.asarray(getattr(sums.tokens, name), dtype=np.float64)
+    if values.shape != (expected,):
+        raise ValueError(f"{argument}.tokens.{name}: shape {values.shape}, expected ({expected},) by n_tokens")
+    finite = np.isfinite(values)
+    if not finite.all():
+        token = int(np.argmin(finite))
+        raise ValueError(f"{argument}.tokens.{name}: {values[token]} at token {token}, expected finite values")
+    return values
