@@ -51,7 +51,8 @@ def curvature(
         >>> abs(sum(estimate.parts.values()) - estimate.value) < 1e-12
         True
     """
-    ratio, groups = entropy_ratio(sums, per), Groups.of(sums.group, prompts)
+    ratio = entropy_ratio(sums, per)
+    groups = Groups.of(sums.group, prompts, ratio.size)
     d2logp, d2entropy = column(sums, "d2logp"), column(sums, "d2entropy")
     dlogp, dentropy = column(sums, "dlogp"), column(sums, "dentropy")
     if first is None:
@@ -73,6 +74,7 @@ def curvature(
         ratio.influence(terms, size * q) - through_slope * first.influence,
         leave_one_out(_ratio_curvature, totals, 1, groups),
         groups,
+        doubts=ratio.doubts,
         per=per,
         contributions=terms / total,
         parts={

@@ -103,7 +103,8 @@ def importance(
         >>> abs(result.moved_value - result.base_value - result.delta) < 1e-12
         True
     """
-    ratio, groups = entropy_ratio(base, per, "base"), Groups.of(base.group, prompts)
+    ratio = entropy_ratio(base, per, "base")
+    groups = Groups.of(base.group, prompts, ratio.size)
     size, rows = ratio.size, _pair(base, moved)
     moved_entropy = column(moved, "entropy", "moved")[rows]
     log_weights = column(moved, "logp", "moved")[rows] - column(base, "logp", "base")
@@ -126,6 +127,7 @@ def importance(
         influence,
         leave_one_out(_ratio_change, totals, 2, groups),
         groups,
+        doubts=ratio.doubts,
         per=per,
         base_value=float(ratio.mean),
         moved_value=float(moved_value),

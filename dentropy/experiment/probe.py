@@ -37,6 +37,7 @@ from dentropy.passes.noise_floor import PASSES as NOISE_PASSES
 from dentropy.passes.noise_floor import noise_floor
 from dentropy.passes.parameter_attribution import parameter_attribution
 from dentropy.rollouts.batch import PackedBatch
+from dentropy.rollouts.sampling import end_tokens, without_end
 from dentropy.stats.tables import SequenceSums
 
 ESTIMATORS = ("causal", "exact", "mixed")
@@ -100,6 +101,7 @@ class ProbeResult:
     noise_floor    two standard deviations of the rounding in a measured ΔH
     parameters     contribution of every parameter that moves to the causal slope, by name; None if not asked for
     audit          do the rollouts look like samples of this policy?
+    without_end    rollouts that do not end with an end token of the policy; None where it has none
     batch          the rollouts
     step_size      the η that is the update itself
     prompts        "random" or "fixed": what the standard errors are for
@@ -117,6 +119,7 @@ class ProbeResult:
     noise_floor: float
     parameters: dict[str, float] | None
     audit: OnPolicyAudit
+    without_end: int | None
     batch: PackedBatch
     step_size: float
     prompts: str
@@ -201,6 +204,7 @@ def probe(
         noise_floor=floor,
         parameters=shares,
         audit=on_policy_audit(base),
+        without_end=without_end(batch, end_tokens(policy)),
         batch=batch,
         step_size=direction.step_size,
         prompts=prompts,

@@ -162,10 +162,10 @@ def _errors(statistic) -> dict:
 
 
 def largest_rollouts(result: ProbeResult, tokenizer=None) -> list[dict]:
-    """The rollouts that contribute most to the causal slope, with what each of their tokens does, for the report."""
+    """The rollouts that contribute most to the exact slope, with what each of their tokens does, for the report."""
     base, batch = result.base, result.batch
-    contributions = result.slopes["causal"].contributions
-    by_token = np.split(token_attribution(base), np.cumsum(base.n_tokens).astype(int)[:-1])
+    contributions = result.slopes["exact"].contributions
+    by_token = np.split(token_attribution(base, estimator="exact"), np.cumsum(base.n_tokens).astype(int)[:-1])
 
     def text(ids: list[int]) -> str:
         return " ".join(map(str, ids)) + " " if tokenizer is None else tokenizer.decode(ids)
@@ -192,7 +192,8 @@ def _slope_entry(estimate) -> dict:
         "estimator": estimate.estimator,
         "value": estimate.value,
         **_errors(estimate),
-        **{part: estimate.parts[part] for part in ("pathwise", "score", "length_correction", "uncorrected")},
+        **estimate.parts,
+        "part_stderrs": dict(estimate.part_stderrs),
     }
 
 
@@ -241,10 +242,9 @@ def _measured_entry(change, slope) -> dict:
 
 
 def _attribution_entry(result: ProbeResult) -> dict:
-    """Who the causal slope comes from; every list sums to it."""
-    base, causal = result.base, result.slopes["causal"]
-    positions = by_position(token_attribution(base), base)
-    lengths = by_length(causal.contributions, base)
+    """Where the slope comes from: every list sums to the causal one, by_length to the exact one."""
+    base = result.base
+    positions, lengths = by_position(base, prompts=result.prompts), by_length(base, prompts=result.prompts)
     entry = {
         "by_position": _bin_entries(positions, "tokens"),
         "by_length": _bin_entries(lengths, "rollouts"),
@@ -263,11 +263,10 @@ def _attribution_entry(result: ProbeResult) -> dict:
 
 
 def _bin_entries(bins, counted: str) -> list[dict]:
-    columns = (bins.first.tolist(), bins.last.tolist(), bins.contribution.tolist(), bins.count.tolist())
-    return [
-        {"first": first, "last": last, "contribution": contribution, counted: count}
-        for first, last, contribution, count in zip(*columns, strict=True)
-    ]
+    stderr = [None] * len(bins.first) if bins.stderr is None else bins.stderr.tolist()
+    columns = (bins.first.tolist(), bins.last.tolist(), bins.contribution.tolist(), stderr, bins.count.tolist())
+    names = ("first", "last", "contribution", "stderr", counted)
+    return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
 def _audit_entry(result: ProbeResult) -> dict:
@@ -285,8 +284,19 @@ def _audit_entry(result: ProbeResult) -> dict:
         "tokens_expected": int(result.batch.n_tokens),
         "contributions": {k: {"sum": float(total), "expected": float(value)} for k, (total, value) in sums.items()},
         "on_policy": {name: None if check is None else dict(vars(check)) for name, check in checks.items()},
-        "warnings": list(result.audit.warnings),
+        "rollouts_without_end": result.without_end,
+        "warnings": [*result.audit.warnings, *_no_ends(result)],
     }
+
+
+def _no_ends(result: ProbeResult) -> list[str]:
+    """A warning where not one rollout has an end token: so they were written down, not sampled."""
+    if result.without_end != len(result.batch):
+        return []
+    return [
+        "no rollout ends with an end token of the policy: text dumps leave them out (append_eos puts them back), and "
+        "without them the estimates miss every decision to stop"
+    ]
 
 
 def _versions() -> dict[str, str | None]:
