@@ -12,6 +12,8 @@ __version__ = "0.1.0"
 # Where each public name lives. It is imported at its first use, so that `import dentropy` is cheap.
 _HOMES = {
     "dentropy.estimators": [
+        "by_label",
+        "by_lag",
         "by_length",
         "by_position",
         "curvature",

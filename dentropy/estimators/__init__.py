@@ -3,7 +3,7 @@
 They import nothing but NumPy; intervals load SciPy and the Pareto k̂ arviz-stats when they are asked for.
 """
 
-from dentropy.estimators.attribution import Bins, by_length, by_position, token_attribution
+from dentropy.estimators.attribution import Bins, by_label, by_lag, by_length, by_position, token_attribution
 from dentropy.estimators.audit import AuditCheck, OnPolicyAudit, on_policy_audit
 from dentropy.estimators.curvatures import curvature
 from dentropy.estimators.diagnostics import ImportanceDiagnostics, importance_diagnostics
@@ -24,6 +24,8 @@ __all__ = [
     "RolloutsNeeded",
     "Statistic",
     "TrustRange",
+    "by_label",
+    "by_lag",
     "by_length",
     "by_position",
     "clustered_stderr",

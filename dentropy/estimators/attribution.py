@@ -1,4 +1,4 @@
-"""Where a slope comes from: the contribution of every generated token, by position and by length of response.
+"""Where a slope comes from: the contribution of every generated token, by position, label, length of response and lag.
 
 Everything here adds up: the tokens of a rollout to its contribution, the rollouts to the slope, the bins too.
 """
@@ -10,10 +10,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dentropy.estimators.columns import check_choice, column, entropy_ratio
+from dentropy.estimators.columns import EntropyRatio, check_choice, column, entropy_ratio
+from dentropy.estimators.groups import Groups
 from dentropy.estimators.slopes import ESTIMATORS
+from dentropy.estimators.tokens import KeptTokens, check_length, lengths
 
 if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
     from dentropy.stats.tables import SequenceSums
 
 LENGTH_BINS = 10
@@ -53,145 +57,200 @@ def token_attribution(sums: SequenceSums, *, estimator: str = "causal", per: str
         True
     """
     score, total = score_coefficients(sums, estimator=estimator, per=per)
-    _, dlogp, dentropy = _kept_tokens(sums, _lengths(sums))
-    return (dentropy + dlogp * score) / total
+    tokens = KeptTokens.of(sums)
+    return (tokens.dentropy + tokens.dlogp * score) / total
 
 
 def score_coefficients(sums: SequenceSums, *, estimator: str, per: str) -> tuple[np.ndarray, float]:
     """(a, D): the factor a_k of each token's dlogp_k in `token_attribution`, float64 [total tokens], and D."""
     check_choice("estimator", estimator, ESTIMATORS)
-    ratio, n_tokens = entropy_ratio(sums, per), _lengths(sums)
-    h, _, _ = _kept_tokens(sums, n_tokens)
-    if estimator == "exact":
-        return np.repeat(ratio.centred, n_tokens), ratio.total
-    score = _sum_of_later(h, n_tokens)
-    if estimator == "mixed":
-        score -= ratio.mean * np.repeat(ratio.size, n_tokens)
-    elif per == "token":
-        score -= ratio.mean * (np.repeat(n_tokens, n_tokens) - _positions(n_tokens))
+    ratio = entropy_ratio(sums, per)
+    score, _ = _score(KeptTokens.of(sums), ratio, estimator, per)
     return score, ratio.total
 
 
 @dataclass(frozen=True, eq=False)
 class Bins:
-    """Contributions summed over bins, arrays [B]: bin b holds the values first[b] to last[b], both included.
+    """The slope in parts, arrays [B]: bin b holds the values first[b] to last[b], both included.
 
-    first, last   int64, positions (from 1) or lengths in tokens
-    count         int64, the tokens or rollouts in the bin
-    contribution  float64, the sum of theirs
+    first, last   int64: positions (from 1), labels, lengths in tokens, or lags in tokens
+    count         int64, the tokens, rollouts or pairs of tokens in the bin
+    contribution  float64, the sum of theirs, in the slope's units; over all bins they sum to it
+    stderr        float64, its standard error (the delta method's); None where the groups do not allow one
     """
 
     first: np.ndarray
     last: np.ndarray
     count: np.ndarray
     contribution: np.ndarray
+    stderr: np.ndarray | None
 
 
-def by_position(contributions: np.ndarray, sums: SequenceSums) -> Bins:
-    """Token contributions summed by position in the response, in bins 1, 2 to 3, 4 to 7, ...
+def by_position(sums: SequenceSums, *, estimator: str = "causal", per: str = "token", prompts: str = "random") -> Bins:
+    """The token contributions summed by position in the response, in bins 1, 2 to 3, 4 to 7, ...
+
+    With x_ib the sum of rollout i's in bin b times D, s_b their sum over D, and c_b = Σ_i Σ_{k∈b} (T_i − k) dlogp_k
+    (T_i dlogp_k for "exact" and "mixed"), the standard errors are those of
+
+        ψ_ib = [x_ib − s_b T_i − (c_b / D) (H_i − H̄ T_i)] / D .
 
     Args:
-        contributions: float [total tokens], such as `token_attribution` gives.
-        sums: the table they are of.
+        sums: a table with tangent columns and kept tokens.
+        estimator, per, prompts: as for `slope`.
 
     Raises:
-        ValueError: another number of contributions than the table has tokens.
+        ValueError: as for `token_attribution`; an unknown `prompts`.
 
     Example:
-        >>> import numpy as np
+        >>> import dataclasses, torch
+        >>> from dentropy import sequence_sums, slope, token_stats
         >>> from dentropy.estimators import by_position
-        >>> from dentropy.stats.tables import SequenceSums
-        >>> sums = SequenceSums(n_tokens=np.array([3.0, 1.0]), logp=np.zeros(2), entropy=np.zeros(2),
-        ...                     group=np.arange(2), rollout=np.arange(2))
-        >>> by_position(np.array([1.0, 2.0, 3.0, 10.0]), sums).contribution
-        array([11.,  5.])
+        >>> seeded = torch.Generator().manual_seed(0)
+        >>> logits, dlogits = torch.randn(2, 6, 5, generator=seeded, dtype=torch.float64)
+        >>> stats = token_stats(logits, torch.tensor([1, 4, 0, 2, 2, 0]), dlogits)
+        >>> sums = dataclasses.replace(sequence_sums(stats, torch.tensor([0, 3, 4, 6])), tokens=stats)
+        >>> bins = by_position(sums)
+        >>> bins.last.tolist(), bins.count.tolist()
+        ([1, 3], [3, 3])
+        >>> bool(abs(bins.contribution.sum() - slope(sums).value) < 1e-12)
+        True
     """
-    n_tokens = _lengths(sums)
-    _check_length("contributions", contributions, n_tokens.sum(), "token")
-    positions = _positions(n_tokens)
-    doublings = np.frexp(positions)[1] - 1  # floor(log2), exactly
+    tokens = KeptTokens.of(sums)
+    doublings = np.frexp(tokens.position)[1] - 1  # floor(log2), exactly
     first = 2 ** np.arange(doublings.max(initial=-1) + 1)
-    return _bins(doublings, contributions, first, np.minimum(2 * first - 1, positions.max(initial=0)))
+    last = np.minimum(2 * first - 1, tokens.position.max(initial=0))
+    return _by_token(tokens, doublings, first, last, sums, estimator, per, prompts)
 
 
-def by_length(contributions: np.ndarray, sums: SequenceSums) -> Bins:
-    """Rollout contributions summed by length of response, in at most 10 bins of about as many rollouts each.
+def by_label(
+    labels: ArrayLike, sums: SequenceSums, *, estimator: str = "causal", per: str = "token", prompts: str = "random"
+) -> Bins:
+    """The token contributions summed by label, such as the kind of each token; errors as in `by_position`.
 
     Args:
-        contributions: float [S], such as those of `slope`.
-        sums: the table they are of.
+        labels: int [total tokens], packed in row order.
+        sums, estimator, per, prompts: as for `by_position`.
+
+    Returns:
+        Bins, one for each label that occurs, in increasing order; first and last are the label.
 
     Raises:
-        ValueError: another number of contributions than the table has rollouts.
+        ValueError: as for `by_position`; labels of another shape.
+    """
+    tokens, labels = KeptTokens.of(sums), np.asarray(labels)
+    check_length("labels", labels, tokens.row.size, "token")
+    found, index = np.unique(labels, return_inverse=True)
+    return _by_token(tokens, index, found, found, sums, estimator, per, prompts)
+
+
+def by_length(sums: SequenceSums, *, per: str = "token", prompts: str = "random") -> Bins:
+    """The slope by length of response, in at most 10 bins of about as many rollouts each.
+
+    The contributions are those of the exact slope: d/dη of E[(H − H̄ T) 1(T in the bin)] / E[T]. The causal ones
+    have the same sum, but not by length: there the length of a response is what its tokens lead to, and a token's
+    contribution to the causal slope is about all the responses that it could have led to.
+
+    Args:
+        sums: a table with tangent columns.
+        per, prompts: as for `slope`.
+
+    Raises:
+        ValueError: as for `slope`.
 
     Example:
-        >>> import numpy as np
+        >>> import torch
+        >>> from dentropy import sequence_sums, slope, token_stats
         >>> from dentropy.estimators import by_length
-        >>> from dentropy.stats.tables import SequenceSums
-        >>> sums = SequenceSums(n_tokens=np.array([3.0, 1.0, 3.0]), logp=np.zeros(3), entropy=np.zeros(3),
-        ...                     group=np.arange(3), rollout=np.arange(3))
-        >>> by_length(np.array([1.0, 2.0, 10.0]), sums).contribution
-        array([ 2., 11.])
+        >>> seeded = torch.Generator().manual_seed(0)
+        >>> logits, dlogits = torch.randn(2, 6, 5, generator=seeded, dtype=torch.float64)
+        >>> stats = token_stats(logits, torch.tensor([1, 4, 0, 2, 2, 0]), dlogits)
+        >>> sums = sequence_sums(stats, torch.tensor([0, 3, 4, 6]))
+        >>> bins = by_length(sums)
+        >>> bins.first.tolist()
+        [1, 2, 3]
+        >>> bool(abs(bins.contribution.sum() - slope(sums, estimator="exact").value) < 1e-12)
+        True
     """
-    n_tokens = _lengths(sums)
-    _check_length("contributions", contributions, n_tokens.size, "rollout")
+    ratio, groups, n_tokens = entropy_ratio(sums, per), Groups.of(sums.group, prompts), lengths(sums)
+    dlogp, dentropy = column(sums, "dlogp"), column(sums, "dentropy")
     ordered = np.sort(n_tokens)
     ends = np.ceil(np.arange(1, LENGTH_BINS + 1) / LENGTH_BINS * ordered.size).astype(np.int64) - 1
     last = np.unique(ordered[ends])
     first = ordered[np.searchsorted(ordered, np.append(-1, last[:-1]), side="right")]
-    return _bins(np.searchsorted(last, n_tokens), contributions, first, last)
+    inside = np.searchsorted(last, n_tokens) == np.arange(last.size)[:, None]
+    terms, dsize = dentropy + ratio.centred * dlogp, ratio.size * dlogp
+    return _bins(first, last, inside.sum(1), [(terms * these, dsize * these) for these in inside], ratio, groups)
 
 
-def _bins(index: np.ndarray, contributions: np.ndarray, first: np.ndarray, last: np.ndarray) -> Bins:
-    weights = np.asarray(contributions, dtype=np.float64)
-    return Bins(
-        first=first,
-        last=last,
-        count=np.bincount(index, minlength=first.size),
-        contribution=np.bincount(index, weights=weights, minlength=first.size),
+def by_lag(sums: SequenceSums, *, per: str = "token", prompts: str = "random") -> Bins:
+    """The causal slope by the distance from a token to the later entropy that it leads to: 0, 1, 2 to 3, 4 to 7, ...
+
+    Lag 0 is what the distribution of a token does itself, Σ_k dh_k; lag l is Σ_k dlogp_k (h_{k+l} − H̄), without H̄
+    for per="sequence". What a token leads to far on is mostly noise: `slope` leaves it out with `horizon`, and the
+    bins beyond it say what that costs. Errors as in `by_position`, c_b = Σ_k dlogp_k · (later tokens in the bin).
+
+    Args:
+        sums: a table with tangent columns and kept tokens.
+        per, prompts: as for `slope`.
+
+    Raises:
+        ValueError: as for `by_position`.
+    """
+    ratio, groups, tokens = entropy_ratio(sums, per), Groups.of(sums.group, prompts), KeptTokens.of(sums)
+    longest = int(tokens.n_tokens.max())
+    first = np.append(0, 2 ** np.arange((longest - 1).bit_length()))
+    last = np.minimum(np.append(0, 2 * first[1:] - 1), longest - 1)
+    parts, counts = [(tokens.per_rollout(tokens.dentropy), np.zeros(tokens.n_tokens.size))], [tokens.row.size]
+    for lags in zip(first[1:].tolist(), last[1:].tolist(), strict=True):
+        later, count = tokens.between(*lags)
+        dsize = count if per == "token" else np.zeros(count.size)
+        score = tokens.dlogp * (later - ratio.mean * dsize)
+        parts.append((tokens.per_rollout(score), tokens.per_rollout(tokens.dlogp * dsize)))
+        counts.append(count.sum())
+    return _bins(first, last, np.array(counts), parts, ratio, groups)
+
+
+def _score(tokens: KeptTokens, ratio: EntropyRatio, estimator: str, per: str) -> tuple[np.ndarray, np.ndarray]:
+    """(a, l), float64 [total tokens]: a_k as in `token_attribution`, and l_k, for it holds −H̄ l_k."""
+    size = ratio.size[tokens.row]
+    if estimator == "exact":
+        return ratio.centred[tokens.row], size
+    later, count = tokens.beyond(0)
+    if estimator == "causal":
+        size = count if per == "token" else np.zeros(count.size)
+    return later - ratio.mean * size, size
+
+
+def _by_token(
+    tokens: KeptTokens,
+    index: np.ndarray,
+    first: np.ndarray,
+    last: np.ndarray,
+    sums: SequenceSums,
+    estimator: str,
+    per: str,
+    prompts: str,
+) -> Bins:
+    """Bins of the token contributions, token k in bin index[k]."""
+    check_choice("estimator", estimator, ESTIMATORS)
+    ratio, groups = entropy_ratio(sums, per), Groups.of(sums.group, prompts)
+    score, size = _score(tokens, ratio, estimator, per)
+    terms, dsize = tokens.dentropy + tokens.dlogp * score, tokens.dlogp * size
+    count = np.bincount(index, minlength=first.size)
+
+    def per_rollout(values: np.ndarray, these: np.ndarray) -> np.ndarray:
+        return np.bincount(tokens.row[these], weights=values[these], minlength=tokens.n_tokens.size)
+
+    members = np.split(np.argsort(index, kind="stable"), np.cumsum(count)[:-1])
+    return _bins(
+        first, last, count, ((per_rollout(terms, these), per_rollout(dsize, these)) for these in members), ratio, groups
     )
 
 
-def _lengths(sums: SequenceSums) -> np.ndarray:
-    return column(sums, "n_tokens").astype(np.int64)
-
-
-def _positions(n_tokens: np.ndarray) -> np.ndarray:
-    """The position in its response of every packed token, from 1, int64 [total tokens]."""
-    starts = np.cumsum(n_tokens) - n_tokens
-    return np.arange(1, n_tokens.sum() + 1) - np.repeat(starts, n_tokens)
-
-
-def _sum_of_later(values: np.ndarray, n_tokens: np.ndarray) -> np.ndarray:
-    """Σ_{j>k} of `values` within each response, float64 [total tokens]."""
-    # The running sum of deviations from a response's mean returns to 0 at its end, so that one sum over the
-    # whole batch does not lose digits as it goes on.
-    row = np.repeat(np.arange(n_tokens.size), n_tokens)
-    means = np.bincount(row, weights=values, minlength=n_tokens.size) / np.maximum(n_tokens, 1)
-    running = np.cumsum(values - means[row])
-    ends = np.cumsum(n_tokens)[row] - 1
-    return running[ends] - running + means[row] * (n_tokens[row] - _positions(n_tokens))
-
-
-def _kept_tokens(sums: SequenceSums, n_tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """entropy, dlogp and dentropy of every kept token, float64 [total tokens] each."""
-    if sums.tokens is None:
-        raise ValueError("sums.tokens: None, expected those of a table measured with keep_tokens=True")
-    found = []
-    for name in ("entropy", "dlogp", "dentropy"):
-        values = getattr(sums.tokens, name)
-        if values is None:
-            raise ValueError(f"sums.tokens.{name}: None, expected those of a pass with a direction")
-        values = np.asarray(values, dtype=np.float64)
-        _check_length(f"sums.tokens.{name}", values, n_tokens.sum(), "token")
-        finite = np.isfinite(values)
-        if not finite.all():
-            token = int(np.argmin(finite))
-            raise ValueError(f"sums.tokens.{name}: {values[token]} at token {token}, expected finite")
-        found.append(values)
-    return tuple(found)
-
-
-def _check_length(argument: str, values: np.ndarray, expected: int, unit: str) -> None:
-    if np.shape(values) != (expected,):
-        raise ValueError(f"{argument}: shape {np.shape(values)}, expected ({expected},): one value per {unit}")
+def _bins(first, last, count, parts, ratio: EntropyRatio, groups: Groups) -> Bins:
+    """Bins from (x_b, dT_b) [S] of each, `terms` and `dmean` of `EntropyRatio.influence`."""
+    refused, contribution, stderr = groups.refusal() is not None, [], []
+    for terms, dsize in parts:
+        contribution.append(terms.sum() / ratio.total)
+        stderr.append(groups.stderr(ratio.influence(terms, dsize))[0])
+    return Bins(first, last, count, np.array(contribution), None if refused else np.array(stderr))

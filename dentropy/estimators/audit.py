@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dentropy.estimators.columns import column, entropy_ratio
-from dentropy.estimators.groups import Groups
 
 if TYPE_CHECKING:
     from dentropy.stats.tables import SequenceSums
@@ -17,13 +17,15 @@ THRESHOLD = 4.0
 CAUSES = (
     "sampling at another temperature, with top-p or top-k, or from stale weights, or a shift between tokens and logits"
 )
+# The direction cannot move logp + entropy; it moves ℓ' where it was made to raise or lower these very tokens.
+DIRECTION_CAUSES = f"{CAUSES}, or an update made from these very rollouts"
 
 
 @dataclass(frozen=True)
 class AuditCheck:
-    """A mean over rollouts whose expectation is 0, its standard error by prompt group, and z = mean / stderr.
+    """A mean over rollouts whose expectation is 0, its standard error, and z = mean / stderr.
 
-    stderr and z are None, with stderr_reason in words, where the groups do not allow a standard error.
+    stderr and z are None, with stderr_reason in words, where the rollouts are too sure of themselves for one.
     """
 
     mean: float
@@ -48,9 +50,13 @@ def on_policy_audit(sums: SequenceSums) -> OnPolicyAudit:
     """Check a table against what holds for rollouts of the very policy that scored them.
 
     For each token E[logp_k + h_k | earlier tokens] = 0 and E[dlogp_k | earlier tokens] = 0, so per rollout
-    E[L_i + H_i] = 0 and E[ℓ'_i] = 0. The standard errors are clustered by prompt group, z = mean / stderr,
-    and |z| > 4 is a warning: a reason to look at the sampler; no warning is no proof. On a nearly
-    deterministic policy, where all of L_i + H_i rests on rare tokens, look at the mean beside z.
+    E[L_i + H_i] = 0 and E[ℓ'_i] = 0, whatever its prompt: given their prompts rollouts are independent, and the
+    squared standard error of a mean of S values v_i that have the mean 0 is Σ v_i² / S², with one prompt as with many.
+    Where values are skewed against the sign of their sum it is (Σ v² − Σ v Σ v³ / Σ v²) / S²: then large values of the
+    other sign are fewer than expected, and Σ v² lacks them. (Of equally large rare values, K drawn and λ expected:
+    the first form is K, the second λ, which is the variance of K.) z = mean / stderr, and |z| > 4 is a warning: a
+    reason to look at the sampler; no warning is no proof. There is no z where the rollouts hold so little entropy that
+    the rare tokens on which all of it rests may be missing.
 
     Args:
         sums: a table, [S] float64, with or without tangent columns.
@@ -70,22 +76,28 @@ def on_policy_audit(sums: SequenceSums) -> OnPolicyAudit:
         >>> [warning.split(":")[0] for warning in on_policy_audit(greedy).warnings]
         ['logp + entropy']
     """
-    ratio, groups = entropy_ratio(sums, "token"), Groups.of(sums.group)
-    warnings: list[str] = []
-    balance = _check("logp + entropy", column(sums, "logp") + ratio.entropy, groups, warnings)
-    score = None if sums.dlogp is None else _check("dlogp", column(sums, "dlogp"), groups, warnings)
+    ratio = entropy_ratio(sums, "token")
+    balance, warnings = _check("logp + entropy", column(sums, "logp") + ratio.entropy, ratio.doubts, CAUSES)
+    score = None
+    if sums.dlogp is not None:
+        score, more = _check("dlogp", column(sums, "dlogp"), ratio.doubts, DIRECTION_CAUSES)
+        warnings += more
     return OnPolicyAudit(logp_plus_entropy=balance, dlogp=score, warnings=warnings)
 
 
-def _check(name: str, values: np.ndarray, groups: Groups, warnings: list[str]) -> AuditCheck:
-    mean = float(values.mean())
-    stderr, reason = groups.stderr((values - mean) / values.size)
-    if stderr == 0:
-        stderr, reason = None, "every group has the same sum"
-    z = None if stderr is None else mean / stderr
-    if z is not None and abs(z) > THRESHOLD:
+def _check(name: str, values: np.ndarray, doubts: tuple[str, ...], causes: str) -> tuple[AuditCheck, list[str]]:
+    """The check of `values` [S], whose expectations are 0, and its warnings."""
+    mean, squares = float(values.mean()), float(np.sum(values**2))
+    if squares == 0:
+        doubts = ("every rollout has 0", *doubts)
+    if doubts:
+        return AuditCheck(mean=mean, stderr=None, stderr_reason=doubts[0], z=None), []
+    lacking = max(0.0, -float(values.sum() * np.sum(values**3)) / squares)
+    stderr = math.sqrt(squares + lacking) / values.size
+    z, warnings = mean / stderr, []
+    if abs(z) > THRESHOLD:
         warnings.append(
             f"{name}: the mean per rollout is {mean:.4g}, {abs(z):.1f} standard errors from 0, where "
-            f"rollouts of this very policy have 0; usual causes: {CAUSES}"
+            f"rollouts of this very policy have 0; usual causes: {causes}"
         )
-    return AuditCheck(mean=mean, stderr=stderr, stderr_reason=reason, z=z)
+    return AuditCheck(mean=mean, stderr=stderr, stderr_reason=None, z=z), warnings

@@ -12,6 +12,11 @@ if TYPE_CHECKING:
 
 PER = ("token", "sequence")
 
+# An answer that is drawn once in 1/ε rollouts adds ε(1 + log 1/ε) nats to each: 50 nats are about nine draws of one in
+# a hundred. With fewer, an error bar is made by which of them happened to be drawn. (On a policy of 0.3 nats per
+# rollout, 95% intervals for fixed prompts cover 71% at 11 nats, 81% at 21 and 90% at 43.)
+LEAST_ENTROPY = 50.0
+
 _SECOND_ORDER = ("d2logp", "d2entropy")
 _SECOND_ORDER_TO_GO = ("dentropy_to_go", "entropy_to_go_2", "length_to_go_2")
 
@@ -57,6 +62,17 @@ class EntropyRatio:
     total: float
     mean: float
     centred: np.ndarray
+
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """Why no error bar from this table is to be trusted, in words: at most one sentence."""
+        total = self.entropy.sum()
+        if total >= LEAST_ENTROPY:
+            return ()
+        return (
+            f"the rollouts hold {total:.2g} nats of entropy in all, below {LEAST_ENTROPY:g}: of a policy so sure, or "
+            "of so few rollouts, the rare answers that make an estimate and its error may be missing",
+        )
 
     def influence(self, terms: np.ndarray, dmean: np.ndarray) -> np.ndarray:
         """ψ [S] of the estimate Σ x_i / D, x_i being `terms` [S] that hold −H̄ times `dmean` [S]."""

@@ -65,7 +65,8 @@ def curvature(
         True
     """
     check_choice("estimator", estimator, ESTIMATORS)
-    ratio, groups = entropy_ratio(sums, per), Groups.of(sums.group, prompts)
+    ratio = entropy_ratio(sums, per)
+    groups = Groups.of(sums.group, prompts, ratio.size)
     d2logp, d2entropy = column(sums, "d2logp"), column(sums, "d2entropy")
     dlogp, dentropy = column(sums, "dlogp"), column(sums, "dentropy")
     if first is None:
@@ -94,6 +95,7 @@ def curvature(
         ratio.influence(terms, d2size) - 2 * dsize.sum() / total * first.influence,
         leave_one_out(_ratio_curvature, totals, 1, groups),
         groups,
+        doubts=ratio.doubts,
         per=per,
         contributions=terms / total,
         parts={

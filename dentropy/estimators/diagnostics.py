@@ -24,8 +24,9 @@ LEAST_ESS = 10.0
 # Below half, the measurement is as noisy as one from less than half the rollouts; intervals keep their level
 # well above it and fall short of it increasingly below.
 STRAINED_FRACTION = 0.5
-# Weights whose variance is 1% of their squared mean: whatever their tail, it cannot matter.
-NEARLY_EQUAL_FRACTION = 0.99
+# From here on the weights' variance is at most a ninth of their squared mean, whatever their tail, and k̂ sorts out
+# nothing: intervals keep their level, and discrete, almost equal weights have a k̂ above 1 with no tail at all.
+NEARLY_EQUAL_FRACTION = 0.9
 # Standard errors between the mean weight and 1, and the difference that is too small to matter.
 MEAN_WEIGHT_Z = 3.0
 MEAN_WEIGHT_TOLERANCE = 0.01
@@ -35,6 +36,8 @@ LEAST_MEAN_WEIGHT = 0.5
 FEWEST_ROLLOUTS = 25
 # Log-weights this close differ by the rounding of float64 sums alone.
 ROUNDING = 1e-9
+# Entropies per token this close, relative to the largest, differ by the rounding of float32 alone.
+SAME_ENTROPY = 1e-6
 PRODUCTS = ("w", "w·T", "w·H")
 
 
@@ -76,13 +79,16 @@ def importance_diagnostics(measured: ImportanceResult) -> ImportanceDiagnostics:
 
     The verdict is the first that holds of
 
-        unusable  ESS of w or of w·T below 10; a k̂ above 1; a mean weight below 0.5, beyond 3 standard errors
+        unusable  ΔH not 0 with one and the same moved entropy per token in every rollout: the rollouts are copies of
+                  one, or the moved policy is uniform, as when η is so large that the arithmetic overflows; ESS of w or
+                  of w·T below 10; a k̂ above 1; a mean weight below 0.5, beyond 3 standard errors
         strained  a k̂ above its threshold; ESS below half of the rollouts; with prefix weights, an ESS at the worst
                   position below 10 of all rollouts; a mean weight more than 1% and 3 standard errors from 1;
                   raw and smoothed ΔH more than a standard error apart; no k̂
         reliable  otherwise
 
-    where k̂ does not count once the ESS is 99% of the rollouts.
+    where k̂ (its absence, and smoothed weights) do not count once the ESS is 90% of the rollouts. It is said of the
+    weights: whether ΔH differs from 0 is for its standard error to say.
 
     Args:
         measured: what `importance` gave.
@@ -186,10 +192,18 @@ def _verdict(measured: ImportanceResult, found: ImportanceDiagnostics) -> tuple[
     if measured.ess_fraction >= NEARLY_EQUAL_FRACTION:
         khat = -math.inf
     ess, weight = min((measured.ess, "w"), (measured.ess_tokens, "w·T"))
-    z = found.mean_weight_z or 0.0
+    z = found.mean_weight_z
+    if z is None:  # an error of 0: every weight, or every group's, is the same
+        z = 0.0 if found.mean_weight_stderr is None else math.inf
     off = abs(z) > MEAN_WEIGHT_Z and abs(measured.mean_weight - 1) > MEAN_WEIGHT_TOLERANCE
-    mean = f"the mean weight is {measured.mean_weight:.3g}, {abs(z):.1f} standard errors from 1"
+    distance = "the same in every group" if math.isinf(z) else f"{abs(z):.1f} standard errors from 1"
+    mean = f"the mean weight is {measured.mean_weight:.3g}, {distance}"
 
+    if _says_the_same(measured):
+        return "unusable", (
+            "every rollout has the same entropy per token at this η: they are copies of one, or the moved policy is "
+            "uniform (an η so large that the arithmetic overflows makes it so)"
+        )
     if ess < LEAST_ESS:
         return "unusable", f"the ESS of {weight} is {ess:.1f} of {measured.n} rollouts, below {LEAST_ESS:g}"
     if khat > NO_MEAN:
@@ -215,6 +229,14 @@ def _verdict(measured: ImportanceResult, found: ImportanceDiagnostics) -> tuple[
         return "strained", doubt
     tail = "" if khat == -math.inf else f", the largest k̂ {khat:.2f} below {found.khat_threshold:.2f}"
     return "reliable", f"the ESS is {measured.ess_fraction:.1%} of {measured.n} rollouts{tail}"
+
+
+def _says_the_same(measured: ImportanceResult) -> bool:
+    """Whether the entropy changed, and then to one and the same value per token in every rollout."""
+    counted = measured.size > 0
+    rates = measured.moved_entropy[counted] / measured.size[counted]
+    same = np.ptp(rates) <= SAME_ENTROPY * np.abs(rates).max()
+    return bool(same and abs(measured.delta) > SAME_ENTROPY * abs(measured.base_value))
 
 
 def _tail_doubt(measured: ImportanceResult, found: ImportanceDiagnostics) -> str | None:

@@ -13,10 +13,7 @@ from dentropy.estimators.optional import load
 
 # With 9 degrees of freedom a standard error is itself uncertain by 1/sqrt(2·9), about a quarter of itself.
 FEW_DEGREES = 9
-# The inverse participation (Σ v)² / Σ v² of the variance's terms v is the number of equal ones that would be
-# as uneven. The relative error of the standard error is at most half of 1/sqrt of it: a quarter, again, at 4.
-FEW_EFFECTIVE = 4.0
-# More than all the others together.
+# More than all the others together: one set of 16 normal groups in fifty has such a one.
 DOMINANT_SHARE = 0.5
 # Two standard errors within a tenth of each other do not disagree: each is itself uncertain by more than that
 # for up to 51 groups (1/sqrt(2·50) = 0.1), and beyond that the two have the same limit.
@@ -30,13 +27,13 @@ class Statistic:
     """A number computed from rollouts, with its standard error clustered by prompt.
 
     value             the number
-    stderr            its standard error: the delta method's, or the jackknife's where the two disagree by a
-                      factor above 1.1; None where the groups do not allow one
+    stderr            its standard error: the jackknife's, or the delta method's where no unit can be left out;
+                      None where the groups do not allow one
     stderr_reason     why stderr is None, in words; None where there is a stderr
     delta_stderr      by the delta method, from the influence values, see `clustered_stderr`
     jackknife_stderr  by leaving out one group at a time ("fixed": one rollout)
     jackknife_reason  why jackknife_stderr is None, in words
-    dof               degrees of freedom of stderr: G − 1 ("fixed": S − G)
+    dof               degrees of freedom of stderr, see `clustered_stderr`
     warnings          one sentence for each reason to doubt stderr; empty where there is none
     influence         float64 [S], ψ_i: the derivative of value with respect to rollout i's weight
     leave_one_out     float64 [G], value without each group in the order of the sorted labels ("fixed": [S],
@@ -53,7 +50,7 @@ class Statistic:
     delta_stderr: float | None
     jackknife_stderr: float | None
     jackknife_reason: str | None
-    dof: int | None
+    dof: float | None
     warnings: tuple[str, ...]
     influence: np.ndarray = field(repr=False)
     leave_one_out: np.ndarray | None = field(repr=False)
@@ -61,10 +58,19 @@ class Statistic:
     per: str
 
     @classmethod
-    def of(cls, value: float, influence: np.ndarray, left_out: LeftOut, groups: Groups, **fields) -> Self:
+    def of(
+        cls,
+        value: float,
+        influence: np.ndarray,
+        left_out: LeftOut,
+        groups: Groups,
+        *,
+        doubts: tuple[str, ...] = (),
+        **fields,
+    ) -> Self:
         """The statistic with its errors: all that follows from ψ and from what `leave_one_out` gave.
 
-        fields: `per`, and those that a subclass adds.
+        doubts: warnings that the table gives rise to, see `EntropyRatio`. fields: `per`, and what a subclass adds.
         """
         stderr = delta_stderr = jackknife_stderr = dof = None
         warnings: list[str] = []
@@ -73,13 +79,12 @@ class Statistic:
             terms = groups.variance_terms(influence)
             stderr = delta_stderr = float(np.sqrt(terms.sum()))
             dof = groups.dof
-            warnings += _concentration(terms, groups)
+            warnings += [*doubts, *_concentration(terms, groups)]
             if left_out[0] is None:
                 warnings.append(f"no jackknife standard error: {left_out[1]}")
             else:
-                jackknife_stderr = groups.jackknife_stderr(left_out[0])
+                stderr = jackknife_stderr = groups.jackknife_stderr(left_out[0])
                 if _disagree(jackknife_stderr, delta_stderr, scale=np.abs(left_out[0]).max()):
-                    stderr = jackknife_stderr
                     warnings.append(
                         f"the jackknife's standard error {stderr:.3g} is reported, the delta method gives "
                         f"{delta_stderr:.3g}: the estimate is far from linear in the rollouts"
@@ -142,12 +147,14 @@ class Estimate(Statistic):
 
     contributions  float64 [S], one per rollout; they sum to value
     parts          the named terms of value (see `slope`, `curvature`, `predict` and `prediction_error`)
+    part_stderrs   standard errors of those of a slope, by the delta method; None where the groups allow none
     name           "slope", "curvature", "prediction" or "prediction error"
     estimator      which form of the slope was used
     """
 
     contributions: np.ndarray = field(repr=False)
     parts: dict[str, float]
+    part_stderrs: dict[str, float | None] = field(default_factory=dict)
     name: str
     estimator: str
 
@@ -181,19 +188,11 @@ def _concentration(terms: np.ndarray, groups: Groups) -> list[str]:
     warnings = []
     if groups.dof < FEW_DEGREES:
         warnings.append(
-            f"few groups: {groups.count} give {groups.dof} degrees of freedom, so the standard error is itself "
+            f"few groups: {groups.count} give {groups.dof:.3g} degrees of freedom, so the standard error is itself "
             f"uncertain by {1 / np.sqrt(2 * groups.dof):.0%} or more"
         )
-    total = terms.sum()
-    if total == 0:
-        return warnings
-    effective = 1 / np.sum((terms / total) ** 2)
-    largest = int(np.argmax(terms))
+    total, largest = terms.sum(), int(np.argmax(terms))
     if terms[largest] > DOMINANT_SHARE * total:
         share = terms[largest] / total
         warnings.append(f"{groups.unit(largest)} alone makes {share:.0%} of the squared standard error")
-    elif effective < FEW_EFFECTIVE and not warnings:
-        warnings.append(
-            f"few groups: the standard error rests on effectively {effective:.1f} of {terms.size} {groups.units}"
-        )
     return warnings

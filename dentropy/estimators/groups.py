@@ -25,8 +25,9 @@ def clustered_stderr(
         "random"   sqrt( G/(G−1) · Σ_g (Σ_{i∈g} ψ_i)² )                  prompts drawn at random
         "fixed"    sqrt( Σ_g m_g/(m_g−1) · Σ_{i∈g} (ψ_i − mean_g ψ)² )   these very prompts, answers redrawn
 
-    On a fixed set of prompts the first form is conservative. Intervals are value ± t·stderr, t with G − 1 degrees of
-    freedom ("random") or S − G ("fixed").
+    On a fixed set of prompts the first form is conservative. Intervals are value ± t·stderr, t with G' − 1 degrees of
+    freedom ("random"; G' = (Σ T_g)² / Σ T_g², T_g the tokens of a group, is G for equal groups; no less than 2 is
+    taken) or S − G ("fixed").
 
     Args:
         influence: [S] float, in the estimate's units.
@@ -64,6 +65,7 @@ class Groups:
     labels   int64 [G], sorted
     row      int64 [S], each rollout's group, an index into labels
     members  int64 [G], rollouts in each
+    weight   float64 [G], tokens in each (per="sequence": rollouts)
 
     A unit is what an error is made of: a group of random prompts, a rollout of fixed ones. Both kinds know
 
@@ -79,14 +81,15 @@ class Groups:
     labels: np.ndarray
     row: np.ndarray
     members: np.ndarray
+    weight: np.ndarray
     prompts: ClassVar[str]
-    units: ClassVar[str]
 
     @staticmethod
-    def of(group: np.ndarray, prompts: str = "random") -> RandomPrompts | FixedPrompts:
-        """The groups of rollouts labelled `group` [S]; ValueError for an unknown `prompts`."""
+    def of(group: np.ndarray, prompts: str = "random", size: np.ndarray | None = None) -> RandomPrompts | FixedPrompts:
+        """The groups of rollouts labelled `group` [S], of `size` [S] (None: 1); ValueError for an unknown `prompts`."""
         check_choice("prompts", prompts, tuple(_KINDS))
-        return _KINDS[prompts](*np.unique(group, return_inverse=True, return_counts=True))
+        labels, row, members = np.unique(group, return_inverse=True, return_counts=True)
+        return _KINDS[prompts](labels, row, members, np.bincount(row, weights=size))
 
     @staticmethod
     def of_two(first: np.ndarray, second: np.ndarray, prompts: str) -> RandomPrompts | FixedPrompts:
@@ -125,7 +128,6 @@ class RandomPrompts(Groups):
     """Prompts drawn at random: the groups vary, each as a whole."""
 
     prompts = "random"
-    units = "groups"
 
     def refusal(self) -> str | None:
         if self.labels.size > 1:
@@ -134,8 +136,9 @@ class RandomPrompts(Groups):
         return f"{count} in one group; prompts='random' needs two groups or more"
 
     @property
-    def dof(self) -> int:
-        return self.labels.size - 1
+    def dof(self) -> float:
+        """G' − 1: of so many groups of one size as vary like these, where a large one counts for more."""
+        return max(1.0, float(self.weight.sum() ** 2 / np.sum(self.weight**2)) - 1)
 
     def variance_terms(self, influence: np.ndarray) -> np.ndarray:
         count = self.labels.size
@@ -167,7 +170,6 @@ class FixedPrompts(Groups):
     """These very prompts: the rollouts of each vary around its mean, which is estimated."""
 
     prompts = "fixed"
-    units = "rollouts"
 
     def refusal(self) -> str | None:
         if self.members.min() > 1:
@@ -179,8 +181,8 @@ class FixedPrompts(Groups):
         )
 
     @property
-    def dof(self) -> int:
-        return self.row.size - self.labels.size
+    def dof(self) -> float:
+        return float(self.row.size - self.labels.size)
 
     def variance_terms(self, influence: np.ndarray) -> np.ndarray:
         return (self.members / (self.members - 1))[self.row] * self.around_means(influence) ** 2

@@ -128,7 +128,8 @@ def importance(
         True
     """
     check_choice("weights", weights, WEIGHTS)
-    ratio, groups = entropy_ratio(base, per, "base"), Groups.of(base.group, prompts)
+    ratio = entropy_ratio(base, per, "base")
+    groups = Groups.of(base.group, prompts, ratio.size)
     rows = _pair(base, moved)
     moved_entropy = column(moved, "entropy", "moved")[rows]
     log_weights = column(moved, "logp", "moved")[rows] - column(base, "logp", "base")
@@ -155,6 +156,7 @@ def importance(
         influence,
         leave_one_out(_ratio_change, totals, 2, groups),
         groups,
+        doubts=ratio.doubts,
         per=per,
         base_value=float(ratio.mean),
         moved_value=float(moved_value),

@@ -10,6 +10,7 @@ from dentropy.estimators.columns import check_choice, column, entropy_ratio
 from dentropy.estimators.estimate import Estimate
 from dentropy.estimators.groups import Groups
 from dentropy.estimators.jackknife import leave_one_out
+from dentropy.estimators.tokens import KeptTokens
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -27,6 +28,7 @@ def slope(
     per: str = "token",
     baseline: str | ArrayLike = "entropy",
     prompts: str = "random",
+    horizon: int | None = None,
 ) -> Estimate:
     """Slope at η = 0 of the entropy R(η) = Σ w_i H_i / Σ w_i T_i, w_i = exp(L_i(η) − L_i(0)), from one pass.
 
@@ -46,15 +48,19 @@ def slope(
             [total tokens] in nats, packed in row order, which needs the table's kept tokens; b_k must not
             depend on the token at k or on anything later.
         prompts: "random" or "fixed", see `clustered_stderr`.
+        horizon: with n, the causal sum over later tokens ends n tokens after k: less noise, for a bias that the part
+            left_out estimates. To be read beside the slope without one. Needs the table's kept tokens.
 
     Returns:
-        Estimate in nats per token (or per sequence) per unit of η. Its parts pathwise (from H'), score (from
-        the score function) and length_correction (the H̄ term) add up to value; uncorrected is "mixed"
-        without its last term.
+        Estimate in nats per token (or per sequence) per unit of η. Its parts pathwise (from H': the same contexts)
+        and other_answers add up to value. The latter is the sum of score (from the score function) and
+        length_correction (the H̄ term), large numbers that cancel; uncorrected is "mixed" without its last term;
+        with a horizon, left_out is what the full causal slope has more. part_stderrs has their errors.
 
     Raises:
         ValueError: an unknown choice, no tangent columns, no rollout or no token at all, a value that is not
-            finite (the rollout is named), a baseline of another length or without kept tokens.
+            finite (the rollout is named), a baseline of another length or without kept tokens; a horizon that is
+            negative, with another estimator, or without kept tokens.
 
     Example:
         >>> import torch
@@ -70,7 +76,10 @@ def slope(
     check_choice("estimator", estimator, ESTIMATORS)
     if isinstance(baseline, str):
         check_choice("baseline", baseline, BASELINES)
-    ratio, groups = entropy_ratio(sums, per), Groups.of(sums.group, prompts)
+    if horizon is not None:
+        _check_horizon(horizon, estimator)
+    ratio = entropy_ratio(sums, per)
+    groups = Groups.of(sums.group, prompts, ratio.size)
     dlogp, dentropy = column(sums, "dlogp"), column(sums, "dentropy")
 
     # dsize is what a rollout adds to the derivative of the denominator Σ w_i T_i.
@@ -79,24 +88,30 @@ def slope(
     if estimator == "exact":
         score = ratio.entropy * dlogp
     elif estimator == "causal":
-        score = column(sums, "entropy_to_go")
-        dsize = column(sums, "length_to_go") if per == "token" else np.zeros_like(dlogp)
+        score, dsize = _causal_score(sums, per, horizon)
 
-    terms = dentropy + score - ratio.mean * dsize
-    parts = {
-        "pathwise": dentropy.sum() / ratio.total,
-        "score": score.sum() / ratio.total,
-        "length_correction": -ratio.mean * dsize.sum() / ratio.total,
-        "uncorrected": (dentropy + reinforce).sum() / ratio.total,
+    none, other = np.zeros_like(dlogp), score - ratio.mean * dsize
+    parts = {  # terms and what they hold of −H̄, [S] each
+        "pathwise": (dentropy, none),
+        "other_answers": (other, dsize),
+        "score": (score, none),
+        "length_correction": (-ratio.mean * dsize, dsize),
+        "uncorrected": (dentropy + reinforce, none),
     }
+    if horizon is not None:
+        full, full_dsize = _causal_score(sums, per)
+        parts["left_out"] = full - ratio.mean * full_dsize - other, full_dsize - dsize
+    terms = dentropy + other
     return Estimate.of(
         terms.sum() / ratio.total,
         ratio.influence(terms, dsize),
         leave_one_out(ratio_slope, [ratio.size, ratio.centred, terms, dsize], 1, groups),
         groups,
+        doubts=ratio.doubts,
         per=per,
         contributions=terms / ratio.total,
-        parts={name: float(part) for name, part in parts.items()},
+        parts={name: float(part.sum() / ratio.total) for name, (part, _) in parts.items()},
+        part_stderrs={name: groups.stderr(ratio.influence(*part))[0] for name, part in parts.items()},
         name="slope",
         estimator=estimator,
     )
@@ -108,6 +123,23 @@ def ratio_slope(size: np.ndarray, entropy: np.ndarray, terms: np.ndarray, dsize:
     It is the same for every c; the batch's own H̄ keeps the numbers small.
     """
     return (terms - entropy / size * dsize) / size
+
+
+def _causal_score(sums: SequenceSums, per: str, horizon: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """(Σ_k dlogp_k Σ_{j>k} h_j, Σ_k dlogp_k (T − k), 0 per sequence) of each rollout, up to j = k + horizon."""
+    if horizon is None:
+        score, dsize = column(sums, "entropy_to_go"), column(sums, "length_to_go")
+    else:
+        tokens = KeptTokens.of(sums)
+        score, dsize = (tokens.per_rollout(tokens.dlogp * later) for later in tokens.between(1, horizon))
+    return score, dsize if per == "token" else np.zeros_like(dsize)
+
+
+def _check_horizon(horizon: int, estimator: str) -> None:
+    if not isinstance(horizon, int | np.integer) or horizon < 0:
+        raise ValueError(f"horizon: {horizon!r}, expected a number of tokens")
+    if estimator != "causal":
+        raise ValueError(f"horizon: {horizon} with estimator={estimator!r}, expected the causal one")
 
 
 def _reinforce_score(sums: SequenceSums, baseline: str | ArrayLike) -> np.ndarray:

@@ -6,12 +6,10 @@ import math
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
-from dentropy.estimators import Bins, Estimate, Statistic, TrustRange, by_length, by_position, token_attribution
+from dentropy.estimators import Bins, Estimate, Statistic, TrustRange, by_length, by_position
 from dentropy.experiment.changes import Change
 from dentropy.passes.parameter_attribution import by_kind, by_layer
 from dentropy.stats.tables import SequenceSums
-
-SLOPE_PARTS = ("pathwise", "score", "length_correction", "uncorrected")
 
 
 def slope(estimate: Estimate) -> dict:
@@ -20,7 +18,8 @@ def slope(estimate: Estimate) -> dict:
         "estimator": estimate.estimator,
         "value": estimate.value,
         **_errors(estimate),
-        **{part: estimate.parts[part] for part in SLOPE_PARTS},
+        **estimate.parts,
+        "part_stderrs": dict(estimate.part_stderrs),
     }
 
 
@@ -72,11 +71,11 @@ def measured(change: Change, causal: Estimate) -> dict:
     }
 
 
-def attribution(base: SequenceSums, causal: Estimate, parameters: dict[str, float] | None) -> dict:
-    """`attribution`: where the causal slope comes from; every list sums to it."""
+def attribution(base: SequenceSums, prompts: str, parameters: dict[str, float] | None) -> dict:
+    """`attribution`: where the slope comes from; every list sums to the causal one, by_length to the exact one."""
     entry = {
-        "by_position": _bins(by_position(token_attribution(base), base), "tokens"),
-        "by_length": _bins(by_length(causal.contributions, base), "rollouts"),
+        "by_position": _bins(by_position(base, prompts=prompts), "tokens"),
+        "by_length": _bins(by_length(base, prompts=prompts), "rollouts"),
         "by_layer": None,
         "by_kind": None,
         "parameters": None,
@@ -149,8 +148,7 @@ def _errors(statistic: Statistic) -> dict:
 
 
 def _bins(bins: Bins, counted: str) -> list[dict]:
-    columns = (bins.first.tolist(), bins.last.tolist(), bins.contribution.tolist(), bins.count.tolist())
-    return [
-        {"first": first, "last": last, "contribution": contribution, counted: count}
-        for first, last, contribution, count in zip(*columns, strict=True)
-    ]
+    stderr = [None] * len(bins.first) if bins.stderr is None else bins.stderr.tolist()
+    columns = (bins.first.tolist(), bins.last.tolist(), bins.contribution.tolist(), stderr, bins.count.tolist())
+    names = ("first", "last", "contribution", "stderr", counted)
+    return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]

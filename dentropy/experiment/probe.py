@@ -32,6 +32,7 @@ from dentropy.passes.microbatches import AUTO
 from dentropy.passes.noise_floor import noise_floor, sampled_rollouts
 from dentropy.passes.parameter_attribution import parameter_attribution
 from dentropy.rollouts.batch import PackedBatch
+from dentropy.rollouts.sampling import end_tokens, without_end
 from dentropy.stats.tables import SequenceSums
 
 ESTIMATORS = ("causal", "exact", "mixed")
@@ -95,6 +96,7 @@ def probe(
         changes=tuple(changes),
         parameters=shares,
         audit=on_policy_audit(base),
+        without_end=without_end(batch, end_tokens(policy)),
         batch=batch,
         step_size=direction.step_size,
         prompts=prompts,

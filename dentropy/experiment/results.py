@@ -30,6 +30,7 @@ class ProbeResult:
         changes: Prediction and measurement at each η, in the order given.
         parameters: Contribution of every parameter that moves to the causal slope, by name; None if not asked for.
         audit: Do the rollouts look like samples of this policy?
+        without_end: Rollouts that do not end with an end token of the policy; None where it has none.
         batch: The rollouts.
         step_size: The η that is the update itself.
         prompts: "random" or "fixed": what the standard errors are for.
@@ -49,6 +50,7 @@ class ProbeResult:
     changes: tuple[Change, ...]
     parameters: dict[str, float] | None
     audit: OnPolicyAudit
+    without_end: int | None
     batch: PackedBatch
     step_size: float
     prompts: str
@@ -93,7 +95,7 @@ class ProbeResult:
             "trust": None if self.trust is None else entries.trust(self.trust),
             "measured": [entries.measured(change, causal) for change in self.changes],
             "noise_floor": self.noise_floor,
-            "attribution": entries.attribution(self.base, causal, self.parameters),
+            "attribution": entries.attribution(self.base, self.prompts, self.parameters),
             "fresh_check": None if self.fresh is None else dict(vars(self.fresh)),
             "audit": self._audit(),
         }
@@ -124,7 +126,7 @@ class ProbeResult:
         """
 
         def shown() -> list[dict]:
-            return rollout_rows.largest(self.base, self.batch, self.slopes["causal"].contributions, tokenizer)
+            return rollout_rows.largest(self.base, self.batch, self.slopes["exact"].contributions, tokenizer)
 
         return run_folder.save(out, self.content, self.columns(), shown)
 
@@ -148,5 +150,15 @@ class ProbeResult:
             "tokens_expected": int(self.batch.n_tokens),
             "contributions": {k: {"sum": float(total), "expected": float(value)} for k, (total, value) in sums.items()},
             "on_policy": {name: None if check is None else dict(vars(check)) for name, check in checks.items()},
-            "warnings": list(self.audit.warnings),
+            "rollouts_without_end": self.without_end,
+            "warnings": [*self.audit.warnings, *self._no_ends()],
         }
+
+    def _no_ends(self) -> list[str]:
+        """A warning where not one rollout has an end token: so they were written down, not sampled."""
+        if self.without_end != len(self.batch):
+            return []
+        return [
+            "no rollout ends with an end token of the policy: text dumps leave them out (append_eos puts them back), and "
+            "without them the estimates miss every decision to stop"
+        ]

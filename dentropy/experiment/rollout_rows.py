@@ -46,7 +46,7 @@ def columns(
 
 
 def largest(base: SequenceSums, batch: PackedBatch, contributions: np.ndarray, tokenizer=None) -> list[dict]:
-    """The rollouts with the largest `contributions` to the causal slope, with what each of their tokens does.
+    """The rollouts with the largest `contributions` to the exact slope, with what each of their tokens does.
 
     Args:
         base: The table at the base weights, with kept tokens.
@@ -58,7 +58,7 @@ def largest(base: SequenceSums, batch: PackedBatch, contributions: np.ndarray, t
         At most SHOWN_ROLLOUTS dicts with rollout, group, reward (or None), prompt, contribution and tokens, a list
         of [text, contribution].
     """
-    by_token = np.split(token_attribution(base), np.cumsum(base.n_tokens).astype(int)[:-1])
+    by_token = np.split(token_attribution(base, estimator="exact"), np.cumsum(base.n_tokens).astype(int)[:-1])
 
     def text(ids: list[int]) -> str:
         return " ".join(map(str, ids)) + " " if tokenizer is None else tokenizer.decode(ids)

@@ -39,16 +39,28 @@ def _head(content: dict) -> str:
 
 
 def _slopes(content: dict) -> str:
-    parts = ("pathwise", "score", "length_correction")
     slopes = content["slope"]
     rows = [
-        (s["estimator"], _with_error(s["value"], s["stderr"]), *(_number(s[part]) for part in parts)) for s in slopes
+        (
+            s["estimator"],
+            _with_error(s["value"], s["stderr"]),
+            *(_part(s, name) for name in ("pathwise", "other_answers")),
+            *(_number(s[name]) for name in ("score", "length_correction")),
+        )
+        for s in slopes
     ]
     mixed = next(s for s in slopes if s["estimator"] == "mixed")
-    rows.append(("uncorrected", *(_number(mixed[part]) for part in ("uncorrected", "pathwise", "score")), "-"))
-    head = ("estimator", "slope ± SE", "pathwise", "score", "length correction")
+    parts = (_part(mixed, name) for name in ("uncorrected", "pathwise", "score"))
+    rows.append(("uncorrected", *parts, _number(mixed["score"]), "-"))
+    head = ("estimator", "slope ± SE", "pathwise ± SE", "other answers ± SE", "= score", "+ length correction")
     title = "Slope of the entropy at η = 0, in nats per token per unit of η"
     return "\n".join([title, *_aligned(head, rows), *_reach(content), *_reasons(slopes)])
+
+
+def _part(slope: dict, name: str) -> str:
+    """A part of a slope with its error; runs of earlier versions have neither the sum of the two nor errors."""
+    value = slope[name] if name in slope else slope["score"] + slope["length_correction"]
+    return _with_error(value, slope.get("part_stderrs", {}).get(name))
 
 
 def _reach(content: dict) -> list[str]:
@@ -63,9 +75,31 @@ def _reach(content: dict) -> list[str]:
 
 
 def _verdicts(content: dict) -> str:
-    lines = [f"  {m['eta']: .3g}  {m['verdict']}: {m['verdict_reason']}" for m in content["measured"]]
+    lines = [f"  {m['eta']: .3g}  {_verdict(m)}" for m in content["measured"]]
     floor = f"Rounding alone can make a ΔH of {content['noise_floor']:.1e} nats per token (the noise floor)."
     return "\n".join(["Can the measurements be believed?", *lines, floor])
+
+
+def _verdict(row: dict) -> str:
+    """What is said of the weights, and of ΔH beside it."""
+    whose = "" if row["below_noise_floor"] else "the weights are "
+    near = row["stderr"] is not None and row["delta"] is not None and abs(row["delta"]) < 2 * row["stderr"]
+    return f"{whose}{row['verdict']}: {row['verdict_reason']}" + ("; ΔH is not told apart from 0" if near else "")
+
+
+def _disagreements(measured: list[dict]) -> list[str]:
+    """A sentence on the η at which prediction and measurement part, where the measurement can be used."""
+    apart = []
+    for row in measured:
+        error, stderr = row["prediction_error"], row["prediction_error_stderr"]
+        if row["verdict"] != "unusable" and stderr and error is not None and abs(error) > 2 * stderr:
+            apart.append(f"{row['eta']:.3g} ({abs(error) / stderr:.1f})")
+    if not apart:
+        return []
+    return [
+        "Linear prediction and measurement disagree, by more than 2 standard errors of their paired difference, at "
+        f"η = {', '.join(apart)}"
+    ]
 
 
 def _changes(content: dict) -> str:
@@ -87,7 +121,8 @@ def _changes(content: dict) -> str:
         f"Change of the entropy ΔH(η), in nats per token; one step is η = {step:g}\n"
         "predicted = η · causal slope, quadratic with η²/2 · curvature; measured by importance sampling"
     )
-    return "\n".join([title, *_aligned(head, rows), *_reasons(content["measured"])])
+    measured = content["measured"]
+    return "\n".join([title, *_aligned(head, rows), *_disagreements(measured), *_reasons(measured)])
 
 
 def _fresh(fresh: dict, measured: list[dict]) -> str:
@@ -109,7 +144,18 @@ def _audit(audit: dict) -> str:
     scores = ", ".join(f"{name} z = " + ("undefined" if value is None else f"{value:.1f}") for name, value in z.items())
     return (
         f"Audit: {audit['rollouts_used']:,} of {audit['rollouts_expected']:,} rollouts and "
-        f"{audit['tokens_used']:,} of {audit['tokens_expected']:,} tokens used; on policy: {scores}"
+        f"{audit['tokens_used']:,} of {audit['tokens_expected']:,} tokens used; on policy: {scores}{_cut(audit)}"
+    )
+
+
+def _cut(audit: dict) -> str:
+    """On a line of its own, the rollouts that a length cap cut, where they are some and not all."""
+    cut, total = audit.get("rollouts_without_end") or 0, audit["rollouts_expected"]
+    if not 0 < cut < total:
+        return ""
+    return (
+        f"\n{cut:,} of {total:,} rollouts ({cut / total:.1%}) stop without an end token, cut at some length: "
+        "entropies, slopes and changes are those of the process with this cut"
     )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from dentropy.rollouts.batch import PackedBatch, token_ids
@@ -84,6 +85,15 @@ def end_tokens(policy) -> tuple[int, ...]:
         if config is not None and getattr(config, "eos_token_id", None) is not None:
             return _as_tuple(config.eos_token_id)
     return ()
+
+
+def without_end(batch: PackedBatch, ends: Sequence[int]) -> int | None:
+    """How many responses do not end with one of the tokens `ends`; None where there are no such tokens."""
+    if not ends:
+        return None
+    last = batch.tokens[torch.from_numpy(batch.offsets[1:] - 1)]
+    ended = torch.isin(last, torch.tensor(ends)).numpy() & (batch.response_lens > 0)
+    return int(np.sum(~ended))
 
 
 def read_prompts(path: str | Path, tokenizer=None) -> list[list[int]]:

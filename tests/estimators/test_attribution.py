@@ -5,9 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from tables import estimator_all, one_batch, per_both, table_with_tokens
+from oracles import influence_by_repetition
+from tables import POLICY, estimator_all, one_batch, one_table, per_both, table_with_tokens
 
-from dentropy.estimators import by_length, by_position, slope, token_attribution
+from dentropy.estimators import by_label, by_lag, by_length, by_position, clustered_stderr, slope, token_attribution
 from dentropy.stats.plain import sequence_sums, token_stats
 from dentropy.stats.tables import SequenceSums, TokenStats
 
@@ -67,7 +68,7 @@ def test_positions():
     lengths = np.array([1, 0, 5, 9, 3])
     sums = long_table(lengths, torch.float64)
     values = token_attribution(sums)
-    bins = by_position(values, sums)
+    bins = by_position(sums)
     position = np.concatenate([np.arange(1, T + 1) for T in lengths])
     assert list(zip(bins.first, bins.last, strict=True)) == [(1, 1), (2, 3), (4, 7), (8, 9)]
     for first, last, count, contribution in zip(bins.first, bins.last, bins.count, bins.contribution, strict=True):
@@ -81,8 +82,8 @@ def test_positions():
 )
 def test_lengths(lengths):
     sums = long_table(lengths, torch.float64)
-    contributions = slope(sums).contributions
-    bins = by_length(contributions, sums)
+    contributions = slope(sums, estimator="exact").contributions
+    bins = by_length(sums)
     assert 1 <= len(bins.first) <= 10 and bins.count.sum() == len(lengths) and bins.count.min() > 0
     assert bins.first[0] == lengths.min() and bins.last[-1] == lengths.max()
     assert np.all(bins.first <= bins.last) and np.all(bins.first[1:] > bins.last[:-1])
@@ -94,7 +95,7 @@ def test_lengths(lengths):
 
 def test_length_bins_hold_about_as_many_rollouts_each():
     lengths = np.random.default_rng(3).permutation(1000) + 1
-    assert by_length(np.zeros(1000), long_table(lengths, torch.float32)).count.tolist() == [100] * 10
+    assert by_length(long_table(lengths, torch.float32)).count.tolist() == [100] * 10
 
 
 @per_both
@@ -103,8 +104,85 @@ def test_bins_sum_to_the_slope(estimator, per):
     sums = long_table(np.random.default_rng(4).integers(0, 300, 100))
     estimate = slope(sums, estimator=estimator, per=per)
     tokens = token_attribution(sums, estimator=estimator, per=per)
-    for bins in (by_position(tokens, sums), by_length(estimate.contributions, sums)):
+    labels = np.random.default_rng(5).integers(-3, 3, tokens.size)
+    found = [by_position(sums, estimator=estimator, per=per), by_label(labels, sums, estimator=estimator, per=per)]
+    found += {"causal": [by_lag(sums, per=per)], "exact": [by_length(sums, per=per)], "mixed": []}[estimator]
+    for bins in found:
         assert abs(bins.contribution.sum() - estimate.value) < 1e-12 * np.abs(tokens).sum()
+    assert found[1].first.tolist() == found[1].last.tolist() == [-3, -2, -1, 0, 1, 2]
+    np.testing.assert_allclose(found[1].contribution[3], tokens[labels == 0].sum(), rtol=1e-9)
+
+
+@per_both
+def test_lags_are_the_definition_pair_by_pair(per):
+    sums = table_with_tokens(*one_batch())
+    h, dlogp, dentropy = (np.asarray(sums.tokens._asdict()[n]) for n in ("entropy", "dlogp", "dentropy"))
+    size = sums.n_tokens if per == "token" else np.ones(len(sums))
+    mean = h.sum() / size.sum() if per == "token" else 0.0
+    expected, pairs, start = np.zeros(5), np.zeros(5, int), 0
+    for T in sums.n_tokens.astype(int):
+        for k in range(T):
+            expected[0] += dentropy[start + k]
+            pairs[0] += 1
+            for lag in range(1, T - k):
+                expected[lag] += dlogp[start + k] * (h[start + k + lag] - mean)
+                pairs[lag] += 1
+        start += T
+    bins, bounds = by_lag(sums, per=per), [(0, 0), (1, 1), (2, 3), (4, 4)]
+    assert list(zip(bins.first.tolist(), bins.last.tolist(), strict=True)) == bounds
+    for b, (first, last) in enumerate(bounds):
+        inside = slice(first, last + 1)
+        assert bins.contribution[b] == pytest.approx(expected[inside].sum() / size.sum(), rel=1e-10)
+        assert bins.count[b] == pairs[inside].sum()
+    assert by_lag(long_table(np.array([1, 0, 1]))).contribution.shape == (1,)
+
+
+def bins_of(sums, estimator, per):
+    found = {"position": by_position(sums, estimator=estimator, per=per)}
+    found |= {"causal": {"lag": by_lag(sums, per=per)}, "exact": {"length": by_length(sums, per=per)}}[estimator]
+    return found
+
+
+@per_both
+@pytest.mark.parametrize("estimator", ["causal", "exact"])
+def test_standard_errors_are_those_of_the_contributions_with_rollouts_weighted(estimator, per):
+    """ψ_ib by repeating rows, and with it the clustered standard error of every bin."""
+    prompt, sequence = one_batch(7, n_groups=5, per_group=3)
+    found, group = bins_of(table_with_tokens(prompt, sequence), estimator, per), np.arange(15) // 3
+
+    def value(counts, name, b):
+        rows = np.repeat(np.arange(15), counts)
+        return bins_of(table_with_tokens(prompt[rows], sequence[rows]), estimator, per)[name].contribution[b]
+
+    for name, bins in found.items():
+        b = len(bins.first) // 2
+        psi = influence_by_repetition(lambda counts, n=name, b=b: value(counts, n, b), 15, copies=100)
+        expected, _ = clustered_stderr(psi, group)
+        table = dataclasses.replace(table_with_tokens(prompt, sequence), group=group)
+        assert bins_of(table, estimator, per)[name].stderr[b] == pytest.approx(expected, rel=1e-3), name
+    alone = dataclasses.replace(table_with_tokens(prompt, sequence), group=np.zeros(15, int))
+    assert all(bins.stderr is None for bins in bins_of(alone, estimator, per).values())
+
+
+def test_by_length_is_what_each_length_does_to_the_entropy():
+    """d/dη of E[(H − H̄ T) 1(T = t)] / E[T], by enumeration: the causal contributions are another matter."""
+
+    def parts(eta):
+        columns = POLICY.columns(eta)
+        centred = np.exp(columns["logp"]) * (columns["entropy"] - mean * columns["n_tokens"])
+        return np.array([centred[columns["n_tokens"] == t].sum() for t in range(1, 6)]) / total
+
+    columns = POLICY.columns()
+    probability = np.exp(columns["logp"])
+    total = (probability * columns["n_tokens"]).sum()
+    mean = (probability * columns["entropy"]).sum() / total
+    truth = (parts(1e-4) - parts(-1e-4)) / 2e-4
+    sums = one_table(seed=8, n_groups=20_000)
+    bins, causal = by_length(sums), slope(sums).contributions
+    assert bins.first.tolist() == bins.last.tolist() == [1, 2, 3, 4, 5]
+    assert np.all(np.abs(bins.contribution - truth) < 4 * bins.stderr)
+    by_causal = np.array([causal[sums.n_tokens == t].sum() for t in range(1, 6)])
+    assert np.any(np.abs(by_causal - truth) > 5 * bins.stderr)
 
 
 def test_bad_input():
@@ -125,10 +203,11 @@ def test_bad_input():
         token_attribution(sums, estimator="best")
     with pytest.raises(ValueError, match="per: 'word'"):
         token_attribution(sums, per="word")
-    with pytest.raises(ValueError, match=rf"contributions: shape \(64,\), expected \({n},\): one val"):
-        by_position(np.zeros(64), sums)
-    with pytest.raises(ValueError, match=rf"contributions: shape \({n},\), expected \(64,\)"):
-        by_length(np.zeros(n), sums)
+    with pytest.raises(ValueError, match=rf"labels: shape \(64,\), expected \({n},\): one val"):
+        by_label(np.zeros(64), sums)
+    for bins in (by_position, by_length, by_lag):
+        with pytest.raises(ValueError, match="prompts: 'drawn'"):
+            bins(sums, prompts="drawn")
     empty = SequenceSums(**{name: c[:0] for name, c in sums.columns().items()}, tokens=sums.tokens)
     with pytest.raises(ValueError, match="sums: no rows"):
         token_attribution(empty)

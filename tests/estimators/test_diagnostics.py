@@ -173,15 +173,21 @@ MIXED = np.log(
     "log_weights, verdict, reason",
     [
         (np.zeros(512), "reliable", "the ESS is 100.0% of 512 rollouts"),
-        (lognormal(0.3), "reliable", "the largest k̂"),
+        (lognormal(0.5), "reliable", "the largest k̂"),
+        (lognormal(0.3), "reliable", "the ESS is 92.1% of 512 rollouts"),
         (lognormal(5.0), "unusable", "the ESS of w"),
         (heavy(1.2, 0.05, 4000), "unusable", "above 1: a tail without a mean"),
         (lognormal(0.3, mean=0.4), "unusable", "the mean weight is 0.4"),
         (heavy(0.9, 0.1), "strained", "above 0.63: 512 rollouts are few for such a tail"),
         (MIXED, "strained", "of 512 rollouts, below a half"),
         (lognormal(0.3, mean=1.2), "strained", "the mean weight is 1.2"),
-        (lognormal(0.3, 24), "strained", "no k̂ to judge the weights by: 24 rollouts"),
-        (heavy(0.9, 0.001), "reliable", "the ESS is 99.9% of 512 rollouts"),  # w is too even for a tail to matter
+        (lognormal(0.8, 24), "strained", "no k̂ to judge the weights by: 24 rollouts"),
+        (lognormal(0.2, 24), "reliable", "of 24 rollouts"),
+        # as on a nearly deterministic policy: a few values, of weights that are nearly equal
+        (np.log(np.repeat([0.9998, 1.5, 2.5, 3.0], [490, 15, 4, 3])), "reliable", "of 512 rollouts"),
+        (np.full(512, 0.3), "strained", "the mean weight is 1.35, the same in every group"),
+        (np.full(512, -1.0), "unusable", "the mean weight is 0.368, the same in every group: the rollouts miss"),
+        (heavy(1.2, 0.003), "reliable", "the ESS is 91.1% of 512 rollouts"),  # w is too even for a tail to matter
     ],
 )
 def test_verdict_names_the_number_that_decided(log_weights, verdict, reason):
@@ -190,9 +196,55 @@ def test_verdict_names_the_number_that_decided(log_weights, verdict, reason):
 
 
 def test_a_result_that_hangs_on_the_smoothing_is_strained():
-    result = measured(lognormal(0.3))
+    result = measured(lognormal(0.5))
     found = importance_diagnostics(dataclasses.replace(result, stderr=abs(result.delta) * 1e-9))
     assert found.verdict == "strained" and "by more than its standard error" in found.reason
+
+
+@pytest.mark.parametrize("count, least", [(64, 0.95), (512, 0.97)])
+def test_harmless_measurements_are_called_reliable(count, least):
+    """ESS about 95%, where intervals keep their level; with k̂ counted up to 99% it is 65% at 64 rollouts."""
+    policy = TinyPolicy(horizon=6, n_prompts=64)
+    before, after = policy.columns(0.0), policy.columns(0.15)
+    drawn = policy.sample(np.random.default_rng(3), 200, n_groups=64, per_group=count // 64)
+    found = []
+    for batch in zip(*drawn, strict=True):
+        base, moved = (policy.table(*batch, columns, per_group=count // 64) for columns in (before, after))
+        found.append(importance(base, moved))
+    assert 0.9 < np.median([result.ess_fraction for result in found]) < 0.98
+    assert np.mean([importance_diagnostics(result).verdict == "reliable" for result in found]) > least
+
+
+@pytest.mark.parametrize("n_groups", [1, 64])
+def test_a_moved_policy_that_has_become_uniform_is_unusable(n_groups):
+    """As with η so large that the logits overflow to one constant: whatever the weights look like."""
+    result = measured(lognormal(0.2), group=np.arange(512) % n_groups)
+    flat = importance_of(result, moved_entropy=np.float32(2.3) * result.size)
+    assert importance_diagnostics(result).verdict == "reliable"
+    found = importance_diagnostics(flat)
+    assert found.verdict == "unusable" and "every rollout has the same entropy per token" in found.reason
+
+
+def test_copies_of_one_rollout_are_no_measurement():
+    n = np.full(512, 7.0)
+    base = SequenceSums(n_tokens=n, logp=-2 * n, entropy=n, group=np.arange(512) // 8, rollout=np.arange(512))
+    result = importance(base, dataclasses.replace(base, entropy=1.1 * n))
+    assert result.stderr == pytest.approx(0, abs=1e-12)
+    assert importance_diagnostics(result).verdict == "unusable"
+    assert importance_diagnostics(importance(base, base)).verdict == "reliable"  # nothing moved
+
+
+def importance_of(result, moved_entropy):
+    """The measurement with other entropies at the moved weights."""
+    base_entropy = result.base_value * result.size
+    base = SequenceSums(
+        n_tokens=result.size,
+        logp=np.zeros(result.n),
+        entropy=base_entropy,
+        group=result.group,
+        rollout=np.arange(result.n),
+    )
+    return importance(base, dataclasses.replace(base, logp=result.log_weights, entropy=moved_entropy))
 
 
 @pytest.mark.parametrize("n_batches", [25, pytest.param(500, marks=pytest.mark.slow)])

@@ -30,7 +30,7 @@ first, second, measured = e.slope(base), e.curvature(base), e.importance(base, m
 e.curvature(base, estimator="causal"), e.importance(base, moved, weights="prefix")
 e.trust_range(first, second)
 error = e.prediction_error(e.predict(first, 0.1, second), measured)
-e.by_position(e.token_attribution(base), base), e.by_length(first.contributions, base)
+e.token_attribution(base), e.by_position(base), e.by_length(base), e.by_lag(base), e.slope(base, horizon=1)
 e.on_policy_audit(base), e.rollouts_needed(first, 0.1)
 assert all(np.isfinite([s.value, s.stderr]).all() for s in (first, second, measured, error))
 print(sorted({name.split(".")[0] for name in sys.modules} & {"numpy", "dentropy", "xarray", "matplotlib"}))

@@ -20,7 +20,7 @@ from tables import (
     take,
 )
 
-from dentropy.estimators import importance, slope
+from dentropy.estimators import by_lag, clustered_stderr, importance, slope
 from dentropy.stats.plain import sequence_sums, token_stats
 from dentropy.stats.tables import SequenceSums
 
@@ -107,6 +107,50 @@ def test_parts_and_contributions_add_up(estimator, per):
     total = parts["pathwise"] + parts["score"] + parts["length_correction"]
     assert abs(total - estimate.value) < 1e-14 * scale
     assert (estimate.name, estimate.estimator, estimate.per) == ("slope", estimator, per)
+
+
+@per_both
+@estimator_all
+def test_other_answers_are_the_sum_of_score_and_length_correction(estimator, per):
+    parts = slope(one_table(4), estimator=estimator, per=per).parts
+    assert parts["other_answers"] == pytest.approx(parts["score"] + parts["length_correction"], rel=1e-12)
+
+
+@per_both
+@estimator_all
+def test_errors_of_the_parts_come_from_their_derivatives_with_respect_to_a_rollout_s_weight(estimator, per):
+    sums = one_table(7, n_groups=6, per_group=2)
+    found = slope(sums, estimator=estimator, per=per)
+    assert found.part_stderrs.keys() == found.parts.keys()
+    for name, stderr in found.part_stderrs.items():
+        psi = influence_by_repetition(
+            lambda counts, n=name: slope(repeat_rows(sums, counts), estimator=estimator, per=per).parts[n], len(sums)
+        )
+        assert stderr == pytest.approx(clustered_stderr(psi, sums.group)[0], rel=1e-4), name
+    assert set(slope(in_one_group(sums)).part_stderrs.values()) == {None}
+
+
+@per_both
+@pytest.mark.parametrize("horizon", [0, 1, 3, 100])
+def test_a_horizon_keeps_later_tokens_within_it(horizon, per):
+    prompt, sequence = one_batch(3)
+    sums, full = table_with_tokens(prompt, sequence), slope(one_table(3), per=per)
+    estimate = slope(sums, per=per, horizon=horizon)
+    logp, entropy = (jets[:, prompt, sequence] for jets in POLICY.token_jets(0.0))
+    size = sums.n_tokens if per == "token" else np.ones(64)
+    mean = entropy[0].sum() / size.sum() if per == "token" else 0.0
+    terms = entropy[1].sum(-1)
+    for i, T in enumerate(POLICY.lengths[sequence]):
+        h, dlogp = entropy[0, i], logp[1, i]
+        terms[i] += sum(dlogp[k] * sum(h[j] - mean for j in range(k + 1, min(T, k + 1 + horizon))) for k in range(T))
+    np.testing.assert_allclose(estimate.contributions, terms / size.sum(), rtol=1e-10, atol=1e-15)
+    assert estimate.value + estimate.parts["left_out"] == pytest.approx(full.value, rel=1e-10)
+    beyond = by_lag(sums, per=per)
+    if horizon in (1, 3):
+        assert estimate.parts["left_out"] == pytest.approx(beyond.contribution[beyond.first > horizon].sum(), rel=1e-9)
+    if horizon == 100:
+        assert estimate.part_stderrs["left_out"] == pytest.approx(0, abs=1e-12)
+        np.testing.assert_allclose(estimate.influence, full.influence, atol=1e-14)
 
 
 @pytest.mark.parametrize("baseline", ["none", "entropy"])
@@ -222,6 +266,10 @@ def test_one_group_and_groups_of_one():
         ({"prompts": "mine"}, "prompts: 'mine', expected one of 'random', 'fixed'"),
         ({"baseline": "mean"}, "baseline: 'mean', expected one of 'none', 'entropy'"),
         ({"estimator": None}, "estimator: None, expected"),
+        ({"horizon": -1}, "horizon: -1, expected a number of tokens"),
+        ({"horizon": 2.0}, "horizon: 2.0, expected a number of tokens"),
+        ({"horizon": 2, "estimator": "exact"}, "horizon: 2 with estimator='exact', expected the causal one"),
+        ({"horizon": 2}, "sums.tokens: None, expected those of a table measured with keep_tokens=True"),
         ({"baseline": np.zeros(3)}, "baseline: an array for a table without tokens, expected .*keep_tokens=True"),
     ],
 )

@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 from collections import Counter
 from importlib import import_module
@@ -21,6 +22,8 @@ from dentropy import (
     sample,
 )
 from dentropy.experiment.probe import FreshCheck, check_etas, fresh_check, tokens_to_run
+from dentropy.experiment.summary import summary
+from dentropy.rollouts.sampling import end_tokens
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12], [13, 14]]
 STEP = 0.01
@@ -197,6 +200,39 @@ def test_an_off_policy_batch_is_called_one(policy, batch, direction):
     found = probe(policy, flat, direction, [STEP])
     assert any("logp + entropy" in warning for warning in found.audit.warnings)
     assert "Warnings\n  logp + entropy" in found.summary()
+
+
+def test_rollouts_without_end_tokens_are_counted_and_named(policy, direction, result):
+    short = sample(policy, [[5, 6], [7]], per_prompt=20, max_new_tokens=6)
+    prompts, responses = [short.prompt(i) for i in range(40)], [short.response(i) for i in range(40)]
+    cut = sum(ids[-1] not in end_tokens(policy) for ids in responses)
+    found = probe(policy, short, direction, [STEP])
+    assert 0 < cut < 40 and found.without_end == cut
+    assert f"{cut} of 40 rollouts ({cut / 40:.1%}) stop without an end token" in found.summary()
+    stripped = [ids[:-1] if ids[-1] in end_tokens(policy) and len(ids) > 1 else [9] for ids in responses]
+    without = probe(policy, PackedBatch.from_lists(prompts, stripped), direction, [STEP])
+    assert without.without_end == 40
+    assert "no rollout ends with an end token of the policy" in without.summary()
+    assert "stop without an end token" not in without.summary()
+
+
+def test_the_summary_says_what_the_numbers_cannot_tell(result):
+    content = copy.deepcopy(result.content)
+    entry = content["measured"][-1]
+    lines = {
+        "the weights are reliable: r; ΔH is not told apart from 0": {"delta": 1.0, "stderr": 0.6},
+        "the weights are reliable: r": {"delta": 1.0, "stderr": 0.4},
+        "unusable: r": {"delta": 1.0, "stderr": 0.4, "verdict": "unusable", "below_noise_floor": True},
+    }
+    for line, changes in lines.items():
+        said = {"verdict": "reliable", "verdict_reason": "r", "below_noise_floor": False}
+        text = summary(content | {"measured": [entry | said | changes]})
+        assert f"{entry['eta']: .3g}  {line}\n" in text
+    apart = {"verdict": "strained", "prediction_error": -2.5, "prediction_error_stderr": 1.0}
+    sentence = f"of their paired difference, at η = {entry['eta']:.3g} (2.5)\n"
+    assert sentence in summary(content | {"measured": [entry | apart]})
+    for changes in ({"prediction_error": 1.9}, {"verdict": "unusable"}, {"prediction_error_stderr": None}):
+        assert "paired difference" not in summary(content | {"measured": [entry | apart | changes]})
 
 
 class TestFreshCheck:

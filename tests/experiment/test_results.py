@@ -37,14 +37,19 @@ def test_every_number_about_the_batch(content, rows, result):
     assert content["not_finite"] == {}
 
 
-def test_slopes_follow_from_the_columns(content, rows):
-    D, mean = rows.n_tokens.sum(), rows.entropy.sum() / rows.n_tokens.sum()
-    expected = {
+def slope_terms(rows):
+    mean = rows.entropy.sum() / rows.n_tokens.sum()
+    return {
         "causal": rows.dentropy + rows.entropy_to_go - mean * rows.length_to_go,
         "exact": rows.dentropy + (rows.entropy - mean * rows.n_tokens) * rows.dlogp,
         "mixed": rows.dentropy + rows.entropy_to_go - mean * rows.n_tokens * rows.dlogp,
         "uncorrected": rows.dentropy + rows.entropy_to_go,
     }
+
+
+def test_slopes_follow_from_the_columns(content, rows):
+    D, mean = rows.n_tokens.sum(), rows.entropy.sum() / rows.n_tokens.sum()
+    expected = slope_terms(rows)
     for name, x in expected.items():
         np.testing.assert_allclose(rows[f"slope_{name}"], x / D, rtol=1e-10, atol=1e-16)
     assert [entry["estimator"] for entry in content["slope"]] == ["causal", "exact", "mixed"]
@@ -54,9 +59,15 @@ def test_slopes_follow_from_the_columns(content, rows):
         assert entry["value"] == pytest.approx(entry["pathwise"] + entry["score"] + entry["length_correction"])
         assert entry["pathwise"] == pytest.approx(rows.dentropy.sum() / D)
         assert entry["uncorrected"] == pytest.approx(expected["uncorrected"].sum() / D)
-        c = {"causal": rows.length_to_go.sum()}.get(entry["estimator"], (rows.n_tokens * rows.dlogp).sum())
-        psi = (x - entry["value"] * rows.n_tokens - c / D * (rows.entropy - mean * rows.n_tokens)) / D
-        assert entry["stderr"] == pytest.approx(clustered(psi, rows.group), rel=1e-9)
+        assert entry["other_answers"] == pytest.approx(entry["score"] + entry["length_correction"])
+        by_hand = jackknife(rows, lambda r, name=entry["estimator"]: slope_terms(r)[name].sum() / r.n_tokens.sum())
+        assert entry["stderr"] == entry["jackknife_stderr"] == pytest.approx(by_hand, rel=1e-9)
+        pathwise = (rows.dentropy - entry["pathwise"] * rows.n_tokens) / D
+        assert entry["part_stderrs"]["pathwise"] == pytest.approx(clustered(pathwise, rows.group), rel=1e-9)
+        dsize = rows.length_to_go if entry["estimator"] == "causal" else rows.n_tokens * rows.dlogp
+        other = x - rows.dentropy - entry["other_answers"] * rows.n_tokens
+        other -= dsize.sum() / D * (rows.entropy - mean * rows.n_tokens)
+        assert entry["part_stderrs"]["other_answers"] == pytest.approx(clustered(other / D, rows.group), rel=1e-9)
 
 
 def test_measurements_follow_from_the_columns(content, rows):
@@ -75,8 +86,8 @@ def test_measurements_follow_from_the_columns(content, rows):
             atol=1e-15,
         )
         assert rows[f"delta_contribution_{k}"].sum() == pytest.approx(entry["delta"], rel=1e-9)
-        psi = w * (moved - R * rows.n_tokens) / (w * rows.n_tokens).sum() - base
-        assert entry["stderr"] == pytest.approx(clustered(psi, rows.group), rel=1e-9)
+        by_hand = jackknife(rows, lambda r, k=k: change_of_entropy(r, k))
+        assert entry["stderr"] == entry["jackknife_stderr"] == pytest.approx(by_hand, rel=1e-9)
         assert entry["predicted_linear"] == pytest.approx(entry["eta"] * causal["value"])
         assert entry["predicted_linear_stderr"] == pytest.approx(abs(entry["eta"]) * causal["stderr"])
         assert entry["predicted_uncorrected"] == pytest.approx(entry["eta"] * causal["uncorrected"])
@@ -88,6 +99,18 @@ def test_measurements_follow_from_the_columns(content, rows):
             w.mean()
         )
         assert entry["log_weight_quantiles"]["p25"] == pytest.approx(rows[f"log_weight_{k}"].quantile(0.25))
+
+
+def change_of_entropy(rows, k):
+    w = np.exp(rows[f"log_weight_{k}"])
+    moved = (w * rows[f"moved_entropy_{k}"]).sum() / (w * rows.n_tokens).sum()
+    return moved - rows.entropy.sum() / rows.n_tokens.sum()
+
+
+def jackknife(rows, value):
+    """The standard error of value(rows) by leaving out one prompt at a time."""
+    left_out = np.array([value(rows[rows.group != label]) for label in rows.group.unique()])
+    return np.sqrt((left_out.size - 1) * left_out.var())
 
 
 def clustered(psi, group):
@@ -152,10 +175,12 @@ def test_floats_come_back_bit_for_bit(run, result):
 
 
 def test_attribution_adds_up_to_the_slope(content, result):
-    causal = next(entry for entry in content["slope"] if entry["estimator"] == "causal")
+    slopes = {entry["estimator"]: entry["value"] for entry in content["slope"]}
     scale = sum(map(abs, result.parameters.values()))
     for name, parts in content["attribution"].items():
-        assert sum(part["contribution"] for part in parts) == pytest.approx(causal["value"], abs=1e-5 * scale), name
+        whole = slopes["exact" if name == "by_length" else "causal"]
+        assert sum(part["contribution"] for part in parts) == pytest.approx(whole, abs=1e-5 * scale), name
+        assert name not in ("by_length", "by_position") or all(part["stderr"] > 0 for part in parts)
     assert sum(part["tokens"] for part in content["attribution"]["by_position"]) == content["n_tokens"]
     assert sum(part["rollouts"] for part in content["attribution"]["by_length"]) == content["n_sequences"]
 

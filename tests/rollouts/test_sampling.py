@@ -7,8 +7,8 @@ from models import VOCAB, random_model
 from scipy.stats import chisquare
 from transformers import GenerationConfig
 
-from dentropy import Policy, measure, sample
-from dentropy.rollouts.sampling import end_tokens, read_prompts
+from dentropy import PackedBatch, Policy, measure, sample
+from dentropy.rollouts.sampling import end_tokens, read_prompts, without_end
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
 
@@ -145,6 +145,12 @@ def test_without_end_tokens_of_its_own_a_model_runs_to_the_limit():
     policy = Policy(random_model("llama", eos_token_id=None))
     assert end_tokens(policy) == ()
     assert (sample(policy, PROMPTS, per_prompt=5, max_new_tokens=7).response_lens == 7).all()
+
+
+def test_rollouts_without_an_end_token_are_counted():
+    batch = PackedBatch.from_lists([[5]] * 5, [[7, 2], [2, 7], [2], [], [17]])
+    assert without_end(batch, (2,)) == 3 and without_end(batch, (2, 17)) == 2 and without_end(batch, (9,)) == 5
+    assert without_end(batch, ()) is None
 
 
 def test_progress_counts_every_rollout_and_token(policy):

@@ -36,7 +36,10 @@ def attribution(content: dict) -> Markup | None:
         for title, head, count, rows in groups
         if rows
     ]
-    note = "What each adds to the predicted change of the update itself. Every list adds up to the whole."
+    note = (
+        "What each adds to the predicted change of the update itself. Every list adds up to the whole; that by length "
+        "to the exact slope's prediction, which alone can be split by length."
+    )
     return section(
         "attribution", "Where it comes from", tag("p", note, class_="note"), tag("div", drawn, class_="grid")
     )

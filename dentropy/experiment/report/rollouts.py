@@ -20,8 +20,8 @@ def rollouts(content: dict, shown: list[dict]) -> Markup | None:
     if not shown:
         return None
     note = (
-        f"{len(shown)} of {content['n_sequences']:,} rollouts: those that contribute most to the predicted "
-        "change of the update itself."
+        f"{len(shown)} of {content['n_sequences']:,} rollouts: those that contribute most to the change of the update "
+        "itself that the exact slope predicts."
     )
     return section("rollouts", "Rollouts, token by token", tag("p", note), _coloured(shown, content["step_size"]))
 

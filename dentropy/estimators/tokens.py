@@ -1,0 +1,83 @@
+"""The kept tokens of a table: what each is worth, where it stands in its response, and what comes after it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dentropy.estimators.columns import column
+
+if TYPE_CHECKING:
+    from dentropy.stats.tables import SequenceSums
+
+
+@dataclass(frozen=True, eq=False)
+class KeptTokens:
+    """Per-token values, [N] packed in row order, of S responses.
+
+    n_tokens  int64 [S], T_i
+    row       int64 [N], the row of the table
+    position  int64 [N], the place k in its response, from 1
+    entropy, dlogp, dentropy   float64 [N]: h_k, dlogp_k, dh_k
+    """
+
+    n_tokens: np.ndarray
+    row: np.ndarray
+    position: np.ndarray
+    entropy: np.ndarray
+    dlogp: np.ndarray
+    dentropy: np.ndarray
+
+    @classmethod
+    def of(cls, sums: SequenceSums) -> KeptTokens:
+        """Those of a table; ValueError where they are missing, too few, too many, or not finite."""
+        n_tokens = lengths(sums)
+        if sums.tokens is None:
+            raise ValueError("sums.tokens: None, expected those of a table measured with keep_tokens=True")
+        found = []
+        for name in ("entropy", "dlogp", "dentropy"):
+            values = getattr(sums.tokens, name)
+            if values is None:
+                raise ValueError(f"sums.tokens.{name}: None, expected those of a pass with a direction")
+            values = np.asarray(values, dtype=np.float64)
+            check_length(f"sums.tokens.{name}", values, n_tokens.sum(), "token")
+            finite = np.isfinite(values)
+            if not finite.all():
+                token = int(np.argmin(finite))
+                raise ValueError(f"sums.tokens.{name}: {values[token]} at token {token}, expected finite")
+            found.append(values)
+        starts = np.cumsum(n_tokens) - n_tokens
+        position = np.arange(1, n_tokens.sum() + 1) - np.repeat(starts, n_tokens)
+        return cls(n_tokens, np.repeat(np.arange(n_tokens.size), n_tokens), position, *found)
+
+    def per_rollout(self, values: np.ndarray) -> np.ndarray:
+        """Sums of `values` [N] over each response, float64 [S]."""
+        return np.bincount(self.row, weights=values, minlength=self.n_tokens.size)
+
+    def beyond(self, lag: int) -> tuple[np.ndarray, np.ndarray]:
+        """(Σ_{j>k+lag} h_j in nats, how many such j) for every token k: its response from `lag` tokens after it on."""
+        # The running sum of deviations from a response's mean returns to 0 at its end, so that one sum over the
+        # whole batch does not lose digits as it goes on.
+        means = self.per_rollout(self.entropy) / np.maximum(self.n_tokens, 1)
+        running = np.cumsum(self.entropy - means[self.row])
+        ends = np.cumsum(self.n_tokens)[self.row] - 1
+        last = np.minimum(np.arange(self.row.size) + lag, ends)
+        count = np.maximum(self.n_tokens[self.row] - self.position - lag, 0)
+        return running[ends] - running[last] + means[self.row] * count, count
+
+    def between(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+        """`beyond` for first ≤ j − k ≤ last."""
+        (near, many), (far, few) = self.beyond(first - 1), self.beyond(last)
+        return near - far, many - few
+
+
+def lengths(sums: SequenceSums) -> np.ndarray:
+    """T_i, int64 [S]."""
+    return column(sums, "n_tokens").astype(np.int64)
+
+
+def check_length(argument: str, values: np.ndarray, expected: int, unit: str) -> None:
+    if np.shape(values) != (expected,):
+        raise ValueError(f"{argument}: shape {np.shape(values)}, expected ({expected},): one value per {unit}")
