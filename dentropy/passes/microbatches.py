@@ -118,7 +118,7 @@ def _attempt(budget, n_tokens, rollouts, run, keep) -> str | None:
     try:
         with budget.trial(n_tokens):
             result = run(rollouts)
-    except RuntimeError as error:
+    except Exception as error:
         if not is_out_of_memory(error):
             raise
         message = str(error).strip().partition("\n")[0]
