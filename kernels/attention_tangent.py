@@ -22,31 +22,11 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention import (
-    LOG2E,
-    configuration,
-    grid,
-    key_blocks,
-    last_contiguous,
-    load_tile,
-    query_block,
-    seen,
-    sizes,
-    store_tile,
-    strided,
-)
-from .products import dot
+from .configurations import ATTENTION_TANGENT, attention_blocks, options
+from .moments import BITS
+from .packing import grid, key_blocks, last_contiguous, load_tile, query_block, seen, sizes, store_tile, strided
+from .products import dot, rounded
 from .softcap import softcapped
-
-# As attention.CONFIGURATIONS: four tiles a block of keys rather than two, and two of queries.
-CONFIGURATIONS = {
-    (2, 64): (128, 64, 8, 3),
-    (2, 128): (128, 64, 8, 2),
-    (2, 256): (64, 32, 4, 2),
-    (4, 64): (64, 16, 8, 2),
-    (4, 128): (16, 16, 8, 2),
-    (4, 256): (16, 16, 8, 2),
-}
 
 
 @triton.jit
@@ -72,7 +52,7 @@ def _scores(
     else:
         unit = scaling
     # s has the digits of a sum of products, and here loses none: its difference to lse is rounded once.
-    p = tl.exp2(tl.fma(s, unit * LOG2E, -lse[:, None]))
+    p = tl.exp2(tl.fma(s, unit * BITS, -lse[:, None]))
     ds *= unit
     if MASKED:
         p = tl.where(seen(queries, n + tl.arange(0, BLOCK_N), window), p, 0.0)
@@ -96,14 +76,14 @@ def _add(
     """Σ x v + Σ p v̇ and Σ x with one block of keys more."""
     acc, factor = state
     K, DK, V, DV, head, start, length = source
-    if MOVES:
-        v = load_tile(V, head, start, n, length, BLOCK_N, SIZE_V, PADDED_V, MASKED)
-        x = (p * (ds - reference[:, None])).to(v.dtype)
-        factor += tl.sum(x.to(tl.float32), 1)
-        acc = dot(x, v, acc, "ieee")
-    if DV is not None:
+    if DV is not None:  # first: this product runs while x is made
         dv = load_tile(DV, head, start, n, length, BLOCK_N, SIZE_V, PADDED_V, MASKED)
         acc = dot(p.to(dv.dtype), dv, acc, "ieee")
+    if MOVES:
+        v = load_tile(V, head, start, n, length, BLOCK_N, SIZE_V, PADDED_V, MASKED)
+        x, rounded_x = rounded(p * (ds - reference[:, None]), v.dtype)
+        factor += tl.sum(rounded_x, 1)
+        acc = dot(x, v, acc, "ieee")
     return acc, factor
 
 
@@ -168,7 +148,7 @@ def _attention_tangent_kernel(
         if DQ is not None:
             dq = load_tile(DQ, head, start, first, length, BLOCK_M, SIZE, PADDED, True)
         place = Lse + head.to(tl.int64) * tokens + start + queries
-        lse = tl.load(place, mask=queries < length, other=0.0) * LOG2E
+        lse = tl.load(place, mask=queries < length, other=0.0) * BITS
         query = q, dq, DQ, lse, queries
         source = K, DK, V, DV, head // (H // Hkv), start, length
         form = scaling, softcap, window
@@ -195,7 +175,7 @@ def _attention_tangent_kernel(
             dsink = 0.0
             if DSinks is not None:
                 dsink = tl.load(DSinks + head).to(tl.float32)
-            factor += tl.exp2(tl.load(Sinks + head).to(tl.float32) * LOG2E - lse) * (dsink - reference)
+            factor += tl.exp2(tl.load(Sinks + head).to(tl.float32) * BITS - lse) * (dsink - reference)
         if MOVES or DSinks is not None:
             o = load_tile(O, head, start, first, length, BLOCK_M, SIZE_V, PADDED_V, True)
             acc -= factor[:, None] * o.to(tl.float32)
@@ -228,9 +208,9 @@ def attention_tangent(
     """
     tokens, H, _ = q.shape
     dout = torch.empty(tokens, H, v.shape[-1], dtype=q.dtype, device=q.device)
-    block_m, block_n, warps, stages = configuration(q, v, CONFIGURATIONS)
+    blocks = attention_blocks(ATTENTION_TANGENT, q, v)
     with torch.cuda.device_of(q):
-        _attention_tangent_kernel[grid(q, cu_seqlens, block_m)](
+        _attention_tangent_kernel[grid(q, cu_seqlens, blocks.queries)](
             *(strided(x) for x in (q, k, v, out, dq, dk, dv, dout)),
             lse,
             last_contiguous(sinks),
@@ -244,9 +224,8 @@ def attention_tangent(
             softcap,
             window,
             **sizes(q, v),
-            BLOCK_M=block_m,
-            BLOCK_N=block_n,
-            num_warps=warps,
-            num_stages=stages,
+            BLOCK_M=blocks.queries,
+            BLOCK_N=blocks.keys,
+            **options(blocks.num_warps, blocks.num_stages),
         )
     return dout

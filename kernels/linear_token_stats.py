@@ -11,16 +11,15 @@ kilobytes per row of a launch, however large the vocabulary.
 """
 
 from collections.abc import Callable
-from functools import cache
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .configurations import has_descriptors, head_tile, options, precision
+from .matrices import descriptor, fits_a_descriptor, with_strides
 from .moments import empty_state, merge, n_parts, store_state, tile_state
-from .products import dot
+from .products import dot_apart
 from .segments import merge_states, new_states, stats_of_states
 from .softcap import softcapped
 
@@ -29,46 +28,20 @@ GROUP = 16  # blocks of rows that run side by side on one segment, so that its p
 ROWS_PER_LAUNCH = 8192  # enough to fill a device; what they leave in scratch stays below 32 MiB
 
 
-class Tile(NamedTuple):
-    """A program's share of the products, rows × columns of the vocabulary × depth of a step, and how it is run."""
-
-    rows: int
-    columns: int
-    depth: int
-    num_warps: int
-    num_stages: int
-
-
-# By the products there are: the shapes with which sketches of this kernel were fastest on an H100.
-PRIMAL = Tile(128, 256, 64, 8, 3)
-FIXED_HEAD = Tile(64, 256, 64, 8, 3)
-MOVING_HEAD = Tile(128, 128, 64, 8, 3)
-FLOAT32 = Tile(64, 64, 16, 8, 2)  # full float32 products run on the ordinary cores, from registers
-ELSEWHERE = Tile(128, 64, 32, 8, 2)  # fits the 64 KiB of shared memory, and registers, that every device has
-
-
 @triton.jit(
     do_not_specialize=["N", "row_blocks"],
     do_not_specialize_on_alignment=["Bias", "DBias", "Targets", "States", "AtTarget"],
 )
 def _linear_states_kernel(
-    Hidden,
-    DHidden,  # [N, D]; DHidden is not read unless HAS_DHIDDEN
-    Weight,
-    DWeight,  # [V, D]; DWeight is not read unless HAS_DWEIGHT
+    Hidden,  # of [N, D], a TMA descriptor or (pointer, row stride, column stride)
+    DHidden,  # the same, or None
+    Weight,  # the same of [V, D]
+    DWeight,  # the same, or None
     Bias,
-    DBias,  # [V], any floating dtype; not read unless HAS_BIAS, HAS_DBIAS
+    DBias,  # [V], any floating dtype, or None
     Targets,  # [N] int32 or int64
     States,  # [segments, parts, N] float32
     AtTarget,  # [2 + ORDER, N] float32
-    hidden_row,
-    hidden_column,
-    dhidden_row,
-    dhidden_column,  # strides in elements; TMA descriptors have their own
-    weight_row,
-    weight_column,
-    dweight_row,
-    dweight_column,
     bias_stride,
     dbias_stride,
     targets_stride,
@@ -77,14 +50,9 @@ def _linear_states_kernel(
     D,
     row_blocks,
     segments,
-    tiles,
+    tiles,  # tiles of a segment
     scale,
-    inverse_cap,  # tiles of a segment; inverse_cap = 1 / softcap
-    HAS_DHIDDEN: tl.constexpr,
-    HAS_DWEIGHT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_DBIAS: tl.constexpr,
-    SOFTCAP: tl.constexpr,
+    inverse_cap,  # 1 / softcap, or None
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
     ROWS: tl.constexpr,
@@ -92,9 +60,10 @@ def _linear_states_kernel(
     DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    ORDER: tl.constexpr = 1 if HAS_DHIDDEN or HAS_DWEIGHT or HAS_DBIAS else 0
+    ORDER: tl.constexpr = 0 if DHidden is None and DWeight is None and DBias is None else 1
+    MASKED: tl.constexpr = Bias is not None
     # Only a bias can mask. Without one, what lies beyond the vocabulary gets a logit that is finite, without weight.
-    BEYOND: tl.constexpr = float("-inf") if HAS_BIAS else -1e30
+    BEYOND: tl.constexpr = float("-inf") if MASKED else -1e30
     # GROUP blocks of rows on segment 0, the same on segment 1, ...; then the next GROUP.
     first_block = tl.program_id(0) // (GROUP * segments) * GROUP
     blocks = tl.minimum(row_blocks - first_block, GROUP)
@@ -120,22 +89,22 @@ def _linear_states_kernel(
         # An accumulator of its own: two products into one would wait for each other in every step.
         d_of_head = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
         for k in range(0, D, DEPTH):
-            hidden = _block(Hidden, first_row, k, N, D, hidden_row, hidden_column, ROWS, DEPTH, TMA)
-            weight = _block(Weight, start, k, V, D, weight_row, weight_column, COLUMNS, DEPTH, TMA)
-            u = dot(hidden, weight.T, u, PRECISION)
-            if HAS_DHIDDEN:
-                dhidden = _block(DHidden, first_row, k, N, D, dhidden_row, dhidden_column, ROWS, DEPTH, TMA)
-                d = dot(dhidden, weight.T, d, PRECISION)
-            if HAS_DWEIGHT:
-                dweight = _block(DWeight, start, k, V, D, dweight_row, dweight_column, COLUMNS, DEPTH, TMA)
-                d_of_head = dot(hidden, dweight.T, d_of_head, PRECISION)
+            hidden = _block(Hidden, first_row, k, N, D, ROWS, DEPTH, TMA)
+            weight = _block(Weight, start, k, V, D, COLUMNS, DEPTH, TMA)
+            u = dot_apart(hidden, weight.T, u, PRECISION)
+            if DHidden is not None:
+                dhidden = _block(DHidden, first_row, k, N, D, ROWS, DEPTH, TMA)
+                d = dot_apart(dhidden, weight.T, d, PRECISION)
+            if DWeight is not None:
+                dweight = _block(DWeight, start, k, V, D, COLUMNS, DEPTH, TMA)
+                d_of_head = dot_apart(hidden, dweight.T, d_of_head, PRECISION)
         d += d_of_head
         column = start + tl.arange(0, COLUMNS)[None, :]
-        if HAS_BIAS:
+        if Bias is not None:
             u += tl.load(Bias + column.to(tl.int64) * bias_stride, mask=column < V, other=0.0).to(tl.float32)
-        if HAS_DBIAS:
+        if DBias is not None:
             d += tl.load(DBias + column.to(tl.int64) * dbias_stride, mask=column < V, other=0.0).to(tl.float32)
-        if SOFTCAP:
+        if inverse_cap is not None:
             u, d, _ = softcapped(u, d, d, inverse_cap)
         if start + COLUMNS > V:
             u = tl.where(column < V, u, BEYOND)
@@ -144,7 +113,7 @@ def _linear_states_kernel(
             u_target += tl.sum(tl.where(hit, u, 0.0), 1, keep_dims=True)
             if ORDER == 1:
                 d_target += tl.sum(tl.where(hit, d, 0.0), 1, keep_dims=True)
-        state = merge(state, tile_state(u, d, d, scale, ORDER, HAS_BIAS), scale, ORDER)
+        state = merge(state, tile_state(u, d, d, scale, ORDER, MASKED), scale, ORDER)
 
     rows = N.to(tl.int64)
     store_state(States + segment * n_parts(ORDER) * rows + row, rows, state, there, ORDER)
@@ -156,25 +125,17 @@ def _linear_states_kernel(
 
 @triton.jit
 def _block(
-    Source,
-    first_row,
-    first_column,
-    n_rows,
-    n_columns,
-    row_stride,
-    column_stride,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    TMA: tl.constexpr,
+    Source, first_row, first_column, n_rows, n_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr
 ):
-    """[ROWS, COLUMNS] of a matrix, from a descriptor or a pointer; 0 beyond its ends."""
+    """[ROWS, COLUMNS] of a matrix; 0 beyond its ends."""
     if TMA:
         return Source.load([first_row, first_column])
     else:
+        pointer, row_stride, column_stride = Source
         row = (first_row + tl.arange(0, ROWS)[:, None]).to(tl.int64)
         column = first_column + tl.arange(0, COLUMNS)[None, :]
         return tl.load(
-            Source + row * row_stride + column.to(tl.int64) * column_stride,
+            pointer + row * row_stride + column.to(tl.int64) * column_stride,
             mask=(row < n_rows) & (column < n_columns),
             other=0.0,
         )
@@ -198,14 +159,15 @@ def linear_token_stats(
 
     hidden and dhidden are [N, D], weight and dweight [V, D], all of one dtype, float16, bfloat16 or float32, with
     any strides; bias and dbias [V] in any of these; targets [N] int32 or int64; all on one device. Without
-    `allow_tf32` products of float32 factors are full float32. Nothing is checked and nothing synchronizes; a
-    target outside [0, V) makes its row NaN.
+    `allow_tf32` products of float32 factors are as accurate as float32's own. Nothing is checked and nothing
+    synchronizes; a target outside [0, V) makes its row NaN.
 
     Where weight is one of several shards of the vocabulary, targets count from its first row and `gather` takes a
     tensor of this shard, [fields, n], to those of all shards in order, [shards, fields, n].
     """
     # Python's own numbers: compiled kernels do not take NumPy's.
-    scale, inverse_cap = float((softcap or 1.0) / temperature), float(1.0 / (softcap or 1.0))
+    scale = float((softcap or 1.0) / temperature)
+    inverse_cap = None if softcap is None else float(1.0 / softcap)
     order = int(any(tangent is not None for tangent in (dhidden, dweight, dbias)))
     out = torch.empty(2 + 2 * order, len(hidden), dtype=torch.float32, device=hidden.device)
     for rows in _launches(len(hidden)):
@@ -219,7 +181,6 @@ def linear_token_stats(
             dbias,
             scale,
             inverse_cap,
-            softcap is not None,
             allow_tf32,
             order,
         )
@@ -239,33 +200,30 @@ def _launches(rows: int) -> list[slice]:
 
 
 def _states(
-    hidden, weight, targets, dhidden, dweight, bias, dbias, scale, inverse_cap, softcap, allow_tf32, order
+    hidden, weight, targets, dhidden, dweight, bias, dbias, scale, inverse_cap, allow_tf32, order
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The states of every segment and what is at the targets, as `segments` describes them; one launch."""
     (N, D), V = hidden.shape, len(weight)
-    matrices = (hidden, hidden if dhidden is None else dhidden, weight, weight if dweight is None else dweight)
-    vectors = (targets if bias is None else bias, targets if dbias is None else dbias, targets)
-    tile = _tile(hidden, dhidden, dweight, bias, dbias)
+    matrices, vectors = (hidden, dhidden, weight, dweight), (bias, dbias, targets)
+    aligned = all(fits_a_descriptor(matrix) for matrix in matrices if matrix is not None)
+    descriptors = aligned and has_descriptors(hidden.device)
+    tile = head_tile(hidden, dhidden, dweight, (bias, dbias), aligned)
     segments = min(SEGMENTS, triton.cdiv(V, tile.columns))
     tiles = triton.cdiv(triton.cdiv(V, tile.columns), segments)
     segments = triton.cdiv(V, tile.columns * tiles)
     row_blocks = triton.cdiv(N, tile.rows)
-    tma = _has_tma(hidden.device) and all(_fits_tma(matrix) for matrix in matrices)
-    sources = matrices
-    if tma:
-        heights = (tile.rows, tile.rows, tile.columns, tile.columns)
-        sources = [
-            TensorDescriptor.from_tensor(matrix, [height, tile.depth]) for matrix, height in zip(matrices, heights)
-        ]
+    heights = (tile.rows, tile.rows, tile.columns, tile.columns)
     states, at_target = new_states(segments, N, order, hidden.device)
     with torch.cuda.device_of(hidden):
         _linear_states_kernel[(row_blocks * segments,)](
-            *sources,
+            *(
+                descriptor(matrix, height, tile.depth) if descriptors else with_strides(matrix)
+                for matrix, height in zip(matrices, heights)
+            ),
             *vectors,
             states,
             at_target,
-            *(stride for matrix in matrices for stride in matrix.stride()),
-            *(vector.stride(0) for vector in vectors),
+            *(None if vector is None else vector.stride(0) for vector in vectors),
             N,
             V,
             D,
@@ -274,59 +232,12 @@ def _states(
             tiles,
             scale,
             inverse_cap,
-            HAS_DHIDDEN=dhidden is not None,
-            HAS_DWEIGHT=dweight is not None,
-            HAS_BIAS=bias is not None,
-            HAS_DBIAS=dbias is not None,
-            SOFTCAP=softcap,
-            PRECISION=_precision(hidden.dtype, allow_tf32),
-            TMA=tma,
+            PRECISION=precision(hidden, allow_tf32),
+            TMA=descriptors,
             ROWS=tile.rows,
             COLUMNS=tile.columns,
             DEPTH=tile.depth,
             GROUP=GROUP,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
+            **options(tile.num_warps, tile.num_stages),
         )
     return states, at_target
-
-
-def _precision(dtype: torch.dtype, allow_tf32: bool) -> str:
-    """TF32 matters to float32 factors alone, and few of AMD's devices have it."""
-    return "tf32" if allow_tf32 and dtype == torch.float32 and torch.version.hip is None else "ieee"
-
-
-def _tile(hidden, dhidden, dweight, bias, dbias) -> Tile:
-    if hidden.dtype == torch.float32:
-        return FLOAT32
-    if not _is_like_hopper(hidden.device):
-        return ELSEWHERE
-    # Wider tiles have no registers left for a bias: they would spill some kilobytes of a thread's.
-    if any(tensor is not None for tensor in (dweight, bias, dbias)):
-        return MOVING_HEAD
-    return PRIMAL if dhidden is None else FIXED_HEAD
-
-
-@cache
-def _is_like_hopper(device: torch.device) -> bool:
-    """TMA, and 227 KiB of shared memory for a program: later devices of consumers have 99 KiB."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return False
-    properties = torch.cuda.get_device_properties(device)
-    return properties.major >= 9 and properties.shared_memory_per_block_optin >= 227 * 1024
-
-
-def _has_tma(device: torch.device) -> bool:
-    """Interpreted kernels have descriptors too."""
-    return device.type == "cpu" or _is_like_hopper(device)
-
-
-def _fits_tma(matrix: torch.Tensor) -> bool:
-    """Descriptors want rows that lie whole, one after the other, and start at multiples of 16 bytes."""
-    return (
-        matrix.numel() > 0
-        and matrix.stride(1) == 1
-        and matrix.stride(0) >= matrix.shape[1]
-        and matrix.data_ptr() % 16 == 0
-        and matrix.stride(0) * matrix.element_size() % 16 == 0
-    )

@@ -1,17 +1,7 @@
 """The online softmax with moments up to second order: the state of a segment of a vocabulary, and how two merge.
 
-Logits are z = scale · u with derivatives ż = scale · d and z̈ = scale · e. With x = (z − max z) / ln 2 ≤ 0, in
-bits, and weights w = 2^x the state is a tuple, of which order 0 has the first 3 parts, order 1 the first 6 and
-order 2 all:
-
-    0 top      max u, −inf for a segment without logits      6 base_e   as base_d, for e
-    1 total    Σ w                                           7 mean_e   Σ w e / Σ w − base_e
-    2 mean_x   Σ w x / Σ w                                   8 c_dd     Σ w (d − E d)²
-    3 base_d   about the mean of d                           9 c_xe     Σ w (x − E x)(e − E e)
-    4 mean_d   Σ w d / Σ w − base_d                         10 c_xdd    Σ w (x − E x)(d − E d)²
-    5 c_xd     Σ w (x − E x)(d − E d)
-
-(the parts of higher orders are there and 0). Moments are centred, so nothing cancels when they become
+Logits are z = scale · u with derivatives ż = scale · d and z̈ = scale · e; x = (z − max z) / ln 2 ≤ 0, in bits,
+has the weight w = 2^x. `State` has a segment's sums. Moments are centred, so nothing cancels when they become
 covariances, and a mean is kept in two parts, so that a part common to the derivatives of a whole row costs
 no digits. Two states merge into that of both segments (Chan, Golub and LeVeque's update of centred moments),
 in any order and grouping up to rounding: tiles of a loop, splits of a vocabulary and shards of it all use
@@ -21,6 +11,8 @@ A logit of −inf is outside the vocabulary: it has weight 0 and its derivatives
 looked at. So is one that a scale above 1 takes there.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -29,11 +21,27 @@ BITS = tl.constexpr(1.4426950408889634)  # of a nat
 NATS = tl.constexpr(0.6931471805599453)  # of a bit
 
 
+class State(NamedTuple):
+    """Order 0 has the first 3 parts, order 1 the first 6, order 2 all; the others are 0."""
+
+    top: tl.tensor  # max u, −inf for a segment without logits
+    total: tl.tensor  # Σ w
+    mean_x: tl.tensor  # Σ w x / Σ w
+    base_d: tl.tensor  # about the mean of d
+    mean_d: tl.tensor  # Σ w d / Σ w − base_d
+    c_xd: tl.tensor  # Σ w (x − E x)(d − E d)
+    base_e: tl.tensor  # as base_d, for e
+    mean_e: tl.tensor  # Σ w e / Σ w − base_e
+    c_dd: tl.tensor  # Σ w (d − E d)²
+    c_xe: tl.tensor  # Σ w (x − E x)(e − E e)
+    c_xdd: tl.tensor  # Σ w (x − E x)(d − E d)²
+
+
 @triton.jit
 def empty_state(TEMPLATE):
     """The state of a segment without logits, one for each element of TEMPLATE."""
     zero = tl.zeros_like(TEMPLATE)
-    return zero - float("inf"), zero, zero, zero, zero, zero, zero, zero, zero, zero, zero
+    return State(zero - float("inf"), zero, zero, zero, zero, zero, zero, zero, zero, zero, zero)
 
 
 @triton.jit
@@ -74,7 +82,7 @@ def tile_state(u, d, e, scale, ORDER: tl.constexpr, MASKED: tl.constexpr = True)
             c_xe = _sum(weighted_e * x)
             c_dd = _sum(weighted_d * d) - total * mean_d * mean_d
             c_xdd = _sum(weighted_d * d * x) - 2.0 * mean_d * c_xd
-    return top, total, mean_x, base_d, mean_d, c_xd, base_e, mean_e, c_dd, c_xe, c_xdd
+    return State(top, total, mean_x, base_d, mean_d, c_xd, base_e, mean_e, c_dd, c_xe, c_xdd)
 
 
 @triton.jit
@@ -97,65 +105,63 @@ def _max(x):
 @triton.jit
 def merge(a, b, scale, ORDER: tl.constexpr):
     """The state of two segments together."""
-    top_a, total_a, mean_x_a, base_d, mean_d_a, c_xd_a, base_e, mean_e_a, c_dd_a, c_xe_a, c_xdd_a = a
-    top_b, total_b, mean_x_b, base_d_b, mean_d_b, c_xd_b, base_e_b, mean_e_b, c_dd_b, c_xe_b, c_xdd_b = b
-    top = tl.maximum(top_a, top_b)
-    shift_a = _shift(top_a, top, scale)
-    shift_b = _shift(top_b, top, scale)
+    top = tl.maximum(a.top, b.top)
+    shift_a = _shift(a.top, top, scale)
+    shift_b = _shift(b.top, top, scale)
     rescale_a = tl.exp2(shift_a)
     rescale_b = tl.exp2(shift_b)
-    total_a *= rescale_a
-    total_b *= rescale_b
+    total_a = a.total * rescale_a
+    total_b = b.total * rescale_b
     first = total_a == 0.0  # nothing of weight before b
     total = total_a + total_b
     share = 1.0 / tl.where(total == 0.0, 1.0, total)
     share_a = tl.where(total_b == 0.0, 1.0, total_a * share)
     share_b = tl.where(first, 1.0, total_b * share)
-    mean_x_a += shift_a
-    mean_x_b += shift_b
+    mean_x_a = a.mean_x + shift_a
+    mean_x_b = b.mean_x + shift_b
     # Weighted sums rather than mean_a + share_b · (mean_b − mean_a): that would round at the size of a mean
     # whose weight is nothing.
     mean_x = share_a * mean_x_a + share_b * mean_x_b
     zero = tl.zeros_like(mean_x)
-    mean_d, c_xd, mean_e, c_dd, c_xe, c_xdd = zero, zero, zero, zero, zero, zero
+    base_d, mean_d, c_xd = zero, zero, zero
+    base_e, mean_e, c_dd, c_xe, c_xdd = zero, zero, zero, zero, zero
     if ORDER >= 1:
-        mean_d_b += base_d_b - tl.where(first, base_d_b, base_d)
-        base_d = tl.where(first, base_d_b, base_d)
-        mean_d = share_a * mean_d_a + share_b * mean_d_b
+        base_d = tl.where(first, b.base_d, a.base_d)
+        mean_d_b = b.mean_d + (b.base_d - base_d)
+        mean_d = share_a * a.mean_d + share_b * mean_d_b
         apart_x = mean_x_b - mean_x_a
-        apart_d = mean_d_b - mean_d_a
+        apart_d = mean_d_b - a.mean_d
         between = total_a * share_b * apart_x
-        c_xd_a *= rescale_a
-        c_xd_b *= rescale_b
+        c_xd_a = a.c_xd * rescale_a
+        c_xd_b = b.c_xd * rescale_b
         c_xd = c_xd_a + c_xd_b + between * apart_d
         if ORDER == 2:
-            mean_e_b += base_e_b - tl.where(first, base_e_b, base_e)
-            base_e = tl.where(first, base_e_b, base_e)
-            mean_e = share_a * mean_e_a + share_b * mean_e_b
-            c_xe = c_xe_a * rescale_a + c_xe_b * rescale_b + between * (mean_e_b - mean_e_a)
-            c_dd_a *= rescale_a
-            c_dd_b *= rescale_b
+            base_e = tl.where(first, b.base_e, a.base_e)
+            mean_e_b = b.mean_e + (b.base_e - base_e)
+            mean_e = share_a * a.mean_e + share_b * mean_e_b
+            c_xe = a.c_xe * rescale_a + b.c_xe * rescale_b + between * (mean_e_b - a.mean_e)
+            c_dd_a = a.c_dd * rescale_a
+            c_dd_b = b.c_dd * rescale_b
             c_dd = c_dd_a + c_dd_b + total_a * share_b * apart_d * apart_d
             # Each segment's third moment about the common means; theirs are share · apart from its own.
             c_xdd = (
-                c_xdd_a * rescale_a
-                + c_xdd_b * rescale_b
+                a.c_xdd * rescale_a
+                + b.c_xdd * rescale_b
                 + 2.0 * apart_d * (share_a * c_xd_b - share_b * c_xd_a)
                 + apart_x * (share_a * c_dd_b - share_b * c_dd_a)
                 + between * (share_a - share_b) * apart_d * apart_d
             )
-    return top, total, mean_x, base_d, mean_d, c_xd, base_e, mean_e, c_dd, c_xe, c_xdd
+    return State(top, total, mean_x, base_d, mean_d, c_xd, base_e, mean_e, c_dd, c_xe, c_xdd)
 
 
 @triton.jit
-def merge_lanes(state, scale, ORDER: tl.constexpr):
-    """The state of all lanes together, [1, 1, 1], from states [1, lanes, 1]."""
-    top_a, total_a, mean_x_a, base_d_a, mean_d_a, c_xd_a, base_e_a, mean_e_a, c_dd_a, c_xe_a, c_xdd_a = state
-    top = tl.max(top_a, 1, keep_dims=True)
-    shift = _shift(top_a, top, scale)
+def merge_lanes(a, scale, ORDER: tl.constexpr):
+    """The states of all lanes together, [1, 1, n], from states `a` [1, lanes, n]."""
+    top = tl.max(a.top, 1, keep_dims=True)
+    shift = _shift(a.top, top, scale)
     rescale = tl.exp2(shift)
-    total_a *= rescale
-    mean_x_a += shift
+    total_a = a.total * rescale
+    mean_x_a = a.mean_x + shift
     total = tl.sum(total_a, 1, keep_dims=True)
     share = total_a / tl.where(total == 0.0, 1.0, total)
     mean_x = tl.sum(share * mean_x_a, 1, keep_dims=True)
@@ -163,27 +169,27 @@ def merge_lanes(state, scale, ORDER: tl.constexpr):
     base_d, mean_d, c_xd = zero, zero, zero
     base_e, mean_e, c_dd, c_xe, c_xdd = zero, zero, zero, zero, zero
     if ORDER >= 1:
-        base_d = tl.sum(share * base_d_a, 1, keep_dims=True)
-        mean_d_a += base_d_a - base_d
+        base_d = tl.sum(share * a.base_d, 1, keep_dims=True)
+        mean_d_a = a.mean_d + (a.base_d - base_d)
         mean_d = tl.sum(share * mean_d_a, 1, keep_dims=True)
         apart_x = mean_x_a - mean_x
         apart_d = mean_d_a - mean_d
         between = total_a * apart_x
-        c_xd_a *= rescale
+        c_xd_a = a.c_xd * rescale
         c_xd = tl.sum(c_xd_a + between * apart_d, 1, keep_dims=True)
         if ORDER == 2:
-            base_e = tl.sum(share * base_e_a, 1, keep_dims=True)
-            mean_e_a += base_e_a - base_e
+            base_e = tl.sum(share * a.base_e, 1, keep_dims=True)
+            mean_e_a = a.mean_e + (a.base_e - base_e)
             mean_e = tl.sum(share * mean_e_a, 1, keep_dims=True)
-            c_xe = tl.sum(c_xe_a * rescale + between * (mean_e_a - mean_e), 1, keep_dims=True)
-            c_dd_a *= rescale
+            c_xe = tl.sum(a.c_xe * rescale + between * (mean_e_a - mean_e), 1, keep_dims=True)
+            c_dd_a = a.c_dd * rescale
             c_dd = tl.sum(c_dd_a + total_a * apart_d * apart_d, 1, keep_dims=True)
             c_xdd = tl.sum(
-                c_xdd_a * rescale + 2.0 * apart_d * c_xd_a + apart_x * c_dd_a + between * apart_d * apart_d,
+                a.c_xdd * rescale + 2.0 * apart_d * c_xd_a + apart_x * c_dd_a + between * apart_d * apart_d,
                 1,
                 keep_dims=True,
             )
-    return top, total, mean_x, base_d, mean_d, c_xd, base_e, mean_e, c_dd, c_xe, c_xdd
+    return State(top, total, mean_x, base_d, mean_d, c_xd, base_e, mean_e, c_dd, c_xe, c_xdd)
 
 
 @triton.jit
@@ -195,20 +201,19 @@ def _shift(old_top, top, scale):
 @triton.jit
 def stats_of_state(state, u_target, d_target, e_target, scale, ORDER: tl.constexpr):
     """logp, entropy, dlogp, dentropy, d2logp, d2entropy of a row; NaN for a row without logits."""
-    top, total, mean_x, base_d, mean_d, c_xd, base_e, mean_e, c_dd, c_xe, c_xdd = state
-    total = tl.where(total == 0.0, float("nan"), total)
+    total = tl.where(state.total == 0.0, float("nan"), state.total)
     nothing = 0.0 * total  # 0, NaN where there are no logits
     log_total = tl.log(total)
-    logp = (u_target - top) * scale - log_total
-    entropy = log_total - mean_x * NATS
+    logp = (u_target - state.top) * scale - log_total
+    entropy = log_total - state.mean_x * NATS
     dlogp, dentropy, d2logp, d2entropy = nothing, nothing, nothing, nothing
     if ORDER >= 1:
-        dlogp = (d_target - base_d - mean_d) * scale + nothing
-        dentropy = -c_xd / total * (scale * NATS)
+        dlogp = (d_target - state.base_d - state.mean_d) * scale + nothing
+        dentropy = -state.c_xd / total * (scale * NATS)
         if ORDER == 2:
-            variance = c_dd / total * scale * scale
-            d2logp = (e_target - base_e - mean_e) * scale - variance
-            d2entropy = -(variance + (c_xe + c_xdd * scale) / total * (scale * NATS))
+            variance = state.c_dd / total * scale * scale
+            d2logp = (e_target - state.base_e - state.mean_e) * scale - variance
+            d2entropy = -(variance + (state.c_xe + state.c_xdd * scale) / total * (scale * NATS))
     return logp, entropy, dlogp, dentropy, d2logp, d2entropy
 
 
@@ -221,27 +226,24 @@ def store_state(Place, stride, state, mask, ORDER: tl.constexpr):
 
 @triton.jit
 def load_state(Place, stride, mask, ORDER: tl.constexpr):
-    """What `store_state` left there; 0 where `mask` is false."""
-    top, total, mean_x = _load_three(Place, stride, mask)
+    """What `store_state` left there; the empty state where `mask` is false."""
+    top = tl.load(Place, mask=mask, other=float("-inf"))
+    total, mean_x = _part(Place, 1, stride, mask), _part(Place, 2, stride, mask)
     zero = tl.zeros_like(top)
     base_d, mean_d, c_xd = zero, zero, zero
     base_e, mean_e, c_dd, c_xe, c_xdd = zero, zero, zero, zero, zero
     if ORDER >= 1:
-        base_d, mean_d, c_xd = _load_three(Place + 3 * stride, stride, mask)
+        base_d, mean_d = _part(Place, 3, stride, mask), _part(Place, 4, stride, mask)
+        c_xd = _part(Place, 5, stride, mask)
     if ORDER == 2:
-        base_e, mean_e, c_dd = _load_three(Place + 6 * stride, stride, mask)
-        c_xe = tl.load(Place + 9 * stride, mask=mask, other=0.0)
-        c_xdd = tl.load(Place + 10 * stride, mask=mask, other=0.0)
-    return top, total, mean_x, base_d, mean_d, c_xd, base_e, mean_e, c_dd, c_xe, c_xdd
+        base_e, mean_e = _part(Place, 6, stride, mask), _part(Place, 7, stride, mask)
+        c_dd, c_xe, c_xdd = _part(Place, 8, stride, mask), _part(Place, 9, stride, mask), _part(Place, 10, stride, mask)
+    return State(top, total, mean_x, base_d, mean_d, c_xd, base_e, mean_e, c_dd, c_xe, c_xdd)
 
 
 @triton.jit
-def _load_three(Place, stride, mask):
-    return (
-        tl.load(Place, mask=mask, other=0.0),
-        tl.load(Place + stride, mask=mask, other=0.0),
-        tl.load(Place + 2 * stride, mask=mask, other=0.0),
-    )
+def _part(Place, number: tl.constexpr, stride, mask):
+    return tl.load(Place + number * stride, mask=mask, other=0.0)
 
 
 @triton.constexpr_function

@@ -7,26 +7,40 @@ give each segment of each row to one program, and leave here
     at_target  [2 + order, N] float32: 1 and the target's u, d, e, written by the segment that has the target;
                a column that nobody wrote stays 0 and makes its row NaN
 
-Segments are merged one after the other, so a row's bits do not depend on who computed them, or on the rows
-around it. Shards of a vocabulary are merged the same way, in the order of their ranks.
+Segments are loaded side by side and merged as lanes, in a tree that depends on their number alone, so a row's bits do
+not depend on who computed them, or on the rows around it. Shards of a vocabulary are merged the same way, in the order
+of their ranks.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from .moments import empty_state, load_state, merge, n_parts, stats_of_state, store_state
+from .configurations import options
+from .moments import empty_state, load_state, merge, merge_lanes, n_parts, stats_of_state, store_state
 
-ROWS = 128  # of a program
+ROWS = 8  # of a program: a sector of memory of each part of each segment
+LANES = 128  # segments that are loaded at a time, at most
 
 
 @triton.jit
-def _merged(States, n_segments, segment_stride, part_stride, scale, row, mask, ORDER: tl.constexpr):
+def _rows(N, ROWS: tl.constexpr):
+    """This program's rows [1, 1, ROWS], and which of them there are."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[None, None, :]
+    return row, row < N
+
+
+@triton.jit
+def _merged(
+    States, n_segments, segment_stride, part_stride, scale, row, mask, ORDER: tl.constexpr, LANES: tl.constexpr
+):
+    """The states [1, 1, ROWS] of all segments together."""
     state = empty_state(tl.zeros_like(row).to(tl.float32))
-    place = States + row
-    for _ in range(n_segments):
-        state = merge(state, load_state(place, part_stride, mask, ORDER), scale, ORDER)
-        place += segment_stride
+    for first in range(0, n_segments, LANES):
+        segment = first + tl.arange(0, LANES)[None, :, None].to(tl.int64)
+        place = States + segment * segment_stride + row
+        lanes = load_state(place, part_stride, mask & (segment < n_segments), ORDER)
+        state = merge(state, merge_lanes(lanes, scale, ORDER), scale, ORDER)
     return state
 
 
@@ -43,10 +57,10 @@ def _stats_kernel(
     scale,
     ORDER: tl.constexpr,
     ROWS: tl.constexpr,
+    LANES: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    mask = row < N
-    state = _merged(States, n_segments, segment_stride, part_stride, scale, row, mask, ORDER)
+    row, mask = _rows(N, ROWS)
+    state = _merged(States, n_segments, segment_stride, part_stride, scale, row, mask, ORDER, LANES)
     found = tl.load(AtTarget + row, mask=mask, other=0.0) == 1.0
     u = tl.load(AtTarget + target_stride + row, mask=mask, other=0.0)
     d, e = tl.zeros_like(u), tl.zeros_like(u)
@@ -70,10 +84,10 @@ def _merge_kernel(
     scale,
     ORDER: tl.constexpr,
     ROWS: tl.constexpr,
+    LANES: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    mask = row < N
-    state = _merged(States, n_segments, segment_stride, part_stride, scale, row, mask, ORDER)
+    row, mask = _rows(N, ROWS)
+    state = _merged(States, n_segments, segment_stride, part_stride, scale, row, mask, ORDER, LANES)
     store_state(Out + row, N.to(tl.int64), state, mask, ORDER)
 
 
@@ -92,7 +106,7 @@ def merge_states(states: torch.Tensor, order: int, scale: float) -> torch.Tensor
     if rows:
         with torch.cuda.device_of(states):
             _merge_kernel[(triton.cdiv(rows, ROWS),)](
-                states, out, rows, segments, states.stride(0), states.stride(1), scale, ORDER=order, ROWS=ROWS
+                states, out, rows, segments, *states.stride()[:2], scale, ORDER=order, **_shape(segments), **options()
             )
     return out
 
@@ -112,11 +126,15 @@ def stats_of_states(states: torch.Tensor, at_target: torch.Tensor, order: int, s
                 out,
                 rows,
                 segments,
-                states.stride(0),
-                states.stride(1),
+                *states.stride()[:2],
                 at_target.stride(0),
                 scale,
                 ORDER=order,
-                ROWS=ROWS,
+                **_shape(segments),
+                **options(),
             )
     return out
+
+
+def _shape(segments: int) -> dict[str, int]:
+    return dict(ROWS=ROWS, LANES=min(LANES, triton.next_power_of_2(segments)))

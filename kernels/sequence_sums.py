@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .configurations import options
+
 # Tokens in a block, and the warps that share it; the same for every sequence, or bits would depend on the
 # batch. One warp adds up a block by shuffles alone, without shared memory or barriers, and leaves room for
 # many short sequences on a multiprocessor at once. Eight tokens a lane put many loads in flight without
@@ -56,9 +58,9 @@ def _sequence_sums_kernel(
     Logp,
     Entropy,  # [N], any floating dtype
     DLogp,
-    DEntropy,  # [N]; not read below ORDER 1
+    DEntropy,
     D2Logp,
-    D2Entropy,  # [N]; not read below ORDER 2
+    D2Entropy,  # the same, or None below their order
     Ends,  # [S + 1] int32 or int64, the cu_seqlens
     Out,  # [columns, S] float64
     S,
@@ -68,8 +70,7 @@ def _sequence_sums_kernel(
     dentropy_stride,
     d2logp_stride,
     d2entropy_stride,
-    ends_stride,  # strides in elements
-    ORDER: tl.constexpr,
+    ends_stride,  # strides in elements; not in tuples with their pointers, for those are always specialized
     BLOCK: tl.constexpr,
 ):
     sequence = tl.program_id(0).to(tl.int64)
@@ -88,14 +89,14 @@ def _sequence_sums_kernel(
         inside = token >= start
         h = _load(Entropy, token, entropy_stride, inside)
         logp = _add(logp, _load(Logp, token, logp_stride, inside))
-        if ORDER >= 1:
+        if DLogp is not None:
             d = _load(DLogp, token, dlogp_stride, inside)
             # What is left behind the block, and of the block behind the token. The latter is read anew, one token
             # on: a running sum that includes a token's own value, less that one, would round at its size.
             later = inside & (lanes > 0)
             left_h = _left(entropy, _load(Entropy, token + 1, entropy_stride, later))
             left_n = after.to(tl.float64)
-            if ORDER >= 2:
+            if D2Logp is not None:
                 dd = _load(D2Logp, token, d2logp_stride, inside)
                 left_dh = _left(dentropy, _load(DEntropy, token + 1, dentropy_stride, later))
                 dentropy_to_go = _add(dentropy_to_go, left_dh * d)
@@ -115,13 +116,13 @@ def _sequence_sums_kernel(
     tl.store(Out, (end - start).to(tl.float64))
     tl.store(Out + S, logp[0])
     tl.store(Out + 2 * S, entropy[0])
-    if ORDER >= 1:
+    if DLogp is not None:
         tl.store(Out + 3 * S, dlogp[0])
         tl.store(Out + 4 * S, dentropy[0])
         tl.store(Out + 5 * S, entropy_dlogp[0])
         tl.store(Out + 6 * S, entropy_to_go[0])
         tl.store(Out + 7 * S, length_to_go[0])
-    if ORDER >= 2:
+    if D2Logp is not None:
         tl.store(Out + 8 * S, d2logp[0])
         tl.store(Out + 9 * S, d2entropy[0])
         tl.store(Out + 10 * S, dentropy_to_go[0])
@@ -177,7 +178,7 @@ def sequence_sums(
     all with any strides and on one device. Nothing is checked and nothing synchronizes.
     """
     order = (dlogp is not None) + (d2logp is not None)
-    values = [logp if value is None else value for value in (logp, entropy, dlogp, dentropy, d2logp, d2entropy)]
+    values = (logp, entropy, dlogp, dentropy, d2logp, d2entropy)
     sequences = len(cu_seqlens) - 1
     out = torch.empty(COLUMNS_OF_ORDER[order], sequences, dtype=torch.float64, device=logp.device)
     if sequences == 0:
@@ -188,10 +189,9 @@ def sequence_sums(
             cu_seqlens,
             out,
             sequences,
-            *(value.stride(0) for value in values),
+            *(None if value is None else value.stride(0) for value in values),
             cu_seqlens.stride(0),
-            ORDER=order,
             BLOCK=BLOCK,
-            num_warps=NUM_WARPS,
+            **options(NUM_WARPS),
         )
     return out

@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .configurations import options
+from .matrices import with_strides
 from .moments import empty_state, merge, merge_lanes, n_parts, store_state, tile_state
 from .segments import new_states, stats_of_states
 from .softcap import softcapped
@@ -24,9 +26,9 @@ LANES = 32 * NUM_WARPS
 
 @triton.jit(do_not_specialize=["N", "segments"], do_not_specialize_on_alignment=["Targets", "States", "AtTarget"])
 def _token_states_kernel(
-    Logits,  # [N, V], any floating dtype
-    DLogits,  # [N, V], any floating dtype; not read below order 1
-    D2Logits,  # [N, V], any floating dtype; not read below order 2
+    Logits,  # (pointer, row stride, column stride) of [N, V], any floating dtype
+    DLogits,
+    D2Logits,  # the same, or None below their order
     Targets,  # [N] int32 or int64
     States,  # [segments, parts, N] float32
     AtTarget,  # [2 + ORDER, N] float32
@@ -34,27 +36,18 @@ def _token_states_kernel(
     V,
     segments,
     tiles,  # tiles of a segment
-    logits_row,
-    logits_column,
-    dlogits_row,
-    dlogits_column,
-    d2logits_row,
-    d2logits_column,
     targets_stride,
     scale,
-    inverse_cap,  # float32; inverse_cap = 1 / softcap, not read unless SOFTCAP
-    ORDER: tl.constexpr,
-    SOFTCAP: tl.constexpr,
+    inverse_cap,  # float32, 1 / softcap, or None
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
+    ORDER: tl.constexpr = 0 if DLogits is None else 1 if D2Logits is None else 2
     # The segments of a row run side by side: what is read together lies together.
     row = (tl.program_id(0) // segments).to(tl.int64)
     segment = tl.program_id(0) % segments
-    Logits += tl.multiple_of(row * logits_row, VECTOR)
-    DLogits += tl.multiple_of(row * dlogits_row, VECTOR)
-    D2Logits += tl.multiple_of(row * d2logits_row, VECTOR)
+    sources = _row(Logits, row, VECTOR), _row(DLogits, row, VECTOR), _row(D2Logits, row, VECTOR)
     first = segment * tiles * BLOCK
     last = tl.minimum(first + tiles * BLOCK, V)
 
@@ -64,19 +57,7 @@ def _token_states_kernel(
     state = empty_state(tl.zeros([1, LANES, 1], dtype=tl.float32))
     for start in range(first, last, BLOCK):
         column = start + columns.to(tl.int64)
-        u, d, e = _load(
-            Logits,
-            DLogits,
-            D2Logits,
-            column,
-            column < V,
-            logits_column,
-            dlogits_column,
-            d2logits_column,
-            inverse_cap,
-            ORDER,
-            SOFTCAP,
-        )
+        u, d, e = _load(sources, column, column < V, inverse_cap)
         # As loaded, a thread has VECTOR neighbours of each repeat; as reshaped, they are those of one lane.
         shape: tl.constexpr = [repeats, LANES, VECTOR]
         tile = tile_state(tl.reshape(u, shape), tl.reshape(d, shape), tl.reshape(e, shape), scale, ORDER)
@@ -89,19 +70,7 @@ def _token_states_kernel(
     # A target outside the vocabulary lies in no segment: nothing is read there.
     target = tl.load(Targets + row * targets_stride + one).to(tl.int64)
     mine = (target >= first) & (target < last)
-    u, d, e = _load(
-        Logits,
-        DLogits,
-        D2Logits,
-        target,
-        mine,
-        logits_column,
-        dlogits_column,
-        d2logits_column,
-        inverse_cap,
-        ORDER,
-        SOFTCAP,
-    )
+    u, d, e = _load(sources, target, mine, inverse_cap)
     place = AtTarget + row + one
     tl.store(place, tl.full([1, 1, 1], 1.0, tl.float32), mask=mine)
     tl.store(place + rows, u, mask=mine)
@@ -112,27 +81,25 @@ def _token_states_kernel(
 
 
 @triton.jit
-def _load(
-    Logits,
-    DLogits,
-    D2Logits,
-    columns,
-    mask,
-    logits_column,
-    dlogits_column,
-    d2logits_column,
-    inverse_cap,
-    ORDER: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-):
+def _row(Source, row, VECTOR: tl.constexpr):
+    """(pointer to the row, column stride), or None."""
+    if Source is None:
+        return None
+    else:
+        return Source[0] + tl.multiple_of(row * Source[1], VECTOR), Source[2]
+
+
+@triton.jit
+def _load(sources, columns, mask, inverse_cap):
     """u and its derivatives d and e at `columns` of a row; −inf, 0 and 0 where `mask` is false."""
-    u = tl.load(Logits + columns * logits_column, mask=mask, other=float("-inf")).to(tl.float32)
+    Logits, DLogits, D2Logits = sources
+    u = tl.load(Logits[0] + columns * Logits[1], mask=mask, other=float("-inf")).to(tl.float32)
     d, e = tl.zeros_like(u), tl.zeros_like(u)
-    if ORDER >= 1:
-        d = tl.load(DLogits + columns * dlogits_column, mask=mask, other=0.0).to(tl.float32)
-    if ORDER == 2:
-        e = tl.load(D2Logits + columns * d2logits_column, mask=mask, other=0.0).to(tl.float32)
-    if SOFTCAP:
+    if DLogits is not None:
+        d = tl.load(DLogits[0] + columns * DLogits[1], mask=mask, other=0.0).to(tl.float32)
+    if D2Logits is not None:
+        e = tl.load(D2Logits[0] + columns * D2Logits[1], mask=mask, other=0.0).to(tl.float32)
+    if inverse_cap is not None:
         u, d, e = softcapped(u, d, e, inverse_cap)
     return u, d, e
 
@@ -153,11 +120,11 @@ def token_stats(
     and nothing synchronizes; a target outside [0, V) makes its row NaN.
     """
     N, V = logits.shape
-    order = 0 if dlogits is None else 1 if d2logits is None else 2
-    dlogits, d2logits = (logits if tangent is None else tangent for tangent in (dlogits, d2logits))
-    scale, inverse_cap = float(softcap or 1.0) / float(temperature), 1.0 / float(softcap or 1.0)
+    given = [tensor for tensor in (logits, dlogits, d2logits) if tensor is not None]
+    order = len(given) - 1
+    scale = float(softcap or 1.0) / float(temperature)
     vector = 1
-    if all(t.stride(1) == 1 and t.data_ptr() % 16 == 0 and t.stride(0) % 8 == 0 for t in (logits, dlogits, d2logits)):
+    if all(t.stride(1) == 1 and t.data_ptr() % 16 == 0 and t.stride(0) % 8 == 0 for t in given):
         vector = 16 // logits.element_size()
     block = min(BLOCK, max(LANES * vector, triton.next_power_of_2(V)))
     # Segments of equal size, so that none is left with the work of a moment.
@@ -167,9 +134,7 @@ def token_stats(
     if N:
         with torch.cuda.device_of(logits):
             _token_states_kernel[(N * segments,)](
-                logits,
-                dlogits,
-                d2logits,
+                *(with_strides(tensor) for tensor in (logits, dlogits, d2logits)),
                 targets,
                 states,
                 at_target,
@@ -177,17 +142,12 @@ def token_stats(
                 V,
                 segments,
                 tiles,
-                *logits.stride(),
-                *dlogits.stride(),
-                *d2logits.stride(),
                 targets.stride(0),
                 scale,
-                inverse_cap,
-                ORDER=order,
-                SOFTCAP=softcap is not None,
+                None if softcap is None else 1.0 / float(softcap),
                 BLOCK=block,
                 LANES=LANES,
                 VECTOR=vector,
-                num_warps=NUM_WARPS,
+                **options(NUM_WARPS),
             )
     return tuple(stats_of_states(states, at_target, order, scale))

@@ -9,6 +9,11 @@ def free_memory(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] + kept
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """On CUDA it has a class of its own; on a CPU only the allocator's words tell it from other errors."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: " in str(error)
+def is_out_of_memory(error: BaseException) -> bool:
+    """On CUDA it has a class of its own; on a CPU only the allocator's words tell it from other errors. Triton's, for a
+    kernel that asks for more than a multiprocessor has, is known by its name: Triton need not be installed."""
+    return (
+        isinstance(error, torch.OutOfMemoryError)
+        or "DefaultCPUAllocator: " in str(error)
+        or type(error).__name__ == "OutOfResources"
+    )

@@ -143,7 +143,7 @@ def _attempt(budget: TokenBudget, size: int, run, microbatch: Microbatch, result
     try:
         with budget.trial(size):
             results.append(run(microbatch))
-    except RuntimeError as error:
+    except Exception as error:
         if not is_out_of_memory(error):
             raise
         message = str(error).strip().partition("\n")[0]

@@ -5,13 +5,12 @@ Through the interpreter tiles are so small that every dimension has several, the
 
 import math
 import weakref
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from dentropy.kernels import configurations, segments
 from dentropy.kernels import linear_token_stats as head
-from dentropy.kernels import segments
 from truth import plain_pytorch, scales
 
 from dentropy import TokenStats, linear_token_stats
@@ -19,14 +18,14 @@ from dentropy import TokenStats, linear_token_stats
 on_gpu = torch.cuda.is_available()
 needs_gpu = pytest.mark.skipif(not on_gpu, reason="about the compiled kernel")
 needs_interpreter = pytest.mark.skipif(on_gpu, reason="about tiles that this device does not take")
-FULL = {name: getattr(head, name) for name in ("FLOAT32", "ELSEWHERE", "SEGMENTS", "GROUP", "ROWS_PER_LAUNCH")}
-SMALL = dict(
-    FLOAT32=head.Tile(16, 32, 16, 4, 2), ELSEWHERE=head.Tile(16, 32, 16, 4, 2), SEGMENTS=3, GROUP=2, ROWS_PER_LAUNCH=128
-)
+FULL = {name: getattr(head, name) for name in ("SEGMENTS", "GROUP", "ROWS_PER_LAUNCH")}
+SMALL = dict(SEGMENTS=3, GROUP=2, ROWS_PER_LAUNCH=128)
+FULL_TILES, SMALL_TILE = configurations.HEAD["least"], configurations.Tile(16, 32, 16, 4, 2)
 # Blocks: rows 16, 16 and 5, so a group of two and a part of one; seven of the vocabulary in segments of 3, 3 and 1.
 N, V, D = (37, 203, 40) if not on_gpu else (2500, 70_003, 1000)
-BLOCK = SMALL["FLOAT32"].columns if not on_gpu else head.PRIMAL.columns
-DEPTH = SMALL["FLOAT32"].depth if not on_gpu else head.PRIMAL.depth
+LARGEST = configurations.HEAD["hopper"]["nothing"]
+BLOCK = SMALL_TILE.columns if not on_gpu else LARGEST.columns
+DEPTH = SMALL_TILE.depth if not on_gpu else LARGEST.depth
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOVING = {
     "nothing": (),
@@ -44,6 +43,7 @@ def small_tiles(monkeypatch):
     if not on_gpu:
         for name, size in SMALL.items():
             monkeypatch.setattr(head, name, size)
+        monkeypatch.setitem(configurations.HEAD, "least", dict.fromkeys(FULL_TILES, SMALL_TILE))
 
 
 @pytest.fixture
@@ -191,7 +191,7 @@ def test_any_strides_with_descriptors_where_they_fit(draw, launches, layout, nam
     moved = inputs | {name: place(inputs[name])}
     assert torch.equal(moved[name], inputs[name])
     stats = run(**moved)
-    assert [launch["TMA"] for launch in launches] == [fits and head._has_tma(inputs["hidden"].device)]
+    assert [launch["TMA"] for launch in launches] == [fits and configurations.has_descriptors(inputs["hidden"].device)]
     assert_as_accurate_as_plain_pytorch(stats, inputs)
 
 
@@ -409,19 +409,22 @@ def test_numbers_may_be_numpys(draw, monkeypatch):
     assert_as_accurate_as_plain_pytorch(stats, inputs, temperature=0.5, softcap=4.0)
 
 
+@pytest.mark.parametrize("architecture", [75, 80])
 @pytest.mark.parametrize(
     "dtype, setting, want",
-    [(torch.float32, "tf32", "tf32"), (torch.float32, "ieee", "ieee"), (torch.bfloat16, "tf32", "ieee")],
+    [(torch.float32, "tf32", "tf32"), (torch.float32, "ieee", "tf32x3"), (torch.bfloat16, "tf32", "ieee")],
     ids=str,
 )
-def test_tf32_only_where_pytorch_may_use_it(draw, launches, dtype, setting, want):
+def test_tf32_only_where_pytorch_may_use_it(draw, launches, monkeypatch, dtype, setting, want, architecture):
+    there = configurations.Hardware(architecture, 64 if architecture < 80 else 163)
+    monkeypatch.setattr(configurations, "hardware", lambda device: there)
     settings = torch.backends.cuda.matmul
     before, settings.fp32_precision = settings.fp32_precision, setting
     try:
         linear_token_stats(**draw(rows=3, dtype=dtype))
     finally:
         settings.fp32_precision = before
-    assert [launch["PRECISION"] for launch in launches] == [want if torch.version.hip is None else "ieee"]
+    assert [launch["PRECISION"] for launch in launches] == [want if architecture >= 80 else "ieee"]
 
 
 # Tiles and memory.
@@ -430,9 +433,9 @@ def test_tf32_only_where_pytorch_may_use_it(draw, launches, dtype, setting, want
 @needs_interpreter
 @pytest.mark.parametrize("moving", MOVING)
 def test_tiles_of_hopper(draw, launches, moving, monkeypatch):
-    monkeypatch.setattr(head, "_is_like_hopper", lambda device: True)
+    monkeypatch.setattr(configurations, "generation", lambda device: "hopper")
     monkeypatch.setattr(head, "ROWS_PER_LAUNCH", FULL["ROWS_PER_LAUNCH"])
-    tile = {"nothing": head.PRIMAL, "hidden": head.FIXED_HEAD}.get(moving, head.MOVING_HEAD)
+    tile = configurations.HEAD["hopper"][moving if moving in ("nothing", "hidden") else "more"]
     inputs = draw(
         *MOVING[moving], rows=tile.rows + 3, vocabulary=tile.columns + 5, depth=tile.depth + 8, dtype=torch.bfloat16
     )
@@ -445,6 +448,7 @@ def test_tiles_of_hopper(draw, launches, moving, monkeypatch):
 def test_tiles_and_segments_of_full_size_reach_the_accuracy_that_is_promised(draw, dtype, monkeypatch):
     for name, size in FULL.items():
         monkeypatch.setattr(head, name, size)
+    monkeypatch.setitem(configurations.HEAD, "least", FULL_TILES)
     inputs = draw("dhidden", "dweight", rows=133, vocabulary=700, depth=200, dtype=dtype)
     assert_relative_errors(run(**inputs), inputs)
 
@@ -457,26 +461,13 @@ def assert_relative_errors(stats, inputs):
         assert error <= (5e-5 if name == "dentropy" else 1e-5), f"{name}: {error:.3g}"
 
 
-@pytest.mark.parametrize(
-    "major, shared_memory, want", [(9, 232448, True), (10, 232448, True), (12, 101376, False), (8, 166912, False)]
-)
-def test_only_devices_with_room_for_them_get_tiles_of_hopper(monkeypatch, major, shared_memory, want):
-    monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(
-        torch.cuda,
-        "get_device_properties",
-        lambda device: SimpleNamespace(major=major, shared_memory_per_block_optin=shared_memory),
-    )
-    assert head._is_like_hopper.__wrapped__(torch.device("cuda", 0)) == want
-    assert not head._is_like_hopper.__wrapped__(torch.device("cpu"))
-
-
 @needs_interpreter
 @pytest.mark.parametrize("vocabulary", [151_936, 10 * 151_936])
 def test_scratch_memory_stays_small_at_any_size(monkeypatch, vocabulary):
     """All that is allocated for 20,000 tokens, without the work: at most 64 MiB at a time beside the outputs."""
     for name, size in FULL.items():
         monkeypatch.setattr(head, name, size)
+    monkeypatch.setitem(configurations.HEAD, "least", FULL_TILES)
     now, peak = set(), [0]
 
     def counted(allocate):
@@ -512,8 +503,9 @@ def test_scratch_memory_stays_small_at_any_size(monkeypatch, vocabulary):
 @needs_gpu
 @pytest.mark.parametrize("moving", MOVING)
 @pytest.mark.parametrize("depth, vocabulary", [(1536, 151_936), (4096, 32_000), (1000, 262_144)])
-def test_real_sizes(draw, moving, depth, vocabulary):
-    inputs = draw(*MOVING[moving], rows=129, vocabulary=vocabulary, depth=depth, dtype=torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_real_sizes(draw, moving, depth, vocabulary, dtype):
+    inputs = draw(*MOVING[moving], rows=129, vocabulary=vocabulary, depth=depth, dtype=dtype)
     stats = run(**inputs)
     assert_as_accurate_as_plain_pytorch(stats, inputs)
     if moving in ("hidden", "both"):
@@ -544,7 +536,7 @@ def test_more_than_two_to_the_31_elements_of_weight(draw, launches, depth):
     weight[-7:] = inputs["weight"]
     inputs |= {"weight": weight, "targets": inputs["targets"] + vocabulary - 7}
     stats = run(**inputs)
-    assert launches[0]["TMA"] == (depth % 8 == 0 and head._has_tma(weight.device))
+    assert launches[0]["TMA"] == (depth % 8 == 0 and configurations.has_descriptors(weight.device))
     logits, dlogits = (torch.zeros(3, vocabulary, dtype=torch.float64, device=weight.device) for _ in range(2))
     logits[:, -7:], dlogits[:, -7:] = logits_and_tangent(torch.float64, **inputs | {"weight": weight[-7:]})
     for name, want in plain_pytorch(logits, inputs["targets"], dlogits).items():

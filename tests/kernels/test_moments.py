@@ -7,7 +7,16 @@ import torch
 import triton
 import triton.language as tl
 from dentropy.kernels import segments
-from dentropy.kernels.moments import empty_state, load_state, merge, merge_lanes, n_parts, store_state, tile_state
+from dentropy.kernels.moments import (
+    State,
+    empty_state,
+    load_state,
+    merge,
+    merge_lanes,
+    n_parts,
+    store_state,
+    tile_state,
+)
 from truth import assert_as_accurate_as_plain_pytorch
 
 from dentropy import TokenStats
@@ -96,9 +105,6 @@ def merged(a, b, order, scale):
     return out
 
 
-PARTS = ("top", "total", "mean_x", "base_d", "mean_d", "c_xd", "base_e", "mean_e", "c_dd", "c_xe", "c_xdd")
-
-
 def assert_state_of(state, inputs, scale):
     """Moments within 4 units of rounding of the sum of the sizes of their terms, from the definitions.
 
@@ -114,7 +120,7 @@ def assert_state_of(state, inputs, scale):
     means = {name: (p * value).sum(1, keepdim=True) for name, value in zip("xde", (x, d, e))}
     centred = {name: value - means[name] for name, value in zip("xde", (x, d, e))}
     sizes = {name: value.abs() + (name == "x") for name, value in centred.items()}
-    got = dict(zip(PARTS, state.double()))
+    got = dict(zip(State._fields, state.double()))
     torch.testing.assert_close(got["top"], top[:, 0], rtol=0, atol=0)
     there = (w > 2.0**-150) / (w > 2.0**-150).sum(1, keepdim=True)
     uncertainty = 1 + x.abs()
@@ -239,7 +245,7 @@ def test_what_is_stored_is_loaded(device, order):
     end = torch.full((parts + 1, 8), -7.0, device=device)
     _copy_kernel[(1,)](start, end, 8, 5, ORDER=order, ROWS=8)
     assert torch.equal(end[:parts, :5], start[:, :5])
-    assert (end[:parts, 5:] == 0).all() and (end[parts] == -7).all()
+    assert (end[0, 5:] == -math.inf).all() and (end[1:parts, 5:] == 0).all() and (end[parts] == -7).all()
 
 
 def states_of(parts, targets, order, scale):

@@ -101,6 +101,11 @@ def card_shortage():
     return torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
 
 
+def kernel_shortage():
+    """Triton's, of a kernel that wants more shared memory than the card has; it is no RuntimeError."""
+    return pytest.importorskip("triton.runtime.errors").OutOfResources(136 * 1024, 99 * 1024, "shared memory")
+
+
 def fail_above(policy, monkeypatch, limit, error=card_shortage) -> list[int]:
     """Makes the policy run out of memory above `limit` tokens; returns the list of the token counts it is given."""
     asked = []
@@ -120,7 +125,7 @@ def fail_above(policy, monkeypatch, limit, error=card_shortage) -> list[int]:
 
 
 class TestOutOfMemory:
-    @pytest.mark.parametrize("error", [card_shortage, real_shortage])
+    @pytest.mark.parametrize("error", [card_shortage, real_shortage, kernel_shortage])
     @pytest.mark.parametrize(
         "settings", [dict(order=0), dict(order=1), dict(order=2), dict(order=2, second_order="nested")], ids=str
     )

@@ -103,9 +103,11 @@ def run_rank(rank, directory):
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, and at every call
     torch.set_num_threads(1)
     if INTERPRETER_WORKS:
+        from dentropy.kernels import configurations
         from dentropy.kernels import linear_token_stats as head
 
-        head.FLOAT32 = head.ELSEWHERE = head.Tile(16, 16, 16, 4, 2)
+        tile = configurations.Tile(16, 16, 16, 4, 2)
+        configurations.HEAD["least"] = dict.fromkeys(configurations.HEAD["least"], tile)
         head.SEGMENTS, head.ROWS_PER_LAUNCH = 3, 128
     plain.LOGITS_CHUNK = 5 * 50  # parts of 5 rows, and of more where the shard is small
     dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=3)
