@@ -37,7 +37,20 @@ def add(commands) -> None:
         metavar="X",
         help=f"where to measure (default: step size times {', '.join(f'{s:g}' for s in DEFAULT_STEPS)})",
     )
-    command.add_argument("--append-eos", action="store_true", help="add the end token to responses given as text")
+    command.add_argument(
+        "--append-eos",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="TOKEN",
+        help="add the end token to responses given as text: TOKEN, or the one the policy ends turns with",
+    )
+    command.add_argument(
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help="with --append-eos: where sampling cut responses off, which get no end token",
+    )
     command.add_argument(
         "--prompt-set",
         choices=("random", "fixed"),
@@ -84,18 +97,19 @@ def run(options) -> None:
     from dentropy.experiment.progress import token_bar
     from dentropy.experiment.run_folder import check_out
     from dentropy.model.policy import Policy
-    from dentropy.rollouts.batch import PackedBatch
 
     out = check_out(options.out)
     if options.step_size is None and options.direction is None:
         raise ValueError("--step-size: needed with --after and --update-rollouts")
     if options.update_rollouts is None and (options.optimizer or options.optimizer_state):
         raise ValueError("--optimizer and --optimizer-state: only with --update-rollouts")
+    if options.max_new_tokens is not None and not options.append_eos:
+        raise ValueError("--max-new-tokens: only with --append-eos")
     etas = None if options.etas is None else check_etas(options.etas)
     load_libraries()
     tokenizer = LazyTokenizer(options.policy)
-    batch = PackedBatch.from_jsonl(options.rollouts, tokenizer, append_eos=options.append_eos)
     policy = Policy.from_pretrained(options.policy, **placement(options), compile_layers=options.compile_layers)
+    batch = _rollouts(options.rollouts, options, policy, tokenizer)
     direction = _direction(options, policy, tokenizer)
     etas = etas or [step * direction.step_size for step in DEFAULT_STEPS]
     for_report = tokenizer.load_for_the_report()
@@ -116,11 +130,23 @@ def run(options) -> None:
     finish(dataclasses.replace(result, source=source), out, for_report)
 
 
+def _rollouts(path: str, options, policy, tokenizer):
+    from dentropy.rollouts.batch import PackedBatch
+    from dentropy.rollouts.sampling import end_tokens
+
+    return PackedBatch.from_jsonl(
+        path,
+        tokenizer,
+        append_eos=options.append_eos,
+        end_tokens=end_tokens(policy),
+        max_new_tokens=options.max_new_tokens,
+    )
+
+
 def _direction(options, policy, tokenizer):
     from dentropy.experiment.progress import token_bar
     from dentropy.model.direction import Direction
     from dentropy.passes.policy_gradient import policy_gradient_direction
-    from dentropy.rollouts.batch import PackedBatch
 
     if options.after is not None:
         # The folder in its own dtype shows what rounding to bf16 has lost; the float32 model would hide it.
@@ -129,7 +155,7 @@ def _direction(options, policy, tokenizer):
     if options.direction is not None:
         direction = Direction.load(options.direction)
         return direction if options.step_size is None else Direction(direction.tensors, options.step_size)
-    batch = PackedBatch.from_jsonl(options.update_rollouts, tokenizer, append_eos=options.append_eos)
+    batch = _rollouts(options.update_rollouts, options, policy, tokenizer)
     state = None if options.optimizer_state is None else _load_state(options.optimizer_state)
     with token_bar("policy gradient", batch.n_tokens) as progress:
         return policy_gradient_direction(

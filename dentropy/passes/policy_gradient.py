@@ -30,13 +30,13 @@ def policy_gradient_direction(
     token_budget: int | str = AUTO,
     progress=None,
 ) -> Direction:
-    """The direction of one policy-gradient step on `batch`, which needs rewards and groups of several rollouts.
+    """The direction of one policy-gradient step on `batch`, which needs advantages, or rewards within prompt groups.
 
     The model and its gradients are left as found.
 
     Args:
         policy: at the weights that sampled the batch.
-        batch: rollouts with rewards.
+        batch: rollouts with advantages, used as they are, or with rewards, A_i above.
         step_size: the learning rate, kept as the direction's step_size.
         optimizer: "sgd" (v is minus the gradient) or "adamw" (without weight decay unless the state says otherwise).
         optimizer_state: the state_dict of an AdamW optimizer of this policy, saved in training; its moments, betas,
@@ -44,7 +44,8 @@ def policy_gradient_direction(
         token_budget, progress: as in `measure`.
 
     Raises:
-        ValueError: without rewards, where rewards differ within no group, and for a state that does not fit.
+        ValueError: without either, where all advantages are 0 or rewards differ within no group, and for a state that
+            does not fit.
 
     Example:
         >>> from dentropy import PackedBatch
@@ -60,7 +61,7 @@ def policy_gradient_direction(
         raise ValueError(f"optimizer: {optimizer!r}, expected one of {OPTIMIZERS}")
     if optimizer == "sgd" and optimizer_state is not None:
         raise ValueError("optimizer_state: given with optimizer='sgd', which has none; expected optimizer='adamw'")
-    advantage = group_normalized_advantages(batch)
+    advantage = advantages(batch)
     batch.check_vocabulary(policy.vocab_size)
     named = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
     parameters = list(named.values())
@@ -91,10 +92,19 @@ def policy_gradient_direction(
             p.grad = grad
 
 
+def advantages(batch: PackedBatch) -> np.ndarray:
+    """float64 [S]: the batch's own advantages as they are, else its group-normalized rewards."""
+    if batch.advantage is None:
+        return group_normalized_advantages(batch)
+    if not batch.advantage.any():
+        raise ValueError("batch: every advantage is 0, expected some that are not")
+    return batch.advantage
+
+
 def group_normalized_advantages(batch: PackedBatch) -> np.ndarray:
     """(r − mean)/(std + 1e-4) within each prompt group, float64 [S]; 0 in groups of equal rewards."""
     if batch.reward is None:
-        raise ValueError("batch: no rewards, expected a reward for every rollout")
+        raise ValueError("batch: no rewards, expected a reward or an advantage for every rollout")
     _, group = np.unique(batch.group, return_inverse=True)
     count = np.bincount(group)
     centred = batch.reward - (np.bincount(group, batch.reward) / count)[group]

@@ -16,10 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dentropy.rollouts.readers import column_of, json_lines, tokens_of
-
-RESPONSE_IDS = ("response_ids", "completion_ids")
-RESPONSE_TEXT = ("response", "completion", "output")
+from dentropy.rollouts.readers import column_of, json_lines, prompts_and_responses
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +31,7 @@ class PackedBatch:
         group: int64 [S], equal for rollouts of one prompt.
         temperature: the sampling temperature (> 0).
         reward: float64 [S] or None.
+        advantage: float64 [S] or None: what an update multiplies each rollout's score with, as it is.
 
     Example:
         >>> batch = PackedBatch.from_lists([[5, 6], [5, 6]], [[7, 2], [8]], group=[0, 0])
@@ -47,6 +45,7 @@ class PackedBatch:
     group: np.ndarray
     temperature: float = 1.0
     reward: np.ndarray | None = None
+    advantage: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.prompt_lens)
@@ -80,7 +79,7 @@ class PackedBatch:
         return self.tokens[stop - self.response_lens[i] : stop].tolist()
 
     @classmethod
-    def from_lists(cls, prompts, responses, group=None, reward=None, temperature=1.0) -> "PackedBatch":
+    def from_lists(cls, prompts, responses, group=None, reward=None, temperature=1.0, advantage=None) -> "PackedBatch":
         """From lists of token ids, one prompt and one response per rollout.
 
         Args:
@@ -90,6 +89,7 @@ class PackedBatch:
                 own.
             reward: S finite numbers or None.
             temperature: the one they were sampled at.
+            advantage: S finite numbers or None.
 
         Raises:
             ValueError: naming the argument and the rollout.
@@ -115,7 +115,8 @@ class PackedBatch:
             response_lens=np.array([len(ids) for ids in responses], dtype=np.int64),
             group=np.arange(n) if group is None else _groups(group, n),
             temperature=_temperature(temperature),
-            reward=None if reward is None else _rewards(reward, n),
+            reward=None if reward is None else _one_number_each("reward", reward, n),
+            advantage=None if advantage is None else _one_number_each("advantage", advantage, n),
         )
 
     @classmethod
@@ -171,22 +172,38 @@ class PackedBatch:
         return cls.from_lists(prompts, responses, group=group, reward=reward, temperature=temperature)
 
     @classmethod
-    def from_jsonl(cls, path, tokenizer=None, append_eos: bool = False) -> "PackedBatch":
+    def from_jsonl(
+        cls,
+        path,
+        tokenizer=None,
+        append_eos: bool | str = False,
+        *,
+        end_tokens: int | Sequence[int] | None = None,
+        max_new_tokens: int | None = None,
+    ) -> "PackedBatch":
         """From a file with one JSON object per line (blank lines are skipped).
 
         Columns, the first that is there is taken:
-        `prompt_ids`, or text in `prompt` or `input`; `response_ids` or `completion_ids`, or text in `response`,
-        `completion` or `output`; `reward`, `score` or `advantage` (a number; all lines or none); `group` (all lines
-        or none: then rollouts of equal prompts are one group); `temperature` (equal in all lines, default 1). So TRL
-        completions logs and verl rollout dumps, saved as JSON lines, are read as they are.
+        `prompt_ids`, or text or chat messages in `prompt` or `input`; `response_ids` or `completion_ids`, or text or
+        one assistant message in `response`, `completion` or `output`; `reward` or `score`, and `advantage` (a number
+        each; all lines or none); `group` (all lines or none: then rollouts of equal prompts are one group);
+        `temperature` (equal in all lines, default 1). A column with `mask` in its name has to be 1 at all response
+        tokens; what it masks at the end of a response, padding, is cut off. Others are ignored.
 
-        Token ids are exact and text may not be: dumps leave out special tokens, so the end token is missing from their
-        responses (a warning says so).
+        Token ids are exact and text may not be: dumps leave out special tokens, those of chat prompts and the end
+        token of responses, and encoding a text anew need not give the ids that were sampled. One warning names all
+        that was seen of this. Chat messages go through the tokenizer's template; where the last one is the
+        assistant's, the response goes on from it.
 
         Args:
             path: the file.
             tokenizer: for text.
-            append_eos: put the end token behind every text response.
+            append_eos: put an end token behind every text response that was not cut off: True the one that can be
+                determined from end_tokens and the chat template, text the one that it names.
+            end_tokens: what ends a response of this policy, as `dentropy.rollouts.sampling.end_tokens(policy)` says;
+                None or none means the tokenizer's end token where responses are text, and is not checked where not.
+            max_new_tokens: where sampling cut responses off: one of so many tokens gets no end token (nor does one
+                whose `finish_reason` is "length").
 
         Raises:
             ValueError: naming the file and the line.
@@ -196,20 +213,13 @@ class PackedBatch:
             >>> with tempfile.TemporaryDirectory() as folder:
             ...     path = Path(folder, "rollouts.jsonl")
             ...     PackedBatch.from_lists([[5, 6]], [[7, 2]], reward=[1.0]).to_jsonl(path)
-            ...     PackedBatch.from_jsonl(path).reward
+            ...     PackedBatch.from_jsonl(path, end_tokens=[2]).reward
             array([1.])
         """
         rows = list(json_lines(Path(path)))
         if not rows:
             raise ValueError(f"{path}: no rollouts, expected one JSON object per line")
-        prompts, responses = [], []
-        for where, row in rows:
-            prompts.append(tokens_of(where, row, ("prompt_ids",), ("prompt", "input"), tokenizer, is_prompt=True))
-            responses.append(
-                tokens_of(where, row, RESPONSE_IDS, RESPONSE_TEXT, tokenizer, is_prompt=False, append_eos=append_eos)
-            )
-        if not any(name in rows[0][1] for name in RESPONSE_IDS):
-            _warn_without_end_tokens(path, responses, tokenizer.eos_token_id)
+        prompts, responses, lost = prompts_and_responses(rows, tokenizer, append_eos, end_tokens, max_new_tokens)
         temperature = rows[0][1].get("temperature", 1.0)
         for where, row in rows:
             if row.get("temperature", 1.0) != temperature:
@@ -219,18 +229,23 @@ class PackedBatch:
                 )
         group = column_of(path, rows, ("group",))
         try:
-            return cls.from_lists(
+            batch = cls.from_lists(
                 prompts,
                 responses,
-                reward=column_of(path, rows, ("reward", "score", "advantage")),
+                reward=column_of(path, rows, ("reward", "score")),
+                advantage=column_of(path, rows, ("advantage",)),
                 group=[tuple(p) for p in prompts] if group is None else group,
                 temperature=temperature,
             )
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+        if lost:
+            warnings.warn(f"{path}: {'; '.join(lost)}", stacklevel=2)
+        return batch
 
     def to_jsonl(self, path, tokenizer=None) -> None:
-        """Writes what `from_jsonl` reads: token ids, group, temperature and reward; text too, given a tokenizer."""
+        """Writes what `from_jsonl` reads: token ids, group, temperature, reward and advantage; text too, given a
+        tokenizer."""
         with open(path, "w", encoding="utf-8") as file:
             for i in range(len(self)):
                 row = {
@@ -241,6 +256,8 @@ class PackedBatch:
                 }
                 if self.reward is not None:
                     row["reward"] = float(self.reward[i])
+                if self.advantage is not None:
+                    row["advantage"] = float(self.advantage[i])
                 if tokenizer is not None:
                     row["prompt"] = tokenizer.decode(row["prompt_ids"])
                     row["response"] = tokenizer.decode(row["response_ids"])
@@ -280,15 +297,6 @@ class PackedBatch:
             )
 
 
-def _warn_without_end_tokens(path, responses: list[list[int]], eos: int | None) -> None:
-    if eos is not None and not any(len(ids) and ids[-1] == eos for ids in responses):
-        warnings.warn(
-            f"{path}: no response ends with the end token, which text dumps leave out; entropy and slope then miss "
-            "every decision to stop: use append_eos (--append-eos)",
-            stacklevel=3,
-        )
-
-
 def _array(values) -> np.ndarray:
     return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
 
@@ -315,17 +323,17 @@ def _groups(group: Sequence, n: int) -> np.ndarray:
     return np.array([number.setdefault(label, len(number)) for label in labels], dtype=np.int64)
 
 
-def _rewards(reward, n: int) -> np.ndarray:
+def _one_number_each(name: str, values, n: int) -> np.ndarray:
     try:
-        reward = np.asarray(_array(reward), dtype=np.float64)
+        values = np.asarray(_array(values), dtype=np.float64)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"reward: {error}, expected one number per rollout") from error
-    if reward.shape != (n,):
-        raise ValueError(f"reward: shape {reward.shape}, expected one number per rollout, [{n}]")
-    if not np.isfinite(reward).all():
-        i = int(np.flatnonzero(~np.isfinite(reward))[0])
-        raise ValueError(f"reward[{i}]: {reward[i]}, expected a finite number")
-    return reward
+        raise ValueError(f"{name}: {error}, expected one number per rollout") from error
+    if values.shape != (n,):
+        raise ValueError(f"{name}: shape {values.shape}, expected one number per rollout, [{n}]")
+    if not np.isfinite(values).all():
+        i = int(np.flatnonzero(~np.isfinite(values))[0])
+        raise ValueError(f"{name}[{i}]: {values[i]}, expected a finite number")
+    return values
 
 
 def _temperature(temperature) -> float:

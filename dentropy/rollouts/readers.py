@@ -1,8 +1,15 @@
-"""Reading rollouts and prompts from JSON lines: token ids where there are some, text where there is a tokenizer."""
+"""Reading rollouts and prompts from JSON lines: token ids where there are some, else text."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+
+from dentropy.rollouts import ends
+from dentropy.rollouts.masks import cut_masked
+from dentropy.rollouts.text import TextReader
+
+PROMPT = ("prompt_ids",), ("prompt", "input")  # columns of token ids, columns of text
+RESPONSE = ("response_ids", "completion_ids"), ("response", "completion", "output")
 
 
 def json_lines(path: Path) -> Iterator[tuple[str, dict]]:
@@ -32,17 +39,49 @@ def json_lines(path: Path) -> Iterator[tuple[str, dict]]:
             yield where, row
 
 
+def prompts_and_responses(
+    rows: list[tuple[str, dict]],
+    tokenizer,
+    append_eos: bool | str,
+    end_tokens: int | Sequence[int] | None,
+    max_new_tokens: int | None,
+) -> tuple[list[list[int]], list[list[int]], list[str]]:
+    """Token ids of all rows, and in words what of the rollouts the file has lost; `PackedBatch.from_jsonl` explains."""
+    text = TextReader(tokenizer)
+    prompts = [tokens_of(where, row, *PROMPT, text.prompt) for where, row in rows]
+    read = [tokens_of(where, row, *RESPONSE, text.response) for where, row in rows]
+    from_text = [not has(row, RESPONSE[0]) for _, row in rows]
+    responses = [cut_masked(*row, *ids) for row, *ids in zip(rows, prompts, read, from_text, strict=True)]
+    masked = sum(map(len, read)) - sum(map(len, responses))
+    if text.texts:
+        for (_, row), *pair in zip(rows, prompts, read, strict=True):
+            for ids, (id_names, text_names) in zip(pair, (PROMPT, RESPONSE), strict=True):
+                if has(row, id_names) and has(row, text_names):
+                    text.compare(ids)
+    known = () if end_tokens is None else ends.as_tuple(end_tokens)
+    unknown: list[str] = []
+    if any(from_text) and append_eos:
+        end = ends.appended_token(tokenizer, known, append_eos)
+        known = known or (end,)
+        responses, unknown = ends.close(responses, rows, from_text, end, known, max_new_tokens)
+    elif any(from_text) and not known and tokenizer.eos_token_id is not None:
+        known = (tokenizer.eos_token_id,)
+    lost = [*text.losses(), *ends.losses(responses, known, any(from_text)), *unknown]
+    return prompts, responses, [*lost, *([f"{masked} masked tokens behind responses were cut off"] if masked else [])]
+
+
+def has(row: dict, names: tuple[str, ...]) -> bool:
+    return any(name in row for name in names)
+
+
 def tokens_of(
     where: str,
     row: dict,
     id_names: tuple[str, ...],
     text_names: tuple[str, ...],
-    tokenizer,
-    *,
-    is_prompt: bool,
-    append_eos: bool = False,
+    encode: Callable[[str, object], list[int]],
 ) -> list[int]:
-    """Token ids of a row's prompt or response: its first column of `id_names`, else the text of `text_names`."""
+    """Token ids of a row's prompt or response: its first column of `id_names`, else what `encode` makes of its text."""
     for name in id_names:
         if name in row:
             ids = row[name]
@@ -51,33 +90,8 @@ def tokens_of(
             return ids
     for name in text_names:
         if name in row:
-            if tokenizer is None:
-                raise ValueError(f"{where}: {name}: text without a tokenizer, expected token ids or a tokenizer")
-            return _encode(f"{where}: {name}", row[name], tokenizer, is_prompt, append_eos)
+            return encode(f"{where}: {name}", row[name])
     raise ValueError(f"{where}: only {', '.join(row) or 'nothing'}, expected one of {', '.join(id_names + text_names)}")
-
-
-def _encode(where: str, text, tokenizer, is_prompt: bool, append_eos: bool) -> list[int]:
-    """Token ids of a prompt (text or chat messages, with start tokens) or of a response (text, without)."""
-    if is_prompt and isinstance(text, list):
-        try:
-            return tokenizer.apply_chat_template(text, add_generation_prompt=True, return_dict=False)
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(
-                f"{where}: the chat template refuses it ({error}), expected messages (or prompt_ids)"
-            ) from error
-    if not isinstance(text, str):
-        raise ValueError(f"{where}: {type(text).__name__}, expected text")
-    starts = is_prompt and not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
-    try:
-        ids = tokenizer.encode(text, add_special_tokens=starts)
-    except Exception as error:  # the tokenizers library raises no narrower kind, for a character it lacks, say
-        raise ValueError(f"{where}: the tokenizer refuses it ({error}), expected text that it knows") from error
-    if append_eos:
-        if tokenizer.eos_token_id is None:
-            raise ValueError(f"{where}: append_eos with a tokenizer that has no end token, expected one that has")
-        ids = [*ids, tokenizer.eos_token_id]
-    return ids
 
 
 def column_of(path, rows: list[tuple[str, dict]], names: tuple[str, ...]) -> list | None:

@@ -15,7 +15,9 @@ import numpy as np
 import torch
 
 from dentropy.rollouts.batch import PackedBatch, token_ids
+from dentropy.rollouts.ends import as_tuple
 from dentropy.rollouts.readers import json_lines, tokens_of
+from dentropy.rollouts.text import TextReader
 
 
 def sample(
@@ -63,7 +65,7 @@ def sample(
     """
     prompts = _checked_prompts(prompts, policy)
     _check_request(policy, prompts, per_prompt, max_new_tokens, batch_size, temperature)
-    ends = end_tokens(policy) if eos_token_id is None else _as_tuple(eos_token_id)
+    ends = end_tokens(policy) if eos_token_id is None else as_tuple(eos_token_id)
 
     group = [index for index in range(len(prompts)) for _ in range(per_prompt)]
     by_length = sorted(range(len(group)), key=lambda row: len(prompts[group[row]]))  # little padding
@@ -83,7 +85,7 @@ def end_tokens(policy) -> tuple[int, ...]:
     """The model's own end tokens: from its generation config, else from its config; () where it has none."""
     for config in (policy.model.generation_config, policy.model.config):
         if config is not None and getattr(config, "eos_token_id", None) is not None:
-            return _as_tuple(config.eos_token_id)
+            return as_tuple(config.eos_token_id)
     return ()
 
 
@@ -100,8 +102,8 @@ def read_prompts(path: str | Path, tokenizer=None) -> list[list[int]]:
     """Token ids of the prompts in a JSONL file, one per line.
 
     A line holds `"prompt_ids"` (a list of token ids) or `"prompt"`: a text, or a list of chat messages, to which the
-    tokenizer's chat template is applied with the generation prompt added. Prompts are encoded as
-    `PackedBatch.from_jsonl` encodes them.
+    tokenizer's chat template is applied: with the generation prompt added, or, where the last message is the
+    assistant's, left open behind it. Prompts are encoded as `PackedBatch.from_jsonl` encodes them.
 
     Raises:
         ValueError: naming the line, for one that is none of these and where a tokenizer is needed but not given.
@@ -114,9 +116,9 @@ def read_prompts(path: str | Path, tokenizer=None) -> list[list[int]]:
         ...     read_prompts(path)
         [[3, 4], [5]]
     """
+    text = TextReader(tokenizer)
     prompts = [
-        tokens_of(where, row, ("prompt_ids",), ("prompt",), tokenizer, is_prompt=True)
-        for where, row in json_lines(Path(path))
+        tokens_of(where, row, ("prompt_ids",), ("prompt",), text.prompt) for where, row in json_lines(Path(path))
     ]
     if not prompts:
         raise ValueError(f"{path}: no prompts, expected one JSON object per line")
@@ -150,10 +152,6 @@ def _check_request(policy, prompts, per_prompt, max_new_tokens, batch_size, temp
             f"max_new_tokens: {max_new_tokens} after a prompt of {longest} tokens, expected at most "
             f"{policy.max_positions - longest}: the policy has {policy.max_positions} positions"
         )
-
-
-def _as_tuple(ids: int | Sequence[int]) -> tuple[int, ...]:
-    return (ids,) if isinstance(ids, int) else tuple(ids)
 
 
 def _generate(policy, prompts, max_new_tokens, temperature, ends) -> list[list[int]]:

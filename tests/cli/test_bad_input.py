@@ -36,6 +36,7 @@ BAD = {
     "negative step size": (f"{DIRECTION} --step-size -1e-6", "step_size: -1e-06, expected a positive number"),
     "two updates": (f"{DIRECTION} --after after", "not allowed with"),
     "no update": ("probe", "one of the arguments"),
+    "a cap without end tokens": (f"{DIRECTION} --max-new-tokens 8", "only with --append-eos"),
     "optimizer without update rollouts": (f"{DIRECTION} --optimizer sgd", "only with --update-rollouts"),
     "token budget in words": (f"{DIRECTION} --token-budget lots", "--token-budget: 'lots', expected auto or a whole"),
     "token budget of none": (f"{DIRECTION} --token-budget 0", "--token-budget: '0', expected auto or a whole"),

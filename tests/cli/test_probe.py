@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 import torch
@@ -52,6 +53,27 @@ class TestProbe:
         text = "--direction v.safetensors --rollouts text.jsonl"
         plain, ended = (self.run(tmp_path / "plain", text), self.run(tmp_path / "ended", f"{text} --append-eos"))
         assert (plain["n_tokens"], ended["n_tokens"]) == (3, 4)
+
+    def test_text_rollouts_that_were_cut_off_get_no_end_token(self, tmp_path, capsys):
+        options = "--direction v.safetensors --rollouts text.jsonl --append-eos --max-new-tokens"
+        assert [self.run(tmp_path / cap, f"{options} {cap}")["n_tokens"] for cap in ("3", "4")] == [3, 4]
+
+    def test_the_policy_says_what_ends_a_response(self, place, tmp_path, capsys):
+        """The rollouts' end token is the tokenizer's, but this policy ends with others."""
+        model = AutoModelForCausalLM.from_pretrained(place / "before")
+        model.generation_config.eos_token_id = [3, 4]
+        shutil.copytree(place / "before", tmp_path / "before")
+        model.save_pretrained(tmp_path / "before")
+        options = f"--policy {tmp_path}/before --direction v.safetensors"
+        assert main(completed(f"probe {options} --rollouts text.jsonl --append-eos --out {tmp_path}/new")) == 2
+        assert "append_eos: responses may have ended with '1' or '2'" in capsys.readouterr().err
+        ended = self.run(tmp_path / "named", f"{options} --rollouts text.jsonl --append-eos 2")
+        assert ended["n_tokens"] == 4
+        lines = [json.loads(line) for line in (place / "rollouts.jsonl").read_text().splitlines()]
+        rows = [line | {"response_ids": [*(token for token in line["response_ids"] if token > 4), 1]} for line in lines]
+        (tmp_path / "ids.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        self.run(tmp_path / "ids", f"{options} --rollouts {tmp_path}/ids.jsonl")
+        assert "no response ends with one of the end tokens 3, 4" in capsys.readouterr().err
 
     def test_the_token_budget_holds_for_every_pass(self, tmp_path, monkeypatch):
         longest = []

@@ -1,10 +1,12 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from models import SCALED, random_batch, random_direction, random_model
 
 from dentropy import PackedBatch, Policy, measure, policy_gradient_direction
-from dentropy.passes.policy_gradient import group_normalized_advantages
+from dentropy.passes.policy_gradient import advantages
 
 
 def by_hand_gradient(model, batch) -> dict[str, torch.Tensor]:
@@ -14,6 +16,8 @@ def by_hand_gradient(model, batch) -> dict[str, torch.Tensor]:
     for i in range(len(batch)):
         peers = batch.reward[batch.group == batch.group[i]]
         advantage = (batch.reward[i] - peers.mean()) / (peers.std(ddof=1) + 1e-4)
+        if batch.advantage is not None:
+            advantage = batch.advantage[i]
         ids, n = torch.tensor([batch.prompt(i) + batch.response(i)]), len(batch.response(i))
         logits = model(input_ids=ids, use_cache=False).logits[0, len(batch.prompt(i)) - 1 : -1] / batch.temperature
         logp = torch.distributions.Categorical(logits=logits).log_prob(ids[0, -n:]) if n else logits.sum(-1)
@@ -81,13 +85,25 @@ def test_the_update_raises_the_probability_of_rewarded_rollouts():
     policy = Policy(model)
     direction = policy_gradient_direction(policy, batch, step_size=1e-3, optimizer="sgd")
     sums = measure(policy, batch, direction)
-    assert (group_normalized_advantages(batch) * sums.dlogp).sum() > 0
+    assert (advantages(batch) * sums.dlogp).sum() > 0
 
 
 def test_advantages_are_normalized_within_groups():
     batch = PackedBatch.from_lists([[1]] * 5, [[1]] * 5, group=[3, 9, 3, 9, 4], reward=[0, 5, 1, 5, 7])
     half = 0.5 / (np.sqrt(0.5) + 1e-4)
-    np.testing.assert_allclose(group_normalized_advantages(batch), [-half, 0, half, 0, 0], rtol=1e-12)
+    np.testing.assert_allclose(advantages(batch), [-half, 0, half, 0, 0], rtol=1e-12)
+
+
+def test_given_advantages_are_used_as_they_are_and_not_rewards():
+    """In groups of one, of one sign, of any spread: nothing is normalized again."""
+    batch = random_batch(reward=True, temperature=0.8)
+    given = np.linspace(0.5, 3.0, len(batch)) ** 2
+    batch = replace(batch, advantage=given)
+    assert advantages(batch).tolist() == given.tolist()
+    model = random_model("llama")
+    direction = policy_gradient_direction(Policy(model), batch, step_size=1e-3, optimizer="sgd")
+    for parameter, g in by_hand_gradient(model, batch).items():
+        torch.testing.assert_close(direction.tensors[parameter], -g, rtol=1e-3, atol=1e-6)
 
 
 def test_bad_requests_are_refused():
@@ -103,6 +119,7 @@ def test_bad_requests_are_refused():
     for arguments, named in [
         (dict(batch=random_batch()), "no rewards"),
         (dict(batch=flat), "do not differ"),
+        (dict(batch=replace(flat, advantage=np.zeros(2))), "every advantage is 0"),
         (dict(optimizer="lion"), "optimizer: 'lion'"),
         (dict(optimizer="sgd", optimizer_state=other), "optimizer_state"),
         (dict(optimizer_state=other), "optimizer_state: for"),

@@ -9,7 +9,8 @@ from dentropy import PackedBatch
 class Tokenizer:
     """One token per character (its code point); start token 1, end token 2."""
 
-    bos_token, eos_token_id = "<s>", 2
+    bos_token, bos_token_id, eos_token, eos_token_id, pad_token, unk_token = "<s>", 1, "</s>", 2, None, None
+    all_special_tokens, added_tokens_decoder, chat_template = ["<s>", "</s>"], {}, None
 
     def encode(self, text, add_special_tokens):
         if "\N{SNOWMAN}" in text:
@@ -17,11 +18,11 @@ class Tokenizer:
         body = [1, *self.encode(text[3:], False)] if text.startswith("<s>") else [ord(c) for c in text]
         return [1, *body] if add_special_tokens else body
 
-    def decode(self, ids):
+    def decode(self, ids, **settings):
         return "".join({1: "<s>", 2: "</s>"}.get(t, chr(t)) for t in ids)
 
-    def apply_chat_template(self, messages, add_generation_prompt, return_dict):
-        assert add_generation_prompt and not return_dict
+    def apply_chat_template(self, messages, add_generation_prompt, continue_final_message, return_dict):
+        assert add_generation_prompt and not continue_final_message and not return_dict
         return [1, *(ord(c) for m in messages for c in m["content"])]
 
 
@@ -117,6 +118,8 @@ def test_padded_layout_refuses_what_does_not_fit(change, named):
         (dict(prompts=[[1]], responses=[[1]], reward=[float("nan")]), r"reward\[0\]: nan"),
         (dict(prompts=[[1]], responses=[[1]], reward=[1, 2]), "reward: shape"),
         (dict(prompts=[[1]], responses=[[1]], reward=["high"]), "reward: could not convert"),
+        (dict(prompts=[[1]], responses=[[1]], advantage=[float("inf")]), r"advantage\[0\]: inf"),
+        (dict(prompts=[[1]], responses=[[1]], advantage=[[1]]), "advantage: shape"),
         (dict(prompts=[[1]], responses=[[1]], temperature=0), "temperature: 0"),
     ],
 )
@@ -133,11 +136,13 @@ def test_vocabulary_check_names_the_rollout():
 
 
 def test_json_lines_round_trip(tmp_path):
-    batch = PackedBatch.from_lists([[72, 105]] * 2, [[33, 2], [63]], group=[7, 7], reward=[0.1, 1], temperature=0.7)
+    batch = PackedBatch.from_lists(
+        [[72, 105]] * 2, [[33, 2], [63]], group=[7, 7], reward=[0.1, 1], temperature=0.7, advantage=[-0.3, 2]
+    )
     batch.to_jsonl(tmp_path / "e.jsonl", Tokenizer())
     assert json.loads((tmp_path / "e.jsonl").read_text().splitlines()[0])["response"] == "!</s>"
     again = PackedBatch.from_jsonl(tmp_path / "e.jsonl")
-    for column in ("tokens", "prompt_lens", "response_lens", "group", "reward"):
+    for column in ("tokens", "prompt_lens", "response_lens", "group", "reward", "advantage"):
         assert getattr(again, column).tolist() == getattr(batch, column).tolist()
     assert again.temperature == 0.7
 
@@ -152,7 +157,8 @@ def test_trl_and_verl_dumps_are_read_and_equal_prompts_are_one_group(tmp_path):
     with pytest.warns(UserWarning, match="no response ends with the end token"):
         batch = PackedBatch.from_jsonl(trl, Tokenizer())
     assert batch.prompt(0) == batch.prompt(1) == [1, 97]  # one start token, whether or not the text has it
-    assert batch.response(0) == [98, 99] and batch.reward.tolist() == [0.5, -0.5] and batch.n_groups == 1
+    assert batch.response(0) == [98, 99] and batch.advantage.tolist() == [0.5, -0.5] and batch.n_groups == 1
+    assert batch.reward is None
     verl = write(
         tmp_path / "verl.jsonl",
         {"input": "a", "output": "b", "gts": "b", "score": 1.0, "step": 1},
@@ -181,6 +187,7 @@ GOOD = {"prompt_ids": [1], "response_ids": [2]}
         ([{"prompt_ids": [1], "response_ids": [2.5]}], "line 1: response_ids: .2.5., expected a list of token ids"),
         ([{"prompt": "a", "response_ids": [2]}], "line 1: prompt: text without a tokenizer"),
         ([GOOD | {"reward": 1}, GOOD], "line 2: no reward"),
+        ([GOOD | {"advantage": 1}, GOOD], "line 2: no advantage"),
         ([GOOD | {"temperature": 0.5}, GOOD], "line 2: temperature 1.0"),
         ([GOOD | {"group": [1]}], "group"),
         ([GOOD | {"prompt_ids": []}], r"prompts\[0\]: empty"),
