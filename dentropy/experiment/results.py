@@ -159,6 +159,6 @@ class ProbeResult:
         if self.without_end != len(self.batch):
             return []
         return [
-            "no rollout ends with an end token of the policy: text dumps leave them out (append_eos puts them back), and "
-            "without them the estimates miss every decision to stop"
+            "no rollout ends with an end token of the policy: text dumps leave them out (append_eos puts them back), "
+            "and without them the estimates miss every decision to stop"
         ]
