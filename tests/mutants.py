@@ -1,0 +1,90 @@
+"""Lines that make a number right, what a mutant has in their place, and the tests that must fail on it.
+
+(file, what stands there once, what the mutant has instead, pytest's arguments)
+"""
+
+REFERENCE = ("dentropy/reference.py", "tests/test_reference.py")
+PLAIN = ("dentropy/stats/plain.py", "tests/stats/test_plain.py")
+MERGE = ("dentropy/stats/plain.py", "tests/stats/test_plain.py -k merge")
+SHARDS = ("dentropy/stats/vocabulary_parallel.py", "tests/stats/test_vocabulary_parallel.py")
+SUMS = ("dentropy/stats/sequence_sums.py", "tests/stats/test_sequence_sums.py")
+MOMENTS = ("kernels/moments.py", "tests/kernels/test_moments.py")
+SLOPES = ("dentropy/estimators/slopes.py", "tests/estimators/test_slopes.py")
+CURVATURES = ("dentropy/estimators/curvatures.py", "tests/estimators/test_curvatures.py")
+IMPORTANCE = ("dentropy/estimators/importance_sampling.py", "tests/estimators/test_importance_sampling.py")
+PREDICTION = ("dentropy/estimators/prediction.py", "tests/estimators/test_prediction.py")
+GROUPS = ("dentropy/estimators/groups.py", "tests/estimators/test_groups.py tests/estimators/test_jackknife.py")
+HEAD = ("dentropy/model/head.py", "tests/passes/test_forward_mode.py tests/model/test_exact_pass.py")
+ATTENTION = ("dentropy/model/attention_ops.py", "tests/model/test_attention.py")
+FORWARD = ("dentropy/passes/forward_mode.py", "tests/passes/test_forward_mode.py")
+WALK = ("dentropy/passes/microbatches.py", "tests/passes/test_forward_mode.py")
+REVERSE = ("dentropy/passes/reverse_mode.py", "tests/passes/test_reverse_mode.py")
+GRADIENT = ("dentropy/passes/policy_gradient.py", "tests/passes/test_policy_gradient.py")
+SAMPLING = ("dentropy/rollouts/sampling.py", "tests/rollouts/test_sampling.py")
+PROBE = ("dentropy/experiment/probe.py", "tests/experiment/test_probe.py")
+
+_CHANGES = [
+    # softcap and temperature
+    (REFERENCE, "slope = 1 - t * t", "slope = 1 - t"),
+    (REFERENCE, "bend = -2 * t * slope", "bend = 2 * t * slope"),
+    (REFERENCE, "slope * ddu + bend * du * du", "slope * ddu"),
+    (PLAIN, "torch.mul(u, u, out=scratch).neg_().add_(1.0)", "torch.mul(u, u, out=scratch).neg_().add_(2.0)"),
+    (PLAIN, "value=-2.0 / softcap", "value=-1.0 / softcap"),
+    (PLAIN, "return (softcap or 1.0) / temperature", "return 1.0 / temperature"),
+    (PLAIN, "-scale * covariance", "-covariance"),
+    (PLAIN, "variance = scale**2 *", "variance = scale *"),
+    (HEAD, "temperature=temperature / self.scale", "temperature=temperature"),
+    (HEAD, "self.softcap / self.scale", "self.scale / self.softcap"),
+    (REVERSE, "dz /= temperature", "dz *= temperature"),
+    (REVERSE, "dz.mul_(1 - t * t)", "dz"),
+    # merges of shards and segments
+    (MERGE, "centre = (share * base).sum(0)", "centre = base[0]"),
+    (MERGE, "within * rescale / everything", "within / everything"),
+    (MERGE, "highest = top.amax(0)", "highest = top[0]"),
+    (SHARDS, "[: dist.get_rank(process_group)].sum()", "[: dist.get_rank(process_group) + 1].sum()"),
+    (MOMENTS, "mean_x_b = b.mean_x + shift_b", "mean_x_b = b.mean_x"),
+    (MOMENTS, "between = total_a * share_b * apart_x", "between = total_a * share_a * apart_x"),
+    # sums of what comes later
+    (REFERENCE, "h[k + 1 :].sum()", "h[k:].sum()"),
+    (SUMS, "- 1.0 - np.arange", "- np.arange"),
+    (SUMS, '"entropy_to_go": entropy * first', '"entropy_to_go": entropy * (first + dlogp)'),
+    (SUMS, "second = first**2 + sum_before", "second = first**2 - sum_before"),
+    # the estimators
+    (SLOPES, "(-ratio.mean * dsize, dsize)", "(ratio.mean * dsize, dsize)"),
+    (SLOPES, "return (terms - entropy / size * dsize) / size", "return (terms + entropy / size * dsize) / size"),
+    (CURVATURES, "ratio.entropy * q, 2 * dlogp * dentropy", "ratio.entropy * q, dlogp * dentropy"),
+    (CURVATURES, "q = dlogp**2 + d2logp", "q = dlogp**2 - d2logp"),
+    (CURVATURES, "cross = cross - 2 * first.value * dsize", "cross = cross - first.value * dsize"),
+    (
+        IMPORTANCE,
+        'column(moved, "logp", "moved")[rows] - column(base, "logp", "base")',
+        'column(base, "logp", "base") - column(moved, "logp", "moved")[rows]',
+    ),
+    (IMPORTANCE, "rows = _pair(base, moved)", "rows = _pair(base, moved) * 0 + np.arange(len(base.rollout))"),
+    (
+        IMPORTANCE,
+        "scaled * (moved_entropy - moved_value * moved_size)",
+        "scaled * (moved_entropy - ratio.mean * moved_size)",
+    ),
+    (PREDICTION, 'terms = {"linear": (eta, first)}', 'terms = {"linear": (-eta, first)}'),
+    (PREDICTION, "(eta**2 / 2, second)", "(eta**2, second)"),
+    (GROUPS, "return count / (count - 1) * self.sums(influence) ** 2", "return self.sums(influence) ** 2"),
+    (GROUPS, "return (self.members / (self.members - 1))[self.row]", "return (self.members / self.members)[self.row]"),
+    (
+        GROUPS,
+        "(count - 1) / count * np.sum((left_out - left_out.mean()) ** 2)",
+        "np.sum((left_out - left_out.mean()) ** 2)",
+    ),
+    # the pass
+    (ATTENTION, "(distance >= window)", "(distance > window)"),
+    (ATTENTION, "hidden = distance < 0", "hidden = distance < 1"),
+    (FORWARD, "torch.add(primal, v, alpha=eta)", "torch.add(primal, v, alpha=-eta)"),
+    (WALK, "firsts = np.cumsum(lengths) - lengths + prompts - 1", "firsts = np.cumsum(lengths) - lengths + prompts"),
+    (WALK, "tokens[_ranges(starts + prompts, responses)]", "tokens[_ranges(starts + prompts - 1, responses)]"),
+    (REVERSE, "dz.scatter_add_(-1, targets[:, None], b)", "dz.scatter_add_(-1, targets[:, None], -b)"),
+    (SAMPLING, "top_k=0,", "top_k=50,"),
+    # fresh rollouts
+    (PROBE, "-base_influence - measured.influence", "-base_influence"),
+    (PROBE, "-base_influence - measured.influence", "-base_influence + measured.influence"),
+]
+MUTANTS = [(file, old, new, tests) for (file, tests), old, new in _CHANGES]
