@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from dentropy.doors import regular_file, third_party
 from dentropy.model.checkpoint import load_checkpoint
 
 # A difference of two bf16 checkpoints with more zeros than this has lost most of the update to rounding.
@@ -39,8 +40,8 @@ class Direction:
         self.tensors = {name: v.detach() for name, v in tensors.items()}
         self.step_size = _step_size(step_size)
         for name, v in self.tensors.items():
-            if not v.is_floating_point():
-                raise ValueError(f"direction: {name} is {v.dtype}, expected a floating dtype")
+            if not v.is_floating_point() or v.dtype.itemsize < 2:
+                raise ValueError(f"direction: {name} is {v.dtype}, expected a floating dtype of 16 bits or more")
             if not torch.isfinite(v).all():
                 raise ValueError(f"direction: {name} has values that are not finite")
         if not any(v.any() for v in self.tensors.values()):
@@ -53,16 +54,18 @@ class Direction:
         return float(sum(v.double().square().sum() for v in self.tensors.values()) ** 0.5)
 
     @classmethod
-    def between(cls, before, after, step_size: float) -> "Direction":
+    def between(cls, before, after, step_size: float, *, trust_remote_code: bool = False) -> "Direction":
         """(after − before)/step_size. Each side: a model, a state dict, or a checkpoint folder (loaded by
-        transformers, in the dtype it was saved in).
+        transformers, in the dtype it was saved in; `trust_remote_code` runs the code in it).
 
         Both sides must name the same tensors, of the same shapes; an alias of a tied tensor may be missing on one
         side. Warns where both are half precision and most of the difference is zero: in bf16 an update below 1/256
         of a weight vanishes, and with it most of a small learning rate's step.
         """
         step_size = _step_size(step_size)
-        before, after = _tensors(before, "before"), _tensors(after, "after")
+        before, after = (
+            _tensors(side, argument, trust_remote_code) for side, argument in ((before, "before"), (after, "after"))
+        )
         names = _common_names(before, after)
         for name in names:
             if before[name].shape != after[name].shape:
@@ -126,18 +129,17 @@ class Direction:
     @classmethod
     def load(cls, path) -> "Direction":
         """A safetensors file: one tensor per parameter name; step_size in its metadata (1.0 where there is none)."""
-        from safetensors import SafetensorError, safe_open
+        from safetensors import safe_open
 
-        if not Path(path).is_file():
-            raise ValueError(f"direction: {path}: no such file")
+        path = regular_file(path, "a safetensors file", "direction")
+        failed = f"direction: {path}: not a safetensors file"
+        with third_party(failed, "a tensor for each parameter"), safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        with third_party(f"direction: {path}: step_size {metadata.get('step_size')!r:.40} in its metadata", "a number"):
+            step_size = float(metadata.get("step_size", 1.0))
         try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-        except SafetensorError as error:
-            raise ValueError(f"direction: {path}: not a safetensors file ({error})") from error
-        try:
-            return cls(tensors, float(metadata.get("step_size", 1.0)))
+            return cls(tensors, step_size)
         except ValueError as error:
             raise ValueError(f"direction: {path}: {error}") from error
 
@@ -202,7 +204,7 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
-def _tensors(side, argument: str) -> dict[str, Tensor]:
+def _tensors(side, argument: str, trust_remote_code: bool = False) -> dict[str, Tensor]:
     """Name -> tensor of a model, a state dict or a checkpoint folder."""
     if isinstance(side, nn.Module):
         return {name: p.detach() for name, p in side.named_parameters(remove_duplicate=False)}
@@ -210,7 +212,7 @@ def _tensors(side, argument: str) -> dict[str, Tensor]:
         return {name: x.detach() for name, x in side.items() if isinstance(x, Tensor)}
     if not Path(side).is_dir():
         raise ValueError(f"{argument}: {side}: no such folder, expected a model, a state dict or a checkpoint folder")
-    return _tensors(load_checkpoint(side, argument, "auto"), argument)
+    return _tensors(load_checkpoint(side, argument, "auto", trust_remote_code=trust_remote_code), argument)
 
 
 def _common_names(before: dict[str, Tensor], after: dict[str, Tensor]) -> list[str]:

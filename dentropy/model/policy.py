@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from dentropy.doors import third_party
 from dentropy.model import attention
 from dentropy.model.checkpoint import load_checkpoint
 from dentropy.model.compiled_layers.layers import FusedLayers
@@ -80,14 +81,24 @@ class Policy:
 
     @classmethod
     def from_pretrained(
-        cls, name_or_dir, dtype=torch.float32, device=None, *, compile_layers: bool = False
+        cls,
+        name_or_dir,
+        dtype=torch.float32,
+        device=None,
+        *,
+        compile_layers: bool = False,
+        trust_remote_code: bool = False,
     ) -> "Policy":
         """Loads a model folder or hub id. dtype: float32 unless you say otherwise, whatever the checkpoint holds:
         entropy differences of small updates vanish in bf16 weights. device: CUDA where there is one, else the CPU.
+        trust_remote_code: run code that comes with the checkpoint.
         ValueError for what cannot be loaded, and for checkpoints with tensors missing or left over.
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return cls(load_checkpoint(name_or_dir, "policy", dtype).to(device), compile_layers=compile_layers)
+        model = load_checkpoint(name_or_dir, "policy", dtype, trust_remote_code=trust_remote_code)
+        with third_party(f"policy: {str(name_or_dir)!r} cannot be moved", f"a model that {device} can hold"):
+            model.to(device)
+        return cls(model, compile_layers=compile_layers)
 
     @contextmanager
     def ready(self, attention_name: str = attention.NAME):
@@ -200,7 +211,8 @@ class Policy:
         tokens = (torch.arange(int(lengths.sum())) * 7 + 3) % self.vocab_size
         tokens = tokens.to(self.device)
         cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).to(self.device, torch.int32)
-        with self._ready("eager"):  # the reference form; older SDPA paths drop gemma2's softcap without a word
+        failed = third_party("policy: its forward fails on short inputs", "a causal language model")
+        with self._ready("eager"), failed:  # the reference form; older SDPA paths drop gemma2's softcap without a word
             own = self._run(self.model, tokens, cu_seqlens, packed=False)[0].float()
         if not torch.isfinite(own).all():
             raise ValueError(f"policy: {_not_finite(self.model)}, expected finite weights and logits")

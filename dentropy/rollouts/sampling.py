@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from dentropy.rollouts.batch import PackedBatch, token_ids
+from dentropy.rollouts.batch import PackedBatch, checked_temperature, token_ids
 from dentropy.rollouts.readers import json_lines, tokens_of
 
 
@@ -113,8 +113,7 @@ def _check_request(policy, prompts, per_prompt, max_new_tokens, batch_size, temp
     for name, count in (("per_prompt", per_prompt), ("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if count < 1:
             raise ValueError(f"{name}: expected at least 1, got {count}")
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature: expected a positive number, got {temperature}")
+    checked_temperature(temperature)
     longest = max(map(len, prompts))
     if policy.max_positions is not None and longest + max_new_tokens > policy.max_positions:
         raise ValueError(

@@ -29,7 +29,7 @@ class TestProbe:
             AutoModelForCausalLM.from_pretrained(place / name).bfloat16().save_pretrained(tmp_path / name)
         self.run(tmp_path, f"--policy {tmp_path}/before --after {tmp_path}/after --step-size {STEP}")
         err = capsys.readouterr().err
-        assert err.startswith("dentropy: warning: after: ") and "vanish in bf16" in err
+        assert err.startswith("dentropy: warning: --after: ") and "vanish in bf16" in err
 
     def test_etas_and_step_size(self, tmp_path):
         content = self.run(tmp_path, "--direction v.safetensors --etas -1e-4 2e-4 --step-size 1e-4")

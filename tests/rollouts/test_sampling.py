@@ -171,8 +171,8 @@ def test_progress_counts_every_rollout_and_token(policy):
         ([[5]], {"per_prompt": 0}, "per_prompt: expected at least 1, got 0"),
         ([[5]], {"max_new_tokens": 0}, "max_new_tokens: expected at least 1, got 0"),
         ([[5]], {"batch_size": 0}, "batch_size: expected at least 1, got 0"),
-        ([[5]], {"temperature": 0.0}, "temperature: expected a positive number, got 0"),
-        ([[5]], {"temperature": float("nan")}, "temperature: expected a positive number, got nan"),
+        ([[5]], {"temperature": 0.0}, "temperature: 0.0, expected a positive number"),
+        ([[5]], {"temperature": float("nan")}, "temperature: nan, expected a positive number"),
         ([[5]], {"max_new_tokens": 64}, "64 positions"),
     ],
 )
