@@ -7,7 +7,7 @@ import torch
 
 import dentropy
 
-for package in ("transformers", "safetensors", "matplotlib", "scipy", "arviz_stats", "tqdm"):
+for package in ("transformers", "safetensors", "matplotlib", "scipy", "arviz_stats", "tqdm", "jsonschema"):
     assert find_spec(package) is None, f"{package} is installed: this says nothing of the core dependencies"
 
 generator = torch.Generator().manual_seed(0)

@@ -7,14 +7,13 @@ one line on stderr.
 from __future__ import annotations
 
 import argparse
-import io
 import sys
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 from dentropy import __version__
 from dentropy.cli import demo, probe, sample, show
+from dentropy.cli.terminal import Terminal
+from dentropy.doors import is_refusal
 
 INTERRUPTED = 130  # as a shell says it of a command ended by Ctrl-C
 
@@ -27,20 +26,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0; 2 for bad input, for rollouts too long for the memory there is and for what could not be
-        written where it was asked for; 130 after Ctrl-C.
+        written where it was asked for; 130 after Ctrl-C. What is none of these is a bug, and raised.
     """
     arguments = sys.argv[1:] if argv is None else argv
     # argparse takes -1e-6 for an option; behind a space it is a value, and float() does not mind the space.
     arguments = [f" {argument}" if _is_negative_number(argument) else argument for argument in arguments]
-    with _terminal():
+    terminal = Terminal(arguments)
+    with terminal.open():
         try:
             options = parser().parse_args(arguments)
             options.run(options)
         except KeyboardInterrupt:
-            print("dentropy: interrupted", file=sys.stderr)
+            terminal.complain("interrupted")
             return INTERRUPTED
-        except (ValueError, OSError, MemoryError) as error:
-            print(f"dentropy: {_one_line(error)}", file=sys.stderr)
+        except (OSError, MemoryError) as error:
+            terminal.complain(error)
+            return 2
+        except ValueError as error:
+            if not is_refusal(error):
+                raise
+            terminal.complain(error)
             return 2
     return 0
 
@@ -60,30 +65,6 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         raise ValueError(f"{message} (see {self.prog} --help)")
-
-
-@contextmanager
-def _terminal() -> Iterator[None]:
-    """Warnings are one line each, and what the terminal's encoding does not have is written by its code."""
-    streams = [stream for stream in (sys.stdout, sys.stderr) if isinstance(stream, io.TextIOWrapper)]
-    before = [stream.errors for stream in streams]
-    with warnings.catch_warnings():
-        warnings.showwarning = _show_warning
-        for stream in streams:
-            stream.reconfigure(errors="backslashreplace")
-        try:
-            yield
-        finally:
-            for stream, errors in zip(streams, before, strict=True):
-                stream.reconfigure(errors=errors)
-
-
-def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
-    print(f"dentropy: warning: {_one_line(message)}", file=sys.stderr)
-
-
-def _one_line(message: object) -> str:
-    return " ".join(str(message).split())
 
 
 def _is_negative_number(argument: str) -> bool:

@@ -6,13 +6,15 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from dentropy.cli.terminal import say
+
 
 def finish(result, out: str | Path, tokenizer) -> None:
     """Print the summary of a ProbeResult and write its run folder: whatever becomes of the one, the other is done."""
     from dentropy.experiment.run_folder import ViewsFailedError
 
     try:
-        print(result.summary(), flush=True)
+        say(result.summary())
     finally:
         try:
             folder = write_or_keep(lambda path: result.save(path, tokenizer), Path(out), "dentropy-run")
@@ -20,7 +22,7 @@ def finish(result, out: str | Path, tokenizer) -> None:
             if isinstance(error.__cause__, OSError):
                 raise OSError(str(error)) from error
             raise
-    print(f"\nFiles in {folder}: " + ", ".join(sorted(path.name for path in folder.iterdir())))
+    say(f"\nFiles in {folder}: " + ", ".join(sorted(path.name for path in folder.iterdir())))
 
 
 def write_or_keep(write: Callable[[Path], Path], out: Path, name: str, suffix: str = "") -> Path:

@@ -4,29 +4,33 @@ from __future__ import annotations
 
 import warnings
 
+from dentropy.doors import third_party
+
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
 def add_model_options(command) -> None:
     command.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default: %(default)s)")
     command.add_argument("--device", help="such as cpu or cuda:0 (default: cuda where there is one)")
+    command.add_argument(
+        "--trust-remote-code", action="store_true", help="run the code that comes with a model (default: never)"
+    )
 
 
-def placement(options) -> dict:
+def loading(options) -> dict:
     """Keyword arguments of Policy.from_pretrained."""
     import torch
 
-    try:
+    with third_party(f"--device: {options.device!r} is not a device", "cpu or cuda"):
         device = None if options.device is None else torch.device(options.device)
-    except RuntimeError as error:
-        raise ValueError(f"--device: {options.device!r} is not a device, expected cpu or cuda") from error
     if device is not None and device.type not in ("cpu", "cuda"):
         raise ValueError(f"--device: {options.device}, expected cpu or cuda")
     if device is not None and device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(
             f"--device: {options.device}, expected one of the {torch.cuda.device_count()} CUDA devices here"
         )
-    return {"dtype": getattr(torch, options.dtype), "device": device}
+    dtype = getattr(torch, options.dtype)
+    return {"dtype": dtype, "device": device, "trust_remote_code": options.trust_remote_code}
 
 
 def load_libraries() -> None:
@@ -35,6 +39,7 @@ def load_libraries() -> None:
     Without the loading bars and advice of transformers: stderr is for our progress and for errors.
     """
     try:
+        import jsonschema  # noqa: F401
         import matplotlib  # noqa: F401
         import safetensors  # noqa: F401
         import tqdm  # noqa: F401
@@ -50,23 +55,22 @@ class LazyTokenizer:
 
     loaded = None
 
-    def __init__(self, policy: str):
-        self._policy = policy
+    def __init__(self, policy: str, trust_remote_code: bool = False):
+        self._policy, self._trust = policy, trust_remote_code
 
     def load(self):
         if self.loaded is None:
-            from transformers import AutoTokenizer
+            from dentropy.model.checkpoint import load_tokenizer
 
-            self.loaded = AutoTokenizer.from_pretrained(self._policy)
+            self.loaded = load_tokenizer(self._policy, "policy", trust_remote_code=self._trust)
         return self.loaded
 
     def load_for_the_report(self):
         """The tokenizer, or None and a warning: a policy saved without one is probed on token ids."""
         try:
             return self.load()
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            warnings.warn(f"--policy: no tokenizer there, report.html shows token ids ({reason})", stacklevel=2)
+        except ValueError as error:
+            warnings.warn(f"policy: no tokenizer there, report.html shows token ids ({error})", stacklevel=2)
             return None
 
     def __getattr__(self, name: str):

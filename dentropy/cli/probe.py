@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import pickle
 from pathlib import Path
 
 from dentropy.cli.keeping import finish
-from dentropy.cli.options import LazyTokenizer, add_model_options, load_libraries, placement
+from dentropy.cli.options import LazyTokenizer, add_model_options, load_libraries, loading
+from dentropy.cli.terminal import about
+from dentropy.doors import regular_file, third_party
 
 DEFAULT_STEPS = (-1.0, -0.5, 0.5, 1.0, 2.0)
 
@@ -107,11 +108,13 @@ def run(options) -> None:
         raise ValueError("--max-new-tokens: only with --append-eos")
     etas = None if options.etas is None else check_etas(options.etas)
     load_libraries()
-    tokenizer = LazyTokenizer(options.policy)
-    policy = Policy.from_pretrained(options.policy, **placement(options), compile_layers=options.compile_layers)
-    batch = _rollouts(options.rollouts, options, policy, tokenizer)
+    tokenizer = LazyTokenizer(options.policy, options.trust_remote_code)
+    with about("--policy"):
+        policy = Policy.from_pretrained(options.policy, **loading(options), compile_layers=options.compile_layers)
+    with about("--rollouts"):
+        batch = _rollouts(options.rollouts, options, policy, tokenizer)
     direction = _direction(options, policy, tokenizer)
-    etas = etas or [step * direction.step_size for step in DEFAULT_STEPS]
+    etas = etas or check_etas([step * direction.step_size for step in DEFAULT_STEPS])
     for_report = tokenizer.load_for_the_report()
     parameters = not options.skip_parameters
     with token_bar("passes", tokens_to_run(policy, batch, etas, parameters)) as progress:
@@ -151,37 +154,40 @@ def _direction(options, policy, tokenizer):
     if options.after is not None:
         # The folder in its own dtype shows what rounding to bf16 has lost; the float32 model would hide it.
         before = options.policy if Path(options.policy).is_dir() else policy.model
-        return Direction.between(before, options.after, options.step_size)
+        with about("--after"):
+            trust = options.trust_remote_code
+            return Direction.between(before, options.after, options.step_size, trust_remote_code=trust)
     if options.direction is not None:
         direction = Direction.load(options.direction)
         return direction if options.step_size is None else Direction(direction.tensors, options.step_size)
-    batch = _rollouts(options.update_rollouts, options, policy, tokenizer)
-    state = None if options.optimizer_state is None else _load_state(options.optimizer_state)
-    with token_bar("policy gradient", batch.n_tokens) as progress:
-        return policy_gradient_direction(
-            policy,
-            batch,
-            step_size=options.step_size,
-            token_budget=options.token_budget,
-            progress=progress,
-            optimizer=options.optimizer or "adamw",
-            optimizer_state=state,
-        )
+    state = None if options.optimizer_state is None else load_state(options.optimizer_state)
+    with about("--update-rollouts"):
+        batch = _rollouts(options.update_rollouts, options, policy, tokenizer)
+        with token_bar("policy gradient", batch.n_tokens) as progress:
+            return policy_gradient_direction(
+                policy,
+                batch,
+                step_size=options.step_size,
+                token_budget=options.token_budget,
+                progress=progress,
+                optimizer=options.optimizer or "adamw",
+                optimizer_state=state,
+            )
 
 
-def _load_state(path: str) -> dict:
+def load_state(path: str) -> dict:
+    """What torch.save wrote of an optimizer, without running anything that a pickle could name."""
     import zipfile
 
     import torch
 
-    if not zipfile.is_zipfile(path):  # the unpickler raises almost anything on other files
-        raise ValueError(f"--optimizer-state: {path} is not a file of torch.save")
-    try:
+    regular_file(path, "a file of torch.save", "optimizer_state")
+    if not zipfile.is_zipfile(path):  # the older form is read by another, more trusting path
+        raise ValueError(f"optimizer_state: {path} is not a file of torch.save, expected one of a state_dict()")
+    with third_party(f"optimizer_state: {path} cannot be read", "a state_dict() of tensors and numbers by torch.save"):
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"--optimizer-state: {path} is not a file of torch.save") from error
     if not isinstance(state, dict):
         raise ValueError(
-            f"--optimizer-state: {path} holds a {type(state).__name__}, expected an optimizer's state_dict()"
+            f"optimizer_state: {path} holds a {type(state).__name__}, expected an optimizer's state_dict()"
         )
     return state

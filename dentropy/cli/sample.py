@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from dentropy.cli.keeping import write_or_keep
-from dentropy.cli.options import LazyTokenizer, add_model_options, load_libraries, placement
+from dentropy.cli.options import LazyTokenizer, add_model_options, load_libraries, loading
+from dentropy.cli.terminal import about, say
 
 MAX_NEW_TOKENS = 512
 
@@ -47,9 +48,11 @@ def run(options) -> None:
         )
     out = _new_file(options.out)
     load_libraries()
-    tokenizer = LazyTokenizer(options.policy)
-    prompts = read_prompts(options.prompts, tokenizer)
-    policy = Policy.from_pretrained(options.policy, **placement(options))
+    tokenizer = LazyTokenizer(options.policy, options.trust_remote_code)
+    with about("--prompts"):
+        prompts = read_prompts(options.prompts, tokenizer)
+    with about("--policy"):
+        policy = Policy.from_pretrained(options.policy, **loading(options))
     max_new_tokens = options.max_new_tokens
     if max_new_tokens is None:
         max_new_tokens = _what_fits(policy, prompts)
@@ -64,7 +67,7 @@ def run(options) -> None:
             progress=progress,
         )
     out = write_or_keep(lambda path: _write(batch, path, tokenizer.loaded), out, "dentropy-rollouts", ".jsonl")
-    print(f"{len(batch):,} rollouts of {batch.n_groups:,} prompts, {batch.n_tokens:,} tokens: {out}")
+    say(f"{len(batch):,} rollouts of {batch.n_groups:,} prompts, {batch.n_tokens:,} tokens: {out}")
 
 
 def _what_fits(policy, prompts: list[list[int]]) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dentropy.cli.terminal import say
+
 
 def add(commands) -> None:
     command = commands.add_parser("show", help="print the summary of a finished run")
@@ -13,4 +15,4 @@ def run(options) -> None:
     from dentropy.experiment.run_folder import load
     from dentropy.experiment.summary import summary
 
-    print(summary(load(options.folder)))
+    say(summary(load(options.folder)))

@@ -36,6 +36,7 @@ from dentropy.rollouts.sampling import end_tokens, without_end
 from dentropy.stats.tables import SequenceSums
 
 ESTIMATORS = ("causal", "exact", "mixed")
+SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max  # of |η|
 
 
 def probe(
@@ -185,13 +186,15 @@ def _device_name(device: torch.device) -> str:
 
 
 def check_etas(etas: Sequence[float]) -> tuple[float, ...]:
-    """`etas` as floats; ValueError where they are empty, not finite, repeated, or 0 only."""
+    """`etas` as floats; ValueError where they are empty, beyond float32, repeated, or 0 only."""
     checked = tuple(float(eta) for eta in etas)
     if not checked:
         raise ValueError("etas: expected at least one, got none")
     for eta in checked:
         if not math.isfinite(eta):
             raise ValueError(f"etas: expected finite numbers, got {eta}")
+        if eta and not SMALLEST <= abs(eta) <= LARGEST:
+            raise ValueError(f"etas: {eta:g}, expected a size from {SMALLEST:.0e} to {LARGEST:.0e}, as float32 has")
         if checked.count(eta) > 1:
             raise ValueError(f"etas: {eta:g} is given {checked.count(eta)} times, expected each once")
     if not any(checked):

@@ -15,8 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
+from dentropy.doors import json_value
 from dentropy.experiment import figures
 from dentropy.experiment.report import page
+from dentropy.experiment.results_schema import check
 from dentropy.experiment.unfinished import remove_left_behind, temporary
 
 SCHEMA_VERSION = 1
@@ -95,13 +97,11 @@ def load(folder: str | Path) -> dict:
     path = Path(folder) / RESULTS
     if not path.is_file():
         raise ValueError(f"{folder}: not a run folder, it holds no {RESULTS}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from error
+    content = json_value(path.read_bytes(), str(path))
     found = content.get("schema_version") if isinstance(content, dict) else None
-    if found != SCHEMA_VERSION:
-        raise ValueError(f"{path}: schema_version is {found!r}, this version reads {SCHEMA_VERSION}")
+    if found != SCHEMA_VERSION or isinstance(found, bool):
+        raise ValueError(f"{path}: schema_version is {found!r:.40}, this version reads {SCHEMA_VERSION}")
+    check(content, str(path))
     return content
 
 

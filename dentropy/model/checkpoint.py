@@ -1,20 +1,42 @@
-"""Loading a checkpoint so that nothing in it is missing, left over or filled in."""
+"""Loading a checkpoint so that nothing in it is missing, left over or filled in, and nothing of it is run.
+
+Weights are safetensors. Code that comes with a checkpoint is run only where `trust_remote_code` says so, and the
+network is used only for a hub id: a folder is all that a folder's policy is made of.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dentropy.doors import json_value, third_party
+
+# How many layers a config asks for, under the names that models give it.
+LAYER_COUNTS = frozenset({"num_hidden_layers", "num_layers", "n_layers", "n_layer"})
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
-def load_checkpoint(source, argument: str, dtype):
+def load_checkpoint(source, argument: str, dtype, *, trust_remote_code: bool = False):
     """The causal language model in a folder or of a hub id, in `dtype` ("auto": as saved).
 
     transformers fills tensors that a checkpoint lacks with random numbers and drops those it does not know; here both
     are a ValueError naming `argument`, as is whatever cannot be loaded.
     """
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    try:
-        model, found = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{argument}: {str(source)!r} could not be loaded: {reason}") from error
+    local = is_folder(source, argument)
+    if local:
+        _check_files(Path(source), f"{argument}: {source}")
+    failed = f"{argument}: {str(source)!r} could not be loaded"
+    with _network(not local), third_party(failed, "a model in the form of transformers"):
+        model, found = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=dtype,
+            output_loading_info=True,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            local_files_only=local,
+        )
     for kind in ("missing", "unexpected", "mismatched"):
         names = sorted(str(name) for name in found[f"{kind}_keys"])
         if names:
@@ -23,3 +45,125 @@ def load_checkpoint(source, argument: str, dtype):
                 "the model's own"
             )
     return model
+
+
+def load_tokenizer(source, argument: str, *, trust_remote_code: bool = False):
+    """The tokenizer in a folder or of a hub id; ValueError naming `argument` where there is none that loads."""
+    from transformers import AutoTokenizer
+
+    local = is_folder(source, argument)
+    failed = f"{argument}: {str(source)!r}: its tokenizer could not be loaded"
+    with _network(not local), third_party(failed, "one of transformers"):
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, local_files_only=local)
+
+
+def is_folder(source, argument: str) -> bool:
+    """True for a folder of regular files; False for what can only be a hub id.
+
+    Raises:
+        ValueError: For a file, for a folder with pipes or devices in it (which may never end), and for what is neither
+            a folder nor an id: the name of a missing folder is not asked for on the network.
+    """
+    path = Path(source)
+    if path.is_dir():
+        for file in path.iterdir():
+            if file.exists() and not (file.is_file() or file.is_dir()):
+                raise ValueError(f"{argument}: {file} is not a regular file, expected a folder of files")
+        return True
+    if path.exists():
+        raise ValueError(f"{argument}: {source} is not a folder, expected a model folder or a hub id")
+    beside = len(path.parts) > 1 and path.parent.is_dir()
+    if beside or HUB_ID.fullmatch(str(source)) is None:
+        raise ValueError(f"{argument}: {source}: no such folder, expected a model folder or a hub id")
+    return False
+
+
+@contextmanager
+def _network(allowed: bool) -> Iterator[None]:
+    """Unless it is allowed, huggingface_hub is offline: `local_files_only` alone does not keep it from asking."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or not allowed
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _check_files(folder: Path, where: str) -> None:
+    """ValueError where transformers would unpickle, leave the folder, fetch code or build without end: see there."""
+    names = sorted(path.name for path in folder.iterdir())
+    _check_safe(names, where)
+    for index in (name for name in names if name.endswith(".safetensors.index.json")):
+        content = json_value((folder / index).read_bytes(), f"{where}: {index}")
+        files = content.get("weight_map") if isinstance(content, dict) else None
+        for file in files.values() if isinstance(files, dict) else [files]:
+            if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+                raise ValueError(
+                    f"{where}: {index}: weight_map names {file!r:.100}, expected safetensors files of this folder"
+                )
+    if "adapter_config.json" in names and "config.json" not in names:
+        _check_base(json_value((folder / "adapter_config.json").read_bytes(), f"{where}: adapter_config.json"), where)
+    if "config.json" in names:
+        config = json_value((folder / "config.json").read_bytes(), f"{where}: config.json")
+        _check_config(config, _count_tensors(folder, names, where), f"{where}: config.json")
+
+
+def _check_base(adapter, where: str) -> None:
+    """The model that an adapter adapts: a folder as good as its own, or a hub id that was fetched before."""
+    from huggingface_hub import try_to_load_from_cache
+
+    base = adapter.get("base_model_name_or_path") if isinstance(adapter, dict) else None
+    if not isinstance(base, str):
+        raise ValueError(f"{where}: adapter_config.json names no base_model_name_or_path, expected its base model")
+    if is_folder(base, f"{where}: base model"):
+        _check_files(Path(base), f"{where}: base model {base}")
+    elif not isinstance(try_to_load_from_cache(base, "config.json"), str):
+        raise ValueError(
+            f"{where}: base model {base} is not on this machine, expected it to be fetched before (hf download {base})"
+        )
+
+
+def _check_safe(names: list[str], where: str) -> None:
+    """ValueError where the weights, or an adapter's, are there in pickled form alone."""
+    adapter = [name for name in names if name.startswith("adapter_model.")]
+    for found in (adapter, [name for name in names if name not in adapter]):
+        pickled = [name for name in found if name.endswith(".bin") and "model" in name]
+        if pickled and not any(name.endswith(".safetensors") for name in found):
+            raise ValueError(
+                f"{where}: its weights are pickled ({pickled[0]}), which can run code, expected safetensors: load it "
+                "where you trust it and write it again by model.save_pretrained"
+            )
+
+
+def _check_config(config, n_tensors: int, where: str) -> None:
+    for key, value in _entries(config):
+        if key.endswith("attn_implementation") and isinstance(value, str) and "/" in value:
+            raise ValueError(f"{where}: {key}: {value!r:.100} is code from the hub, expected what is installed")
+        if key in LAYER_COUNTS and isinstance(value, (int, float)) and value > n_tensors > 0:
+            raise ValueError(f"{where}: {key}: {value!r:.40}, expected at most one for each of the {n_tensors} tensors")
+
+
+def _count_tensors(folder: Path, names: list[str], where: str) -> int:
+    from safetensors import safe_open
+
+    count = 0
+    for name in names:
+        if name.endswith(".safetensors"):
+            with (
+                third_party(f"{where}: {name} could not be loaded", "safetensors"),
+                safe_open(folder / name, "pt") as file,
+            ):
+                count += len(file.keys())
+    return count
+
+
+def _entries(config) -> Iterator[tuple[str, object]]:
+    """(key, value) of a config and of the configs inside it."""
+    left = [config]  # no recursion: nesting has no limit
+    while left:
+        inside = left.pop()
+        if isinstance(inside, dict):
+            yield from inside.items()
+            left += inside.values()

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from dentropy.doors import regular_file, third_party
 from dentropy.model.checkpoint import load_checkpoint
 
 # A difference of two bf16 checkpoints with more zeros than this has lost most of the update to rounding.
@@ -45,8 +46,8 @@ class Direction:
         self.tensors = {name: v.detach() for name, v in tensors.items()}
         self.step_size = _step_size(step_size)
         for name, v in self.tensors.items():
-            if not v.is_floating_point():
-                raise ValueError(f"direction: {name} is {v.dtype}, expected a floating dtype")
+            if not v.is_floating_point() or v.dtype.itemsize < 2:
+                raise ValueError(f"direction: {name} is {v.dtype}, expected a floating dtype of 16 bits or more")
         for name, finite in _on_host({name: torch.isfinite(v).all() for name, v in self.tensors.items()}).items():
             if not finite:
                 raise ValueError(f"direction: {name} has values that are not finite, expected finite ones")
@@ -60,7 +61,7 @@ class Direction:
         return float(sum(v.double().square().sum() for v in self.tensors.values()) ** 0.5)
 
     @classmethod
-    def between(cls, before, after, step_size: float) -> "Direction":
+    def between(cls, before, after, step_size: float, *, trust_remote_code: bool = False) -> "Direction":
         """(after − before)/step_size.
 
         Warns where both are half precision and most of the difference is zero: in bf16 an update below 1/256 of a
@@ -71,6 +72,7 @@ class Direction:
                 saved in). Both must name the same tensors, of the same shapes; an alias of a tied tensor may be
                 missing on one side.
             step_size: the η at which `before` becomes `after`.
+            trust_remote_code: run the code in a checkpoint folder.
 
         Raises:
             ValueError: for tensors that are missing or differ in shape, and where nothing differs.
@@ -81,7 +83,9 @@ class Direction:
             {'weight': tensor([2., 0.])}
         """
         step_size = _step_size(step_size)
-        before, after = _tensors(before, "before"), _tensors(after, "after")
+        before, after = (
+            _tensors(side, argument, trust_remote_code) for side, argument in ((before, "before"), (after, "after"))
+        )
         names = _common_names(before, after)
         for name in names:
             if before[name].shape != after[name].shape:
@@ -160,18 +164,17 @@ class Direction:
         Raises:
             ValueError: naming the file, for one that is not there or holds no direction.
         """
-        from safetensors import SafetensorError, safe_open
+        from safetensors import safe_open
 
-        if not Path(path).is_file():
-            raise ValueError(f"direction: {path}: no such file, expected a safetensors file")
+        path = regular_file(path, "a safetensors file", "direction")
+        failed = f"direction: {path}: not a safetensors file"
+        with third_party(failed, "a tensor for each parameter"), safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        with third_party(f"direction: {path}: step_size {metadata.get('step_size')!r:.40} in its metadata", "a number"):
+            step_size = float(metadata.get("step_size", 1.0))
         try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-        except SafetensorError as error:
-            raise ValueError(f"direction: {path}: not a safetensors file, expected one ({error})") from error
-        try:
-            return cls(tensors, float(metadata.get("step_size", 1.0)))
+            return cls(tensors, step_size)
         except ValueError as error:
             raise ValueError(f"direction: {path}: {error}") from error
 
@@ -291,7 +294,7 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
-def _tensors(side, argument: str) -> dict[str, Tensor]:
+def _tensors(side, argument: str, trust_remote_code: bool = False) -> dict[str, Tensor]:
     """Name -> tensor of a model, a state dict or a checkpoint folder."""
     if isinstance(side, nn.Module):
         return {name: p.detach() for name, p in side.named_parameters(remove_duplicate=False)}
@@ -299,7 +302,7 @@ def _tensors(side, argument: str) -> dict[str, Tensor]:
         return {name: x.detach() for name, x in side.items() if isinstance(x, Tensor)}
     if not Path(side).is_dir():
         raise ValueError(f"{argument}: {side}: no such folder, expected a model, a state dict or a checkpoint folder")
-    return _tensors(load_checkpoint(side, argument, "auto"), argument)
+    return _tensors(load_checkpoint(side, argument, "auto", trust_remote_code=trust_remote_code), argument)
 
 
 def _common_names(before: dict[str, Tensor], after: dict[str, Tensor]) -> list[str]:

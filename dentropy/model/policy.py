@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
+from dentropy.doors import third_party
 from dentropy.model import attention
 from dentropy.model.checkpoint import load_checkpoint
 from dentropy.model.compiled_layers.layers import FusedLayers
@@ -92,7 +93,13 @@ class Policy:
 
     @classmethod
     def from_pretrained(
-        cls, name_or_dir, dtype=torch.float32, device=None, *, compile_layers: bool = False
+        cls,
+        name_or_dir,
+        dtype=torch.float32,
+        device=None,
+        *,
+        compile_layers: bool = False,
+        trust_remote_code: bool = False,
     ) -> "Policy":
         """The policy in a model folder, or of a hub id.
 
@@ -102,12 +109,16 @@ class Policy:
                 updates vanish in bf16 weights.
             device: None is CUDA where there is one, else the CPU.
             compile_layers: as above.
+            trust_remote_code: run code that comes with the checkpoint.
 
         Raises:
             ValueError: for what cannot be loaded, and for checkpoints with tensors missing or left over.
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return cls(load_checkpoint(name_or_dir, "policy", dtype).to(device), compile_layers=compile_layers)
+        model = load_checkpoint(name_or_dir, "policy", dtype, trust_remote_code=trust_remote_code)
+        with third_party(f"policy: {str(name_or_dir)!r} cannot be moved", f"a model that {device} can hold"):
+            model.to(device)
+        return cls(model, compile_layers=compile_layers)
 
     @contextmanager
     def ready(self, attention_name: str = attention.NAME):

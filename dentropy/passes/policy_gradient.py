@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from dentropy.doors import third_party
 from dentropy.model.direction import Direction
 from dentropy.model.policy import Policy
 from dentropy.passes.microbatches import AUTO
+from dentropy.passes.optimizer_state import ALL_MOMENTS, IMPLEMENTATION, check_state
 from dentropy.passes.reverse_mode import gradient
 from dentropy.rollouts.batch import PackedBatch
 
@@ -121,7 +123,8 @@ def group_normalized_advantages(batch: PackedBatch) -> np.ndarray:
 def _adamw(parameters: list[nn.Parameter], state: dict | None) -> torch.optim.AdamW:
     if state is None:
         return torch.optim.AdamW(parameters, lr=1.0, weight_decay=0.0)
-    sizes = [len(group["params"]) for group in state.get("param_groups", [])]
+    check_state(state)
+    sizes = [len(group["params"]) for group in state["param_groups"]]
     if sum(sizes) != len(parameters):
         raise ValueError(f"optimizer_state: for {sum(sizes)} parameters, expected the policy's {len(parameters)}")
     # One group holds the parameters in the model's order; two are the usual split into weights, which decay, and
@@ -135,9 +138,10 @@ def _adamw(parameters: list[nn.Parameter], state: dict | None) -> torch.optim.Ad
         raise ValueError("optimizer_state: of an Adam with coupled weight decay, expected an AdamW's")
     _check_moments(state, ordered)
     adamw = torch.optim.AdamW(groups, lr=1.0)
-    adamw.load_state_dict(state)
+    with third_party("optimizer_state: cannot be loaded", "an AdamW's over this policy's parameters"):
+        adamw.load_state_dict(state)
     for group in adamw.param_groups:
-        group["lr"] = 1.0
+        group.update(IMPLEMENTATION, lr=1.0)
     return adamw
 
 
@@ -147,10 +151,10 @@ def _check_moments(state: dict, ordered: list[nn.Parameter]) -> None:
         moments = state["state"].get(key)
         if moments is None:
             continue  # a parameter that never had a gradient
-        shape = tuple(moments["exp_avg"].shape) if "exp_avg" in moments else None
-        if shape != tuple(parameter.shape):
-            raise ValueError(
-                f"optimizer_state: first moment {key} has shape {shape}, expected "
-                f"{tuple(parameter.shape)}; the state must be an AdamW's over this policy's parameters in "
-                "their order, in one group or split into weights and biases and norms"
-            )
+        for name in ALL_MOMENTS:
+            if name in moments and moments[name].shape != parameter.shape:
+                raise ValueError(
+                    f"optimizer_state: {name} of {key} has shape {tuple(moments[name].shape)}, expected "
+                    f"{tuple(parameter.shape)}; the state must be an AdamW's over this policy's parameters in "
+                    "their order, in one group or split into weights and biases and norms"
+                )

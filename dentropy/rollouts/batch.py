@@ -9,14 +9,25 @@ import warnings
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from numbers import Real
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dentropy.rollouts.readers import column_of, json_lines, prompts_and_responses
+from dentropy.doors import third_party
+from dentropy.rollouts.readers import (
+    LARGEST_ID,
+    check_label,
+    check_number,
+    check_reward,
+    column_of,
+    is_number,
+    json_lines,
+    prompts_and_responses,
+)
+
+TEMPERATURES = (1e-6, 1e6)  # logits divided by less could leave float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +125,7 @@ class PackedBatch:
             prompt_lens=np.array([len(ids) for ids in prompts], dtype=np.int64),
             response_lens=np.array([len(ids) for ids in responses], dtype=np.int64),
             group=np.arange(n) if group is None else _groups(group, n),
-            temperature=_temperature(temperature),
+            temperature=checked_temperature(temperature),
             reward=None if reward is None else _one_number_each("reward", reward, n),
             advantage=None if advantage is None else _one_number_each("advantage", advantage, n),
         )
@@ -142,7 +153,7 @@ class PackedBatch:
             >>> batch.prompt(0), batch.response(0), batch.response(1)
             ([5], [7, 2], [8])
         """
-        sequences, masks = _array(sequences), _array(attention_masks)
+        sequences, masks = _array(sequences, "sequences"), _array(attention_masks, "attention_masks")
         if sequences.ndim != 3:
             raise ValueError(f"sequences: shape {sequences.shape}, expected [B, G, L]")
         if masks.shape != sequences.shape:
@@ -222,18 +233,21 @@ class PackedBatch:
         prompts, responses, lost = prompts_and_responses(rows, tokenizer, append_eos, end_tokens, max_new_tokens)
         temperature = rows[0][1].get("temperature", 1.0)
         for where, row in rows:
+            check_number(f"{where}: temperature", row.get("temperature", 1.0))
             if row.get("temperature", 1.0) != temperature:
                 raise ValueError(
                     f"{where}: temperature {row.get('temperature', 1.0)}, expected that of the first "
                     f"line, {temperature}: entropy and weights are those of one distribution"
                 )
-        group = column_of(path, rows, ("group",))
+        group = column_of(path, rows, ("group",), check_label)
+        reward = column_of(path, rows, ("reward", "score"), check_reward)
+        reward = None if reward is None else [float(value) for value in reward]
         try:
             batch = cls.from_lists(
                 prompts,
                 responses,
-                reward=column_of(path, rows, ("reward", "score")),
-                advantage=column_of(path, rows, ("advantage",)),
+                reward=reward,
+                advantage=column_of(path, rows, ("advantage",), check_number),
                 group=[tuple(p) for p in prompts] if group is None else group,
                 temperature=temperature,
             )
@@ -297,17 +311,21 @@ class PackedBatch:
             )
 
 
-def _array(values) -> np.ndarray:
-    return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+def _array(values, argument: str) -> np.ndarray:
+    if isinstance(values, Tensor):
+        return values.detach().cpu().numpy()
+    with third_party(f"{argument}: no array", "a list of numbers or lists of one length"):
+        return np.asarray(values)
 
 
 def token_ids(ids, name: str, i: int) -> np.ndarray:
     """int64 [n]; ValueError naming `name[i]` for what is no flat sequence of token ids."""
-    ids = _array(ids)
+    ids = _array(ids, f"{name}[{i}]")
     if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
         raise ValueError(f"{name}[{i}]: {ids.dtype} of shape {ids.shape}, expected a flat sequence of token ids")
-    if ids.size and ids.min() < 0:
-        raise ValueError(f"{name}[{i}]: token id {ids.min()} is outside the vocabulary, expected ids from 0")
+    if ids.size and (ids.min() < 0 or ids.max() > LARGEST_ID):
+        outside = ids.min() if ids.min() < 0 else ids.max()
+        raise ValueError(f"{name}[{i}]: token id {outside} is outside the vocabulary, expected ids from 0")
     return ids.astype(np.int64)
 
 
@@ -315,19 +333,19 @@ def _groups(group: Sequence, n: int) -> np.ndarray:
     labels = list(np.asarray(group).tolist() if isinstance(group, (np.ndarray, Tensor)) else group)
     if len(labels) != n:
         raise ValueError(f"group: {len(labels)} labels, expected one per rollout, {n}")
-    if all(isinstance(label, (int, np.integer)) for label in labels):
+    if all(isinstance(label, (int, np.integer)) and -LARGEST_ID <= label <= LARGEST_ID for label in labels):
         return np.array(labels, dtype=np.int64)
-    if not all(isinstance(label, Hashable) for label in labels):
-        raise ValueError("group: labels of the kind of a list, expected integers or text")
+    if not all(isinstance(label, Hashable) and label == label for label in labels):
+        raise ValueError("group: labels of the kind of a list or NaN, expected integers or text")
     number: dict = {}
     return np.array([number.setdefault(label, len(number)) for label in labels], dtype=np.int64)
 
 
 def _one_number_each(name: str, values, n: int) -> np.ndarray:
-    try:
-        values = np.asarray(_array(values), dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name}: {error}, expected one number per rollout") from error
+    values = _array(values, name)
+    if values.dtype.kind not in "biuf":  # text would be read as the numbers it spells
+        raise ValueError(f"{name}: {values.dtype} values, expected one number per rollout")
+    values = values.astype(np.float64)
     if values.shape != (n,):
         raise ValueError(f"{name}: shape {values.shape}, expected one number per rollout, [{n}]")
     if not np.isfinite(values).all():
@@ -336,7 +354,8 @@ def _one_number_each(name: str, values, n: int) -> np.ndarray:
     return values
 
 
-def _temperature(temperature) -> float:
-    if not isinstance(temperature, Real) or not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature: {temperature!r}, expected a positive number")
+def checked_temperature(temperature) -> float:
+    low, high = TEMPERATURES
+    if not is_number(temperature) or not low <= temperature <= high:
+        raise ValueError(f"temperature: {temperature!r:.40}, expected a positive number, from {low:g} to {high:g}")
     return float(temperature)

@@ -1,21 +1,31 @@
 """Reading rollouts and prompts from JSON lines: token ids where there are some, else text."""
 
-import json
+import codecs
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from numbers import Real
 from pathlib import Path
 
+from dentropy.doors import json_value, regular_file
 from dentropy.rollouts import ends
 from dentropy.rollouts.masks import cut_masked
 from dentropy.rollouts.text import TextReader
 
 PROMPT = ("prompt_ids",), ("prompt", "input")  # columns of token ids, columns of text
 RESPONSE = ("response_ids", "completion_ids"), ("response", "completion", "output")
+LARGEST_ID = 2**63 - 1
+# By what a file begins with; the marks of UTF-32 begin with those of UTF-16.
+OTHER_ENCODINGS = {
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
 
 
 def json_lines(path: Path) -> Iterator[tuple[str, dict]]:
     """(where, row) for every line that is not blank."""
-    if not path.is_file():
-        raise ValueError(f"{path}: {'is a folder' if path.is_dir() else 'no such file'}, expected a file of JSON lines")
+    regular_file(path, "a file of JSON lines")
     if path.suffix == ".parquet":
         raise ValueError(
             f"{path}: a Parquet file, expected JSON lines; "
@@ -23,20 +33,26 @@ def json_lines(path: Path) -> Iterator[tuple[str, dict]]:
         )
     with open(path, "rb") as file:
         for number, raw in enumerate(file, 1):
-            try:
-                line = raw.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{path}: line {number}: not UTF-8 ({error}), expected UTF-8 text") from error
+            where = f"{path}: line {number}"
+            line = _text(raw, where, first=number == 1)
             if not line.strip():
                 continue
-            where = f"{path}: line {number}"
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{where}: broken JSON ({error}), expected an object") from error
+            row = json_value(line, where)
             if not isinstance(row, dict):
                 raise ValueError(f"{where}: a JSON {type(row).__name__}, expected an object")
             yield where, row
+
+
+def _text(raw: bytes, where: str, first: bool) -> str:
+    if first:
+        raw = raw.removeprefix(codecs.BOM_UTF8)
+        for mark, encoding in OTHER_ENCODINGS.items():
+            if raw.startswith(mark):
+                raise ValueError(f"{where}: {encoding} text, expected UTF-8")
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: not UTF-8 ({error}), expected UTF-8 text") from error
 
 
 def prompts_and_responses(
@@ -87,6 +103,9 @@ def tokens_of(
             ids = row[name]
             if not isinstance(ids, list) or not all(type(t) is int for t in ids):
                 raise ValueError(f"{where}: {name}: {ids!r:.40}, expected a list of token ids")
+            if ids and not 0 <= min(ids) <= max(ids) <= LARGEST_ID:
+                outside = min(ids) if min(ids) < 0 else max(ids)
+                raise ValueError(f"{where}: {name}: token id {outside}, expected ids from 0 to 2**63 - 1")
             return ids
     for name in text_names:
         if name in row:
@@ -94,12 +113,37 @@ def tokens_of(
     raise ValueError(f"{where}: only {', '.join(row) or 'nothing'}, expected one of {', '.join(id_names + text_names)}")
 
 
-def column_of(path, rows: list[tuple[str, dict]], names: tuple[str, ...]) -> list | None:
-    """The first of the columns that any line has; a line that lacks it is an error."""
+def column_of(
+    path, rows: list[tuple[str, dict]], names: tuple[str, ...], check: Callable[[str, object], None]
+) -> list | None:
+    """The first of the columns that any line has, each value checked; a line that lacks it is an error."""
     for name in names:
         if any(name in row for _, row in rows):
             for where, row in rows:
                 if row.get(name) is None:
                     raise ValueError(f"{where}: no {name}, expected one as in other lines of {path}")
+                check(f"{where}: {name}", row[name])
             return [row[name] for _, row in rows]
     return None
+
+
+def check_number(where: str, value) -> None:
+    if not is_number(value):
+        raise ValueError(f"{where}: {value!r:.40}, expected a finite number")
+
+
+def check_reward(where: str, value) -> None:
+    """A number, or whether an answer was right."""
+    if not isinstance(value, bool):
+        check_number(where, value)
+
+
+def check_label(where: str, value) -> None:
+    """A group label; several rollouts with NaN would be one group, or none would be."""
+    if isinstance(value, bool) or not (isinstance(value, (int, str)) or is_number(value)):
+        raise ValueError(f"{where}: {value!r:.40}, expected an integer or text")
+
+
+def is_number(value) -> bool:
+    """Whether float64 holds it: no bool, no NaN, no integer of 400 digits."""
+    return isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

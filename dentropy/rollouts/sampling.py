@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dentropy.rollouts.batch import PackedBatch, token_ids
+from dentropy.rollouts.batch import PackedBatch, checked_temperature, token_ids
 from dentropy.rollouts.ends import as_tuple
 from dentropy.rollouts.readers import json_lines, tokens_of
 from dentropy.rollouts.text import TextReader
@@ -144,8 +144,7 @@ def _check_request(policy, prompts, per_prompt, max_new_tokens, batch_size, temp
     for name, count in (("per_prompt", per_prompt), ("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if count < 1:
             raise ValueError(f"{name}: {count}, expected at least 1")
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature: {temperature}, expected a positive number")
+    checked_temperature(temperature)
     longest = max(map(len, prompts))
     if policy.max_positions is not None and longest + max_new_tokens > policy.max_positions:
         raise ValueError(

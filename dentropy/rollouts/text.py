@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 
+from dentropy.doors import third_party
+
 LOST = "\N{REPLACEMENT CHARACTER}"  # what decoders write for bytes that are no character
 WORD = "word"  # stands for a message's content where only what a template puts around it matters
 
@@ -80,10 +82,8 @@ class TextReader:
         return ids
 
     def _encode(self, where: str, text: str, add_special_tokens: bool) -> list[int]:
-        try:
+        with third_party(f"{where}: the tokenizer refuses it", "text that it knows"):
             return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
-        except Exception as error:  # the tokenizers library raises no narrower kind, for a character it lacks, say
-            raise ValueError(f"{where}: the tokenizer refuses it ({error}), expected text that it knows") from error
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -92,14 +92,10 @@ class TextReader:
         """A closing message of the assistant is the beginning of the response: it is left open."""
         last = messages[-1] if messages else None
         is_open = isinstance(last, dict) and last.get("role") == "assistant"
-        try:
+        with third_party(f"{where}: the chat template refuses it", "messages it knows (token ids go in prompt_ids)"):
             return self._tokenizer.apply_chat_template(
                 messages, add_generation_prompt=not is_open, continue_final_message=is_open, return_dict=False
             )
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(
-                f"{where}: the chat template refuses it ({error}), expected messages (or prompt_ids)"
-            ) from error
 
     def _start_tokens(self, where: str, text: str, ids: list[int]) -> list[int]:
         """What the tokenizer puts before a text; what it puts behind one, an end token say, was never a prompt's."""

@@ -4,6 +4,7 @@ import pytest
 import torch
 from commands import STEP
 from models import random_model
+from safetensors.torch import save_file
 
 from dentropy import Direction
 from dentropy.cli import main
@@ -30,6 +31,8 @@ def place(tmp_path_factory):
     Direction(tensors, STEP).save(place / "v.safetensors")
     Direction({"other.weight": torch.ones(2)}).save(place / "other.safetensors")
     Direction({"lm_head.weight": torch.ones(2)}).save(place / "shape.safetensors")
+    float8 = {name: v.to(torch.float8_e4m3fn) for name, v in tensors.items()}
+    save_file(float8, place / "fp8.safetensors")
     (place / "prompts.jsonl").write_text('{"prompt": "17="}\n{"prompt": "3="}\n{"prompt_ids": [4, 5, 13]}\n')
     files = f"--policy {place}/before --prompts {place}/prompts.jsonl --out {place}/rollouts.jsonl"
     assert main(f"sample --per-prompt 6 --max-new-tokens 8 {files}".split()) == 0

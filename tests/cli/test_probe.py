@@ -31,7 +31,7 @@ class TestProbe:
             AutoModelForCausalLM.from_pretrained(place / name).bfloat16().save_pretrained(tmp_path / name)
         self.run(tmp_path, f"--policy {tmp_path}/before --after {tmp_path}/after --step-size {STEP}")
         err = capsys.readouterr().err
-        assert err.startswith("dentropy: warning: after: ") and "vanish in bf16" in err
+        assert err.startswith("dentropy: warning: --after: ") and "vanish in bf16" in err
 
     def test_etas_and_step_size(self, tmp_path):
         content = self.run(tmp_path, "--direction v.safetensors --etas -1e-4 2e-4 --step-size 1e-4")
@@ -66,7 +66,7 @@ class TestProbe:
         model.save_pretrained(tmp_path / "before")
         options = f"--policy {tmp_path}/before --direction v.safetensors"
         assert main(completed(f"probe {options} --rollouts text.jsonl --append-eos --out {tmp_path}/new")) == 2
-        assert "append_eos: responses may have ended with '1' or '2'" in capsys.readouterr().err
+        assert "--append-eos: responses may have ended with '1' or '2'" in capsys.readouterr().err
         ended = self.run(tmp_path / "named", f"{options} --rollouts text.jsonl --append-eos 2")
         assert ended["n_tokens"] == 4
         lines = [json.loads(line) for line in (place / "rollouts.jsonl").read_text().splitlines()]

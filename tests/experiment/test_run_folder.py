@@ -43,7 +43,7 @@ def test_load_reads_what_was_saved(run, result):
     "text, message",
     [
         (None, "not a run folder, it holds no results.json"),
-        ("{", "not valid JSON"),
+        ("{", "results.json: broken JSON"),
         ("[]", "schema_version is None, this version reads 1"),
         ('{"schema_version": 2}', "schema_version is 2, this version reads 1"),
     ],

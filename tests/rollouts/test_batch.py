@@ -1,9 +1,11 @@
 import json
+import os
 
 import numpy as np
 import pytest
 
 from dentropy import PackedBatch
+from dentropy.demo.run import load_tokenizer
 
 
 class Tokenizer:
@@ -115,9 +117,14 @@ def test_padded_layout_refuses_what_does_not_fit(change, named):
         (dict(prompts=[1], responses=[[1]]), r"prompts\[0\]"),
         (dict(prompts=[[1]], responses=[[1]], group=[0, 1]), "group: 2 labels"),
         (dict(prompts=[[1]], responses=[[1]], group=[[0]]), "group"),
+        (dict(prompts=[[1]], responses=[[1]], group=[float("nan")]), "group: labels of the kind of a list or NaN"),
+        (dict(prompts=[[1]], responses=[[1]], temperature=True), "temperature: True"),
+        (dict(prompts=[[1]], responses=[[1]], temperature=10**400), "temperature: 1000"),
+        (dict(prompts=[[1]], responses=[[1]], reward=["0.5"]), "reward: <U3 values"),
+        (dict(prompts=[[[1], [2, 3]]], responses=[[1]]), r"prompts\[0\]: no array"),
         (dict(prompts=[[1]], responses=[[1]], reward=[float("nan")]), r"reward\[0\]: nan"),
         (dict(prompts=[[1]], responses=[[1]], reward=[1, 2]), "reward: shape"),
-        (dict(prompts=[[1]], responses=[[1]], reward=["high"]), "reward: could not convert"),
+        (dict(prompts=[[1]], responses=[[1]], reward=["high"]), "reward: <U4 values, expected one number"),
         (dict(prompts=[[1]], responses=[[1]], advantage=[float("inf")]), r"advantage\[0\]: inf"),
         (dict(prompts=[[1]], responses=[[1]], advantage=[[1]]), "advantage: shape"),
         (dict(prompts=[[1]], responses=[[1]], temperature=0), "temperature: 0"),
@@ -191,6 +198,19 @@ GOOD = {"prompt_ids": [1], "response_ids": [2]}
         ([GOOD | {"temperature": 0.5}, GOOD], "line 2: temperature 1.0"),
         ([GOOD | {"group": [1]}], "group"),
         ([GOOD | {"prompt_ids": []}], r"prompts\[0\]: empty"),
+        ([GOOD, GOOD | {"prompt_ids": [2**63]}], "line 2: prompt_ids: token id 9223372036854775808, expected"),
+        ([GOOD, GOOD | {"response_ids": [3, 2**63]}], "line 2: response_ids: token id 9223372036854775808"),
+        ([GOOD | {"response_ids": [-(2**63) - 1]}], "line 1: response_ids: token id -9223372036854775809"),
+        ([GOOD | {"reward": 10**400}], "line 1: reward: 1000.*, expected a finite number"),
+        ([GOOD | {"reward": "0.5"}], "line 1: reward: '0.5', expected a finite number"),
+        ([GOOD | {"reward": float("nan")}], "line 1: reward: nan, expected a finite number"),
+        ([GOOD | {"temperature": 10**400}], "line 1: temperature: 1000.*, expected a finite number"),
+        ([GOOD, GOOD | {"temperature": True}], "line 2: temperature: True, expected a finite number"),
+        ([GOOD | {"temperature": 1e-40}], "temperature: 1e-40, expected a positive number, from 1e-06"),
+        ([GOOD | {"group": float("nan")}] * 2, "line 1: group: nan, expected an integer or text"),
+        ([GOOD | {"group": True}], "line 1: group: True, expected an integer or text"),
+        ([GOOD, '{"prompt_ids": ' + "[" * 100_000], "line 2: broken JSON .RecursionError"),
+        ([GOOD, '{"prompt_ids": [' + "1" * 5000 + "]}"], "line 2: broken JSON"),
     ],
 )
 def test_json_lines_refuse_bad_input_by_line(tmp_path, rows, named):
@@ -202,7 +222,7 @@ def test_json_lines_refuse_bad_input_by_line(tmp_path, rows, named):
 
 def test_text_the_tokenizer_refuses_names_the_line(tmp_path):
     path = write(tmp_path / "e.jsonl", {"prompt": "a", "response": "b"}, {"prompt": "a", "response": "\N{SNOWMAN}"})
-    with pytest.raises(ValueError, match="line 2: response: the tokenizer refuses it .Missing"):
+    with pytest.raises(ValueError, match=r"line 2: response: the tokenizer refuses it \(Exception: Missing"):
         PackedBatch.from_jsonl(path, Tokenizer())
 
 
@@ -218,3 +238,44 @@ def test_files_that_are_not_there_or_not_json_lines(tmp_path):
     (tmp_path / "completions.parquet").write_bytes(b"PAR1")
     with pytest.raises(ValueError, match="to_json"):
         PackedBatch.from_jsonl(tmp_path / "completions.parquet")
+
+
+def test_integers_beyond_int64_are_labels_too(tmp_path):
+    path = write(tmp_path / "e.jsonl", *(GOOD | {"group": 2**64 - label} for label in (59, 59, 1)))
+    assert PackedBatch.from_jsonl(path).group.tolist() == [0, 0, 1]
+    path = write(tmp_path / "e.jsonl", GOOD | {"reward": -(2**63) - 1})
+    assert PackedBatch.from_jsonl(path).reward.tolist() == [-(2.0**63)]
+
+
+def test_token_ids_do_not_wrap_around():
+    for ids in (np.array([2**63], dtype=np.uint64), [2**63], [-1]):
+        with pytest.raises(ValueError, match=r"responses\[0\]: "):
+            PackedBatch.from_lists([[1]], [ids])
+
+
+def test_byte_order_marks_are_read_or_refused_by_name(tmp_path):
+    path = tmp_path / "e.jsonl"
+    for encoding in ("utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-be"):
+        path.write_text(("\ufeff" if encoding[-3:] in ("-le", "-be") else "") + json.dumps(GOOD), encoding=encoding)
+        if encoding == "utf-8-sig":
+            assert PackedBatch.from_jsonl(path).response(0) == [2]
+            continue
+        with pytest.raises(ValueError, match=f"line 1: {encoding[:6].upper()} text, expected UTF-8"):
+            PackedBatch.from_jsonl(path)
+
+
+def test_a_pipe_is_refused_by_name(tmp_path):
+    os.mkfifo(tmp_path / "e.jsonl")
+    with pytest.raises(ValueError, match=r"e\.jsonl: is not a regular file, expected a file of JSON lines"):
+        PackedBatch.from_jsonl(tmp_path / "e.jsonl")
+
+
+def test_a_chat_template_that_refuses_names_the_line(tmp_path):
+    path = write(tmp_path / "chat.jsonl", {"prompt": [{"role": "system"}], "response_ids": [2]})
+    with pytest.raises(ValueError, match=r"line 1: prompt: the chat template refuses it .KeyError: 'content'"):
+        PackedBatch.from_jsonl(path, Tokenizer())
+    for template in ("{{ raise_exception('System role not supported') }}", "{{ messages[0].name.upper() }}", "{% if"):
+        tokenizer = load_tokenizer()
+        tokenizer.chat_template = template
+        with pytest.raises(ValueError, match="line 1: prompt: the chat template refuses it .*, expected messages"):
+            PackedBatch.from_jsonl(path, tokenizer)

@@ -1,0 +1,85 @@
+"""What reaches the terminal: results on stdout; warnings and errors on stderr, one line each.
+
+Text from files and file names cannot steer the terminal: control characters are written by their code.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+import unicodedata
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+# Control and format characters (escape, backspace, right-to-left marks, ...), and separators of lines.
+STEERING = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
+
+
+class Terminal:
+    """What a command says, with the words of its command line: they tell which option a message is about."""
+
+    def __init__(self, arguments: Sequence[str]):
+        self._words = {word.partition("=")[0] for word in arguments if word.startswith("--")}
+
+    def complain(self, message: object) -> None:
+        """An error, in one line."""
+        print(f"dentropy: {visible(self._line(message))}", file=sys.stderr)
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Warnings come here, and what the terminal's encoding does not have is written by its code."""
+        streams = [stream for stream in (sys.stdout, sys.stderr) if isinstance(stream, io.TextIOWrapper)]
+        before = [stream.errors for stream in streams]
+        with warnings.catch_warnings():
+            warnings.showwarning = self._warn
+            for stream in streams:
+                stream.reconfigure(errors="backslashreplace")
+            try:
+                yield
+            finally:
+                for stream, errors in zip(streams, before, strict=True):
+                    stream.reconfigure(errors=errors)
+
+    def _warn(self, message, category, filename, lineno, file=None, line=None) -> None:
+        text = self._line(message)
+        if _options and not text.startswith("--"):
+            text = f"{_options[-1]}: {text}"
+        print(f"dentropy: warning: {visible(text)}", file=sys.stderr)
+
+    def _line(self, message: object) -> str:
+        """One line; what it says of an argument is said of the option of that name, if that was given."""
+        text = " ".join(str(message).split())
+        name, colon, rest = text.partition(":")
+        option = "--" + name.replace("_", "-")
+        return f"{option}:{rest}" if colon and option in self._words else text
+
+
+def say(text: str) -> None:
+    """A result, on stdout."""
+    print(visible(text), flush=True)
+
+
+@contextmanager
+def about(option: str) -> Iterator[None]:
+    """Warnings of the calls inside, a library's too, name this option."""
+    _options.append(option)
+    try:
+        yield
+    finally:
+        _options.pop()
+
+
+def visible(text: str) -> str:
+    r"""The text with everything that could steer a terminal written by its code; lines stay lines.
+
+    Example:
+        >>> visible("run\x1b[2J")
+        'run\\x1b[2J'
+    """
+    return "".join(
+        c if c == "\n" or unicodedata.category(c) not in STEERING else c.encode("unicode_escape").decode() for c in text
+    )
+
+
+_options: list[str] = []  # what calls are about now, the innermost last
