@@ -7,6 +7,7 @@ import dataclasses
 import pickle
 from pathlib import Path
 
+from dentropy.cli.apart import apart, check_files
 from dentropy.cli.keeping import finish
 from dentropy.cli.options import LazyTokenizer, add_model_options, load_libraries, placement
 
@@ -21,6 +22,12 @@ def add(commands) -> None:
     update.add_argument("--after", metavar="DIR", help="model after the update")
     update.add_argument("--direction", metavar="FILE", help="direction v, as safetensors")
     update.add_argument("--update-rollouts", metavar="FILE", help="rewarded rollouts: take their policy gradient")
+    command.add_argument(
+        "--split",
+        action="store_true",
+        help="make the update from half of the prompts of --update-rollouts and judge it on the others: for one file "
+        "as both --rollouts and --update-rollouts",
+    )
     command.add_argument("--optimizer", choices=("sgd", "adamw"), help="of --update-rollouts (default: adamw)")
     command.add_argument("--optimizer-state", metavar="FILE", help="its saved state (torch.save of state_dict())")
     command.add_argument(
@@ -91,12 +98,17 @@ def run(options) -> None:
         raise ValueError("--step-size: needed with --after and --update-rollouts")
     if options.update_rollouts is None and (options.optimizer or options.optimizer_state):
         raise ValueError("--optimizer and --optimizer-state: only with --update-rollouts")
+    check_files(options)
     etas = None if options.etas is None else check_etas(options.etas)
     load_libraries()
     tokenizer = LazyTokenizer(options.policy)
     batch = PackedBatch.from_jsonl(options.rollouts, tokenizer, append_eos=options.append_eos)
+    update, divided = None, None
+    if options.update_rollouts is not None:
+        update = PackedBatch.from_jsonl(options.update_rollouts, tokenizer, append_eos=options.append_eos)
+        batch, update, divided = apart(batch, update, options.split)
     policy = Policy.from_pretrained(options.policy, **placement(options), compile_layers=options.compile_layers)
-    direction = _direction(options, policy, tokenizer)
+    direction = _direction(options, policy, update)
     etas = etas or [step * direction.step_size for step in DEFAULT_STEPS]
     for_report = tokenizer.load_for_the_report()
     parameters = not options.skip_parameters
@@ -112,15 +124,14 @@ def run(options) -> None:
             progress=progress,
         )
     named = {name: getattr(options, name) for name in ("policy", "rollouts", "after", "direction", "update_rollouts")}
-    source = {name: str(value) for name, value in named.items() if value is not None}
+    source = {name: str(value) for name, value in (named | {"split": divided}).items() if value is not None}
     finish(dataclasses.replace(result, source=source), out, for_report)
 
 
-def _direction(options, policy, tokenizer):
+def _direction(options, policy, update):
     from dentropy.experiment.progress import token_bar
     from dentropy.model.direction import Direction
     from dentropy.passes.policy_gradient import policy_gradient_direction
-    from dentropy.rollouts.batch import PackedBatch
 
     if options.after is not None:
         # The folder in its own dtype shows what rounding to bf16 has lost; the float32 model would hide it.
@@ -129,12 +140,11 @@ def _direction(options, policy, tokenizer):
     if options.direction is not None:
         direction = Direction.load(options.direction)
         return direction if options.step_size is None else Direction(direction.tensors, options.step_size)
-    batch = PackedBatch.from_jsonl(options.update_rollouts, tokenizer, append_eos=options.append_eos)
     state = None if options.optimizer_state is None else _load_state(options.optimizer_state)
-    with token_bar("policy gradient", batch.n_tokens) as progress:
+    with token_bar("policy gradient", update.n_tokens) as progress:
         return policy_gradient_direction(
             policy,
-            batch,
+            update,
             step_size=options.step_size,
             token_budget=options.token_budget,
             progress=progress,

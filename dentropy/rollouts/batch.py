@@ -34,6 +34,7 @@ class PackedBatch:
         group: int64 [S], equal for rollouts of one prompt.
         temperature: the sampling temperature (> 0).
         reward: float64 [S] or None.
+        advantage: float64 [S] or None: what a policy gradient weighs each rollout by, used as it is.
 
     Example:
         >>> batch = PackedBatch.from_lists([[5, 6], [5, 6]], [[7, 2], [8]], group=[0, 0])
@@ -47,6 +48,7 @@ class PackedBatch:
     group: np.ndarray
     temperature: float = 1.0
     reward: np.ndarray | None = None
+    advantage: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.prompt_lens)
@@ -79,8 +81,16 @@ class PackedBatch:
         stop = self.offsets[i + 1]
         return self.tokens[stop - self.response_lens[i] : stop].tolist()
 
+    def take(self, rollouts: Sequence[int]) -> "PackedBatch":
+        """The batch of these rollouts alone, in this order."""
+        spans = [self.tokens[self.offsets[i] : self.offsets[i + 1]] for i in rollouts]
+        columns = ("prompt_lens", "response_lens", "group", "reward", "advantage")
+        kept = {name: getattr(self, name) for name in columns}
+        kept = {name: None if values is None else values[list(rollouts)] for name, values in kept.items()}
+        return PackedBatch(torch.cat(spans), temperature=self.temperature, **kept)
+
     @classmethod
-    def from_lists(cls, prompts, responses, group=None, reward=None, temperature=1.0) -> "PackedBatch":
+    def from_lists(cls, prompts, responses, group=None, reward=None, temperature=1.0, advantage=None) -> "PackedBatch":
         """From lists of token ids, one prompt and one response per rollout.
 
         Args:
@@ -90,6 +100,7 @@ class PackedBatch:
                 own.
             reward: S finite numbers or None.
             temperature: the one they were sampled at.
+            advantage: S finite numbers or None.
 
         Raises:
             ValueError: naming the argument and the rollout.
@@ -115,7 +126,8 @@ class PackedBatch:
             response_lens=np.array([len(ids) for ids in responses], dtype=np.int64),
             group=np.arange(n) if group is None else _groups(group, n),
             temperature=_temperature(temperature),
-            reward=None if reward is None else _rewards(reward, n),
+            reward=None if reward is None else _per_rollout("reward", reward, n),
+            advantage=None if advantage is None else _per_rollout("advantage", advantage, n),
         )
 
     @classmethod
@@ -176,9 +188,9 @@ class PackedBatch:
 
         Columns, the first that is there is taken:
         `prompt_ids`, or text in `prompt` or `input`; `response_ids` or `completion_ids`, or text in `response`,
-        `completion` or `output`; `reward`, `score` or `advantage` (a number; all lines or none); `group` (all lines
-        or none: then rollouts of equal prompts are one group); `temperature` (equal in all lines, default 1). So TRL
-        completions logs and verl rollout dumps, saved as JSON lines, are read as they are.
+        `completion` or `output`; `reward` or `score` (a number; all lines or none), `advantage` likewise; `group` (all
+        lines or none: then rollouts of equal prompts are one group); `temperature` (equal in all lines, default 1). So
+        TRL completions logs and verl rollout dumps, saved as JSON lines, are read as they are.
 
         Token ids are exact and text may not be: dumps leave out special tokens, so the end token is missing from their
         responses (a warning says so).
@@ -222,7 +234,8 @@ class PackedBatch:
             return cls.from_lists(
                 prompts,
                 responses,
-                reward=column_of(path, rows, ("reward", "score", "advantage")),
+                reward=column_of(path, rows, ("reward", "score")),
+                advantage=column_of(path, rows, ("advantage",)),
                 group=[tuple(p) for p in prompts] if group is None else group,
                 temperature=temperature,
             )
@@ -230,7 +243,7 @@ class PackedBatch:
             raise ValueError(f"{path}: {error}") from error
 
     def to_jsonl(self, path, tokenizer=None) -> None:
-        """Writes what `from_jsonl` reads: token ids, group, temperature and reward; text too, given a tokenizer."""
+        """Writes what `from_jsonl` reads: token ids and the other columns; text too, given a tokenizer."""
         with open(path, "w", encoding="utf-8") as file:
             for i in range(len(self)):
                 row = {
@@ -239,8 +252,9 @@ class PackedBatch:
                     "group": int(self.group[i]),
                     "temperature": self.temperature,
                 }
-                if self.reward is not None:
-                    row["reward"] = float(self.reward[i])
+                for name in ("reward", "advantage"):
+                    if (values := getattr(self, name)) is not None:
+                        row[name] = float(values[i])
                 if tokenizer is not None:
                     row["prompt"] = tokenizer.decode(row["prompt_ids"])
                     row["response"] = tokenizer.decode(row["response_ids"])
@@ -293,17 +307,17 @@ def _groups(group: Sequence, n: int) -> np.ndarray:
     return np.array([number.setdefault(label, len(number)) for label in labels], dtype=np.int64)
 
 
-def _rewards(reward, n: int) -> np.ndarray:
+def _per_rollout(argument: str, values, n: int) -> np.ndarray:
     try:
-        reward = np.asarray(_array(reward), dtype=np.float64)
+        values = np.asarray(_array(values), dtype=np.float64)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"reward: {error}, expected one number per rollout") from error
-    if reward.shape != (n,):
-        raise ValueError(f"reward: shape {reward.shape}, expected one number per rollout, [{n}]")
-    if not np.isfinite(reward).all():
-        i = int(np.flatnonzero(~np.isfinite(reward))[0])
-        raise ValueError(f"reward[{i}]: {reward[i]}, expected a finite number")
-    return reward
+        raise ValueError(f"{argument}: {error}, expected one number per rollout") from error
+    if values.shape != (n,):
+        raise ValueError(f"{argument}: shape {values.shape}, expected one number per rollout, [{n}]")
+    if not np.isfinite(values).all():
+        i = int(np.flatnonzero(~np.isfinite(values))[0])
+        raise ValueError(f"{argument}[{i}]: {values[i]}, expected a finite number")
+    return values
 
 
 def _temperature(temperature) -> float:

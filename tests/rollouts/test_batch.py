@@ -137,7 +137,8 @@ def test_trl_and_verl_dumps_are_read_and_equal_prompts_are_one_group(tmp_path):
     with pytest.warns(UserWarning, match="no response ends with the end token"):
         batch = PackedBatch.from_jsonl(trl, Tokenizer())
     assert batch.prompt(0) == batch.prompt(1) == [1, 97]  # one start token, whether or not the text has it
-    assert batch.response(0) == [98, 99] and batch.reward.tolist() == [0.5, -0.5] and batch.n_groups == 1
+    assert batch.response(0) == [98, 99] and batch.advantage.tolist() == [0.5, -0.5] and batch.n_groups == 1
+    assert batch.reward is None
     verl = write(
         tmp_path / "verl.jsonl",
         {"input": "a", "output": "b", "gts": "b", "score": 1.0, "step": 1},
