@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
+from dentropy.cli.apart import apart, check_files
 from dentropy.cli.keeping import finish
 from dentropy.cli.options import LazyTokenizer, add_model_options, load_libraries, loading
 from dentropy.cli.terminal import about
@@ -22,6 +23,12 @@ def add(commands) -> None:
     update.add_argument("--after", metavar="DIR", help="model after the update")
     update.add_argument("--direction", metavar="FILE", help="direction v, as safetensors")
     update.add_argument("--update-rollouts", metavar="FILE", help="rewarded rollouts: take their policy gradient")
+    command.add_argument(
+        "--split",
+        action="store_true",
+        help="make the update from half of the prompts of --update-rollouts and judge it on the others: for one file "
+        "as both --rollouts and --update-rollouts",
+    )
     command.add_argument("--optimizer", choices=("sgd", "adamw"), help="of --update-rollouts (default: adamw)")
     command.add_argument("--optimizer-state", metavar="FILE", help="its saved state (torch.save of state_dict())")
     command.add_argument(
@@ -106,6 +113,7 @@ def run(options) -> None:
         raise ValueError("--optimizer and --optimizer-state: only with --update-rollouts")
     if options.max_new_tokens is not None and not options.append_eos:
         raise ValueError("--max-new-tokens: only with --append-eos")
+    check_files(options)
     etas = None if options.etas is None else check_etas(options.etas)
     load_libraries()
     tokenizer = LazyTokenizer(options.policy, options.trust_remote_code)
@@ -113,7 +121,12 @@ def run(options) -> None:
         policy = Policy.from_pretrained(options.policy, **loading(options), compile_layers=options.compile_layers)
     with about("--rollouts"):
         batch = _rollouts(options.rollouts, options, policy, tokenizer)
-    direction = _direction(options, policy, tokenizer)
+    update, divided = None, None
+    if options.update_rollouts is not None:
+        with about("--update-rollouts"):
+            update = _rollouts(options.update_rollouts, options, policy, tokenizer)
+        batch, update, divided = apart(batch, update, options.split)
+    direction = _direction(options, policy, update)
     etas = etas or check_etas([step * direction.step_size for step in DEFAULT_STEPS])
     for_report = tokenizer.load_for_the_report()
     parameters = not options.skip_parameters
@@ -129,7 +142,7 @@ def run(options) -> None:
             progress=progress,
         )
     named = {name: getattr(options, name) for name in ("policy", "rollouts", "after", "direction", "update_rollouts")}
-    source = {name: str(value) for name, value in named.items() if value is not None}
+    source = {name: str(value) for name, value in (named | {"split": divided}).items() if value is not None}
     finish(dataclasses.replace(result, source=source), out, for_report)
 
 
@@ -146,7 +159,7 @@ def _rollouts(path: str, options, policy, tokenizer):
     )
 
 
-def _direction(options, policy, tokenizer):
+def _direction(options, policy, update):
     from dentropy.experiment.progress import token_bar
     from dentropy.model.direction import Direction
     from dentropy.passes.policy_gradient import policy_gradient_direction
@@ -161,18 +174,16 @@ def _direction(options, policy, tokenizer):
         direction = Direction.load(options.direction)
         return direction if options.step_size is None else Direction(direction.tensors, options.step_size)
     state = None if options.optimizer_state is None else load_state(options.optimizer_state)
-    with about("--update-rollouts"):
-        batch = _rollouts(options.update_rollouts, options, policy, tokenizer)
-        with token_bar("policy gradient", batch.n_tokens) as progress:
-            return policy_gradient_direction(
-                policy,
-                batch,
-                step_size=options.step_size,
-                token_budget=options.token_budget,
-                progress=progress,
-                optimizer=options.optimizer or "adamw",
-                optimizer_state=state,
-            )
+    with about("--update-rollouts"), token_bar("policy gradient", update.n_tokens) as progress:
+        return policy_gradient_direction(
+            policy,
+            update,
+            step_size=options.step_size,
+            token_budget=options.token_budget,
+            progress=progress,
+            optimizer=options.optimizer or "adamw",
+            optimizer_state=state,
+        )
 
 
 def load_state(path: str) -> dict:

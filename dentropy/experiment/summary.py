@@ -76,8 +76,12 @@ def _reach(content: dict) -> list[str]:
 
 def _verdicts(content: dict) -> str:
     lines = [f"  {m['eta']: .3g}  {_verdict(m)}" for m in content["measured"]]
+    apart = (
+        "Valid only if these rollouts did not make the update: judged on its own rollouts an update is biased,\n"
+        "often to the wrong sign."
+    )
     floor = f"Rounding alone can make a ΔH of {content['noise_floor']:.1e} nats per token (the noise floor)."
-    return "\n".join(["Can the measurements be believed?", *lines, floor])
+    return "\n".join(["Can the measurements be believed?", *lines, floor, apart])
 
 
 def _verdict(row: dict) -> str:

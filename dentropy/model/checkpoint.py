@@ -15,6 +15,16 @@ from dentropy.doors import json_value, third_party
 LAYER_COUNTS = frozenset({"num_hidden_layers", "num_layers", "n_layers", "n_layer"})
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
+# What old checkpoints hold beside weights: constants that the model makes by itself.
+_CONSTANT = re.compile(r"(?:^|\.)(?:masked_bias|position_ids|(?:original_)?inv_freq|(?:cos|sin)_cached)$")
+_CAUSAL_MASK = re.compile(r"(?:^|\.)(?:attn|attention)\.bias$")
+
+
+def is_constant(name: str, n_dims: int = 0) -> bool:
+    """Whether a tensor is no weight but a constant that follows from the configuration: rotary frequencies, the causal
+    mask ([1, 1, n, n], under the name of a bias), what masked positions are filled with."""
+    return bool(_CONSTANT.search(name) or (n_dims == 4 and _CAUSAL_MASK.search(name)))
+
 
 def load_checkpoint(source, argument: str, dtype, *, trust_remote_code: bool = False):
     """The causal language model in a folder or of a hub id, in `dtype` ("auto": as saved).
@@ -38,7 +48,7 @@ def load_checkpoint(source, argument: str, dtype, *, trust_remote_code: bool = F
             local_files_only=local,
         )
     for kind in ("missing", "unexpected", "mismatched"):
-        names = sorted(str(name) for name in found[f"{kind}_keys"])
+        names = sorted(str(name) for name in found[f"{kind}_keys"] if not is_constant(str(name)))
         if names:
             raise ValueError(
                 f"{argument}: {source}: {len(names)} {kind} tensors ({', '.join(names[:3])}), expected exactly "

@@ -3,22 +3,17 @@
 η is counted in the direction's own units: v = (after − before)/step_size, so η = step_size is the update itself.
 """
 
-import copy
-import inspect
 import warnings
-import weakref
 from collections.abc import Mapping
 from numbers import Real
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from dentropy.doors import regular_file, third_party
-from dentropy.model.checkpoint import load_checkpoint
-
-# A difference of two bf16 checkpoints with more zeros than this has lost most of the update to rounding.
-MOSTLY_ZERO = 0.5
+from dentropy.model.binding import Binding, on_host
+from dentropy.model.difference import difference, warn_if_rounded_away
+from dentropy.model.optimizer_step import learning_rate, refuse_unforeseeable, stepped_copies
 
 
 class Direction:
@@ -44,11 +39,11 @@ class Direction:
         if not tensors:
             raise ValueError("direction: no tensors, expected at least one parameter name with its v")
         self.tensors = {name: v.detach() for name, v in tensors.items()}
-        self.step_size = _step_size(step_size)
+        self.step_size = checked_step_size(step_size)
         for name, v in self.tensors.items():
             if not v.is_floating_point() or v.dtype.itemsize < 2:
                 raise ValueError(f"direction: {name} is {v.dtype}, expected a floating dtype of 16 bits or more")
-        for name, finite in _on_host({name: torch.isfinite(v).all() for name, v in self.tensors.items()}).items():
+        for name, finite in on_host({name: torch.isfinite(v).all() for name, v in self.tensors.items()}).items():
             if not finite:
                 raise ValueError(f"direction: {name} has values that are not finite, expected finite ones")
         if not any(v.any() for v in self.tensors.values()):
@@ -70,42 +65,26 @@ class Direction:
         Args:
             before, after: a model, a state dict, or a checkpoint folder (loaded by transformers, in the dtype it was
                 saved in). Both must name the same tensors, of the same shapes; an alias of a tied tensor may be
-                missing on one side.
+                missing on one side. Of two adapter folders of one base model the files are compared, each tensor in
+                its own dtype. An adapter folder after a base model is what merging it would add to the base weights.
             step_size: the η at which `before` becomes `after`.
             trust_remote_code: run the code in a checkpoint folder.
 
         Raises:
-            ValueError: for tensors that are missing or differ in shape, and where nothing differs.
+            ValueError: for tensors that are missing or differ in shape, for buffers that differ (a router's bias, say:
+                a direction moves parameters alone), for adapters that differ in more than their tensors, and where
+                nothing differs. Constants such as rotary frequencies may be missing.
 
         Example:
             >>> before, after = {"weight": torch.tensor([1.0, 2.0])}, {"weight": torch.tensor([1.5, 2.0])}
             >>> Direction.between(before, after, step_size=0.25).tensors
             {'weight': tensor([2., 0.])}
         """
-        step_size = _step_size(step_size)
-        before, after = (
-            _tensors(side, argument, trust_remote_code) for side, argument in ((before, "before"), (after, "after"))
-        )
-        names = _common_names(before, after)
-        for name in names:
-            if before[name].shape != after[name].shape:
-                raise ValueError(
-                    f"after: {name} has shape {tuple(after[name].shape)}, "
-                    f"expected that of before, {tuple(before[name].shape)}"
-                )
-        _warn_if_rounded_away(before, after, names)
-        work = {
-            name: torch.promote_types(torch.promote_types(before[name].dtype, after[name].dtype), torch.float32)
-            for name in names
-        }
-        difference = {
-            name: (after[name].to(before[name].device, work[name]) - before[name].to(work[name])) / step_size
-            for name in names
-            if not torch.equal(after[name].to(before[name].device), before[name])
-        }
-        if not difference:
+        step_size = checked_step_size(step_size)
+        differs = difference(before, after, trust_remote_code)
+        if not differs:
             raise ValueError("after: equal to before in every tensor, expected an update that moves something")
-        return cls(difference, step_size)
+        return cls({name: x / step_size for name, x in differs.items()}, step_size)
 
     @classmethod
     def from_optimizer_step(
@@ -135,8 +114,8 @@ class Direction:
             >>> round(direction.tensors["bias"].item(), 3), direction.step_size
             (-2.0, 0.5)
         """
-        _refuse_unforeseeable(optimizer)
-        step_size = _learning_rate(optimizer) if step_size is None else _step_size(step_size)
+        refuse_unforeseeable(optimizer)
+        step_size = learning_rate(optimizer) if step_size is None else checked_step_size(step_size)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         if all(p.grad is None for p in parameters):
             raise ValueError("optimizer: none of its parameters has a gradient, expected loss.backward() before")
@@ -150,10 +129,10 @@ class Direction:
             warnings.warn(
                 f"optimizer: {strangers} of its parameters are not the model's and are left out", stacklevel=2
             )
-        stepped = _stepped_copies(optimizer)
+        stepped = stepped_copies(optimizer)
         before = {names[id(p)]: p.detach() for p in parameters if id(p) in names and p.grad is not None}
         after = {names[id(p)]: stepped[id(p)] for p in parameters if id(p) in names and p.grad is not None}
-        _warn_if_rounded_away(before, after, list(before))
+        warn_if_rounded_away(before, after, list(before))
         tensors = {names[id(p)]: (stepped[id(p)] - p.detach()) / step_size for p in parameters if id(p) in names}
         return cls({name: v for name, v in tensors.items() if v.any()} or tensors, step_size)
 
@@ -189,7 +168,8 @@ class Direction:
     def on(self, model: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:
         """(parameter, v) for every parameter of `model` that moves, v in the parameter's dtype and on its device.
 
-        Names are matched strictly. Several names of one tied parameter count once where their tensors are equal.
+        Names are matched strictly, but for what wrappers and PEFT put into them (`base_model.model.`, the adapter's
+        name). Several names of one tied parameter count once where their tensors are equal.
 
         Raises:
             ValueError: for unknown names, shapes that differ, unequal tensors for one parameter, and values that the
@@ -197,197 +177,9 @@ class Direction:
         """
         return Binding(model).pairs(self)
 
-    def _checked(self, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-        """Name of each parameter that moves (the last of a tied one's) -> v, still as it is; ValueError as `on`."""
-        unknown = [name for name in self.tensors if name not in parameters]
-        if unknown:
-            raise ValueError(
-                f"direction: {len(unknown)} of {len(self.tensors)} names are not the policy's "
-                f"({_some(unknown)}), expected names such as {_some(list(parameters))}"
-            )
-        moving: dict[int, str] = {}
-        for name, v in self.tensors.items():
-            parameter = parameters[name]
-            if v.shape != parameter.shape:
-                raise ValueError(
-                    f"direction: {name} has shape {tuple(v.shape)}, expected the policy's {tuple(parameter.shape)}"
-                )
-            other = moving.get(id(parameter))
-            if other is not None and not torch.equal(self.tensors[other], v):
-                raise ValueError(
-                    f"direction: {other} and {name} are one tied parameter of the policy, expected equal tensors"
-                )
-            moving[id(parameter)] = name
-        return {name: self.tensors[name] for name in moving.values()}
 
-
-class Binding:
-    """A model and the direction last used with it: its tensors as tangents of the parameters, checked and copied to
-    their dtype and device once, not at every pass.
-
-    There is one such copy for a model, and it goes with its Direction. It is made anew where parameters are no longer
-    of the shape, dtype and device they were, or tied as they were.
-    """
-
-    def __init__(self, model: nn.Module):
-        self._model = model
-        self._direction, self._tangents, self._form = None, {}, None
-
-    def pairs(self, direction: Direction) -> list[tuple[nn.Parameter, Tensor]]:
-        """As `Direction.on` says."""
-        parameters = dict(self._model.named_parameters(remove_duplicate=False))
-        form = _form(direction, parameters)
-        if self._direction is None or self._direction() is not direction or form != self._form:
-            self._bind(direction, parameters, form)
-        return [(parameters[name], v) for name, v in self._tangents.items()]
-
-    def _bind(self, direction: Direction, parameters: dict[str, nn.Parameter], form) -> None:
-        self._direction, self._tangents = None, {}  # before there is another copy
-        with torch.inference_mode(False):  # a pass in it would leave tensors that later ones could not use
-            tangents = _cast(direction._checked(parameters), parameters)
-        # Only the dictionary is held by what runs when the Direction is gone.
-        self._direction = weakref.ref(direction, lambda _: tangents.clear())
-        self._tangents, self._form = tangents, form
-
-
-def _form(direction: Direction, parameters: dict[str, nn.Parameter]) -> list[tuple]:
-    """What a binding depends on, of every parameter that is named: shape, dtype, device, and which are tied."""
-    first: dict[int, int] = {}
-    named = [parameters.get(name) for name in direction.tensors]
-    return [
-        (None if p is None else (p.shape, p.dtype, p.device), first.setdefault(id(p), i)) for i, p in enumerate(named)
-    ]
-
-
-def _cast(moving: dict[str, Tensor], parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Each v as the parameter's tangent; ValueError where its dtype cannot hold v."""
-    cast = {name: v.to(parameters[name].device, parameters[name].dtype) for name, v in moving.items()}
-    changed = [name for name, v in moving.items() if cast[name].dtype != v.dtype]  # the others were checked before
-    moves = _on_host({name: moving[name].any() for name in changed})
-    holds = _on_host({name: torch.isfinite(cast[name]).all() & cast[name].any() for name in changed if moves[name]})
-    for name, held in holds.items():
-        if not held:
-            v = moving[name]
-            raise ValueError(
-                f"direction: {name} reaches from {v[v != 0].abs().min():.1e} to {v.abs().max():.1e}, which "
-                f"{cast[name].dtype} cannot hold, expected a scaled direction or a policy loaded in float32"
-            )
-    return cast
-
-
-def _on_host(flags: dict[str, Tensor]) -> dict[str, bool]:
-    """Scalars on any devices, read in one copy from each."""
-    found = {}
-    for device in {flag.device for flag in flags.values()}:
-        names = [name for name, flag in flags.items() if flag.device == device]
-        found |= zip(names, torch.stack([flags[name] for name in names]).tolist(), strict=True)
-    return {name: found[name] for name in flags}
-
-
-def _step_size(step_size) -> float:
+def checked_step_size(step_size) -> float:
+    """It, as a float; ValueError where it is not a positive number."""
     if not isinstance(step_size, Real) or not 0 < step_size < float("inf"):
         raise ValueError(f"step_size: {step_size!r}, expected a positive number")
     return float(step_size)
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-
-
-def _tensors(side, argument: str, trust_remote_code: bool = False) -> dict[str, Tensor]:
-    """Name -> tensor of a model, a state dict or a checkpoint folder."""
-    if isinstance(side, nn.Module):
-        return {name: p.detach() for name, p in side.named_parameters(remove_duplicate=False)}
-    if isinstance(side, Mapping):
-        return {name: x.detach() for name, x in side.items() if isinstance(x, Tensor)}
-    if not Path(side).is_dir():
-        raise ValueError(f"{argument}: {side}: no such folder, expected a model, a state dict or a checkpoint folder")
-    return _tensors(load_checkpoint(side, argument, "auto", trust_remote_code=trust_remote_code), argument)
-
-
-def _common_names(before: dict[str, Tensor], after: dict[str, Tensor]) -> list[str]:
-    """Names on both sides; a name on one side alone must be an alias of a tensor that both have."""
-    common = [name for name in before if name in after]
-    for side, tensors, other in (("after", before, after), ("before", after, before)):
-        missing = [
-            name
-            for name in tensors
-            if name not in other and not any(_is_alias(tensors[name], tensors[c]) for c in common)
-        ]
-        if missing:
-            raise ValueError(
-                f"{side}: {len(missing)} tensors are missing ({_some(missing)}), expected the same names on both sides"
-            )
-    return common
-
-
-def _is_alias(x: Tensor, y: Tensor) -> bool:
-    """Equal by value, as tied weights are in a state dict; constant tensors (norms, biases) are equal by accident."""
-    return x.shape == y.shape and torch.equal(x, y) and bool((x != x.flatten()[0]).any())
-
-
-def _warn_if_rounded_away(before: dict[str, Tensor], after: dict[str, Tensor], names: list[str]) -> None:
-    half = [
-        n
-        for n in names
-        if before[n].is_floating_point() and before[n].dtype.itemsize == 2 and after[n].dtype.itemsize == 2
-    ]
-    total = sum(before[n].numel() for n in half)
-    equal = sum(int((before[n] == after[n].to(before[n].device)).sum()) for n in half)
-    if total and equal / total > MOSTLY_ZERO and equal < total:
-        warnings.warn(
-            f"after: {equal / total:.0%} of the half-precision weights are equal to before; updates below "
-            "1/256 of a weight vanish in bf16. Compare float32 (master) weights to see the whole update",
-            stacklevel=3,
-        )
-
-
-def _learning_rate(optimizer: torch.optim.Optimizer) -> float:
-    rates = sorted({float(group["lr"]) for group in optimizer.param_groups})
-    if len(rates) > 1:
-        raise ValueError(
-            f"step_size: not given, and the parameter groups differ in learning rate ({rates}); "
-            "expected the η that stands for the whole step"
-        )
-    if rates[0] <= 0:
-        raise ValueError(
-            f"optimizer: its learning rate is {rates[0]} (warm-up?), expected a positive one or a step_size"
-        )
-    return rates[0]
-
-
-def _refuse_unforeseeable(optimizer: torch.optim.Optimizer) -> None:
-    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
-        raise ValueError(
-            f"optimizer: {type(optimizer).__name__}.step needs a closure, expected an optimizer whose "
-            "step() follows from the gradients alone"
-        )
-    if getattr(optimizer, "_optimizer_step_pre_hooks", None):
-        raise ValueError(
-            "optimizer: it has step pre-hooks, which may change gradients, expected none: do what they do (clipping, "
-            "say) before, and remove them"
-        )
-
-
-def _stepped_copies(optimizer: torch.optim.Optimizer) -> dict[int, Tensor]:
-    """id of each parameter -> its value after one step, taken by a deep copy of the optimizer.
-
-    The whole __dict__ is copied, not what pickling keeps, since optimizers outside PyTorch hold settings of their own
-    there. Not copied: a `step` that a learning-rate scheduler put on the instance, which is bound to the original,
-    and the instance's hooks, whose side effects belong to real steps.
-    """
-    memo: dict[int, object] = {}
-    copies: dict[int, Tensor] = {}
-    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-        twin = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
-        twin.grad = None if parameter.grad is None else parameter.grad.detach().clone()
-        memo[id(parameter)] = copies[id(parameter)] = twin
-    twin_optimizer = object.__new__(type(optimizer))
-    hooks = {name for name in vars(optimizer) if name.startswith("_optimizer_") and name.endswith("_hooks")}
-    for name, value in vars(optimizer).items():
-        if name != "step":
-            vars(twin_optimizer)[name] = type(value)() if name in hooks else copy.deepcopy(value, memo)
-    with torch.no_grad():
-        twin_optimizer.step()
-    return {key: twin.detach() for key, twin in copies.items()}

@@ -15,9 +15,10 @@ from torch.overrides import TorchFunctionMode
 
 from dentropy.doors import third_party
 from dentropy.model import attention
+from dentropy.model.binding import Binding
 from dentropy.model.checkpoint import load_checkpoint
 from dentropy.model.compiled_layers.layers import FusedLayers
-from dentropy.model.direction import Binding, Direction
+from dentropy.model.direction import Direction
 from dentropy.model.exact_pass import find_exact_pass
 from dentropy.model.head import Head
 from dentropy.model.packed_row import PackedRow

@@ -131,11 +131,7 @@ def _check_request(policy, batch, direction, eta, order, second_order) -> None:
         raise ValueError(f"second_order: {second_order!r}, expected one of {SECOND_ORDER}")
     if direction is None and (order or eta != 0):
         raise ValueError(f"direction: None, expected a Direction for order={order}, eta={eta}")
-    batch.check_vocabulary(policy.vocab_size)
-    longest = int(np.argmax(batch.prompt_lens + batch.response_lens))
-    length = int(batch.prompt_lens[longest] + batch.response_lens[longest])
-    if policy.max_positions is not None and length > policy.max_positions:
-        raise ValueError(f"rollout {longest}: {length} tokens, expected at most {policy.max_positions} positions")
+    check_batch(policy, batch)
     half = torch.finfo(policy.dtype).bits < 32
     if order == 2 and half:
         raise ValueError(
@@ -148,3 +144,12 @@ def _check_request(policy, batch, direction, eta, order, second_order) -> None:
             "policy with dtype=torch.float32 to measure at eta != 0",
             stacklevel=3,
         )
+
+
+def check_batch(policy: Policy, batch: PackedBatch) -> None:
+    """ValueError naming the first rollout with a token, or with positions, that the policy does not have."""
+    batch.check_vocabulary(policy.vocab_size)
+    longest = int(np.argmax(batch.prompt_lens + batch.response_lens))
+    length = int(batch.prompt_lens[longest] + batch.response_lens[longest])
+    if policy.max_positions is not None and length > policy.max_positions:
+        raise ValueError(f"rollout {longest}: {length} tokens, expected at most {policy.max_positions} positions")

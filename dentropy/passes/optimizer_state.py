@@ -1,70 +1,258 @@
-"""The form of a saved AdamW state: what a file must hold before any of it is used."""
+"""A saved AdamW, taken up again: whose moments are whose, how it is set, and the step it takes next.
 
+    m ← β1 m + (1 − β1) g ,   s ← β2 s + (1 − β2) g² ,   v = −ρ [ (m/(1 − β1ᵗ)) / (√(s/(1 − β2ᵗ)) + ε) + λ θ ] ,
+
+ρ the parameter's learning rate in units of the step size (Loshchilov and Hutter 2019; amsgrad: the largest s so far).
+"""
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from numbers import Real
 
 import torch
 from torch import Tensor
 
+from dentropy.model.names import resolve, some
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
-ALL_MOMENTS = (*MOMENTS, "max_exp_avg_sq")  # the last with amsgrad
-# name -> (lowest, highest, whether the highest itself is allowed)
-SETTINGS = {"eps": (0.0, 1.0, True), "weight_decay": (0.0, float("inf"), False)}
-FLAGS = ("amsgrad", "maximize")
-# How a step is computed, not which: as suits the parameters here.
-IMPLEMENTATION = {"capturable": False, "differentiable": False, "foreach": None, "fused": None}
+LARGEST = "max_exp_avg_sq"  # with amsgrad
+# name -> from this number to below that one; at an eps of 0 a step could be 0/0
+SETTINGS = {"lr": (0.0, math.inf), "eps": (1e-30, 1.0), "weight_decay": (0.0, math.inf)}
+STEPS = (1, 2**53)
+# Learning rates this close, relative, are one: a scheduler computes them.
+SAME_RATE = 1e-6
+EXPECTED = "expected the state_dict() of a torch.optim.AdamW"
 
 
-def check_state(state) -> None:
-    """ValueError naming the entry of an optimizer's state_dict() that is missing or that AdamW cannot have."""
-    if not isinstance(state, dict) or not isinstance(state.get("state"), dict):
-        raise ValueError("optimizer_state: no 'state' in it, expected the state_dict() of an AdamW")
-    groups = state.get("param_groups")
-    if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups) or not groups:
-        raise ValueError("optimizer_state: no list of 'param_groups' in it, expected the state_dict() of an AdamW")
-    for index, group in enumerate(groups):
-        _check_group(group, f"optimizer_state: param_groups[{index}]")
-    moments = ALL_MOMENTS if any(group["amsgrad"] for group in groups) else MOMENTS
-    for key, entry in state["state"].items():
-        _check_entry(entry, moments, f"optimizer_state: state[{key!r:.40}]")
+@dataclass(frozen=True)
+class AdamW:
+    """The AdamW of one parameter: settings, `rate` (its learning rate in units of the step size), and the moments and
+    steps so far, empty at first."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    amsgrad: bool = False
+    rate: float = 1.0
+    steps: int = 0
+    moments: Mapping[str, Tensor] | None = None
+
+    def step(self, parameter: Tensor, gradient: Tensor) -> Tensor:
+        """v of the next step on the loss whose gradient is given, in the gradient's dtype: float32 or better, where
+        neither ε nor a small moment vanishes, whatever the parameter's own dtype."""
+        b1, b2 = self.betas
+        m, s = (
+            gradient.new_zeros(gradient.shape) if self.moments is None else self.moments[name].to(gradient)
+            for name in MOMENTS
+        )
+        m, s, t = b1 * m + (1 - b1) * gradient, b2 * s + (1 - b2) * gradient**2, self.steps + 1
+        if self.amsgrad and self.moments is not None:
+            s = torch.maximum(s, self.moments[LARGEST].to(gradient))
+        adaptive = m / (1 - b1**t) / ((s / (1 - b2**t)).sqrt() + self.eps)
+        return -self.rate * (adaptive + self.weight_decay * parameter.detach().to(gradient))
 
 
-def _check_group(group: dict, where: str) -> None:
-    parameters = group.get("params")
-    if not isinstance(parameters, list) or not all(isinstance(key, (int, str)) for key in parameters):
-        raise ValueError(f"{where}: params: {parameters!r:.40}, expected a list of the parameters' numbers or names")
+def saved_adamw(state, shapes: Mapping[str, Sequence[int]], step_size: float) -> dict[str, AdamW]:
+    """The AdamW of each parameter in a saved state, under the policy's names; parameters it leaves out do not move.
+
+    Parameters are told apart by name where the state has names (`param_names`, as optimizers made with
+    `named_parameters()` save them, or names as keys). Without names their order is taken for the policy's, which only
+    their number and shapes can confirm, with a warning; groups must then be one, or weights (of two dimensions and
+    more) before biases and norms, at one learning rate.
+
+    Where groups differ in learning rate, `step_size` must be one of the rates: v is the whole step in units of it.
+
+    Args:
+        state: the state_dict of an AdamW, or a dict with one of these in it.
+        shapes: name -> shape of each parameter that could move, in the policy's order.
+        step_size: what v is divided by.
+
+    Raises:
+        ValueError: naming what is not an AdamW's, or not this policy's.
+    """
+    state = _unwrapped(state)
+    entries = state["state"]
+    groups = [_checked(group, f"optimizer_state: param_groups[{i}]") for i, group in enumerate(state["param_groups"])]
+    owners = _owners(groups, shapes)
+    unknown = [repr(key) for key in entries if key not in owners]
+    if unknown:
+        raise ValueError(f"optimizer_state: entries of no parameter of its groups ({some(unknown)}), {EXPECTED}")
+    rates = _rates(groups, step_size)
+    found, fresh = {}, []
+    for group, rate in zip(groups, rates, strict=True):
+        settings = {name: group[name] for name in ("betas", "eps", "weight_decay", "amsgrad")} | {"rate": rate}
+        for key in group["params"]:
+            name, entry = owners[key], entries.get(key)
+            if not entry:
+                fresh.append(name)  # it never had a gradient
+                found[name] = AdamW(**settings)
+                continue
+            moments = _moments(entry, group, shapes[name], f"optimizer_state: {name}")
+            found[name] = AdamW(**settings, steps=_steps(entry, f"optimizer_state: {name}"), moments=moments)
+    if len(found) < len(shapes):
+        warnings.warn(
+            f"optimizer_state: of {len(found)} of the policy's {len(shapes)} parameters; the others do not move",
+            stacklevel=3,
+        )
+    if fresh:
+        warnings.warn(
+            f"optimizer_state: {len(fresh)} of its {len(found)} parameters have no moments ({some(fresh)}) and start "
+            "anew",
+            stacklevel=3,
+        )
+    return found
+
+
+def _unwrapped(state) -> dict:
+    """The optimizer's own dict, also out of one around it that holds no other."""
+    if not isinstance(state, Mapping):
+        raise ValueError(f"optimizer_state: a {type(state).__name__}, {EXPECTED}")
+    if "param_groups" not in state:
+        inside = {key: value for key, value in state.items() if isinstance(value, Mapping) and "param_groups" in value}
+        if len(inside) != 1:
+            what = f"{len(inside)} optimizers ({some(map(str, inside))})" if inside else "no param_groups"
+            raise ValueError(f"optimizer_state: {what} in it, only {some(map(str, state)) or 'nothing'}; {EXPECTED}")
+        return _unwrapped(next(iter(inside.values())))
+    groups = state["param_groups"]
+    if not isinstance(groups, list) or not groups or not all(isinstance(group, Mapping) for group in groups):
+        raise ValueError(f"optimizer_state: param_groups is no list of groups, {EXPECTED}")
+    if not isinstance(state.get("state"), Mapping):
+        raise ValueError(f"optimizer_state: no 'state' beside its param_groups, {EXPECTED}")
+    return dict(state)
+
+
+def _checked(group: Mapping, where: str) -> dict:
+    """A group with its numbers as floats; ValueError for what AdamW's groups do not have."""
+    keys, names = group.get("params"), group.get("param_names")
+    if not isinstance(keys, list) or not all(isinstance(key, (int, str)) for key in keys):
+        raise ValueError(f"{where}: params: {keys!r:.40}, expected a list of the parameters' numbers or names")
+    if names is not None and (
+        not isinstance(names, list) or len(names) != len(keys) or not all(isinstance(name, str) for name in names)
+    ):
+        raise ValueError(f"{where}: param_names: {names!r:.40}, expected a name for each of its {len(keys)} params")
+    if "momentum" in group:
+        raise ValueError(f"{where}: has momentum, as an SGD's, {EXPECTED}")
     betas = group.get("betas")
-    if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not all(_in(b, 0.0, 1.0, False) for b in betas):
-        raise ValueError(f"{where}: betas: {betas!r:.40}, expected two numbers from 0 to below 1")
-    for name, bounds in SETTINGS.items():
-        if not _in(group.get(name), *bounds):
-            raise ValueError(f"{where}: {name}: {group.get(name)!r:.40}, expected a number from 0 to {bounds[1]:g}")
-    for name in FLAGS:
-        if not isinstance(group.get(name), bool):
-            raise ValueError(f"{where}: {name}: {group.get(name)!r:.40}, expected True or False")
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ValueError(f"{where}: betas: {betas!r:.40}, expected two numbers below 1; {EXPECTED}")
+    checked = {"betas": tuple(_number(beta, 0.0, 1.0, f"{where}: betas") for beta in betas)}
+    checked |= {name: _number(group.get(name), *bounds, f"{where}: {name}") for name, bounds in SETTINGS.items()}
+    if checked["lr"] * checked["weight_decay"] >= 1:
+        raise ValueError(
+            f"{where}: weight_decay: {checked['weight_decay']:g} at a learning rate of {checked['lr']:g}, expected a "
+            "decay that leaves something of the weights"
+        )
+    if not isinstance(group.get("amsgrad"), bool):  # RAdam, LAMB and others have moments of the same names
+        raise ValueError(f"{where}: amsgrad: {group.get('amsgrad')!r:.40}, expected True or False; {EXPECTED}")
+    if checked["weight_decay"] and not group.get("decoupled_weight_decay", True):
+        raise ValueError(f"{where}: of an Adam with coupled weight decay, expected an AdamW's")
+    return dict(group) | checked
 
 
-def _check_entry(entry, moments: tuple[str, ...], where: str) -> None:
-    """Entry of a parameter: its moments and the number of steps behind them."""
-    if not isinstance(entry, dict):
+def _owners(groups: list[Mapping], shapes: Mapping[str, Sequence[int]]) -> dict[int | str, str]:
+    """Key of each parameter in the state -> its name in the policy."""
+    keys = [key for group in groups for key in group["params"]]
+    names = [name for group in groups for name in group.get("param_names") or group["params"]]
+    if len(set(keys)) != len(keys):
+        raise ValueError(f"optimizer_state: a parameter is in its groups twice, {EXPECTED}")
+    if not all(isinstance(name, str) for name in names):
+        if any(isinstance(name, str) for name in names):
+            raise ValueError("optimizer_state: names for some of its parameters, expected them for all or for none")
+        return dict(zip(keys, _in_order(groups, shapes), strict=True))
+    meant = resolve("optimizer_state", names, shapes)
+    unknown = [name for name in names if name not in meant]
+    if unknown:
+        raise ValueError(
+            f"optimizer_state: {len(unknown)} of its {len(names)} names are not the policy's ({some(unknown)}), "
+            f"expected names such as {some(shapes)}"
+        )
+    owners = {key: meant[name] for key, name in zip(keys, names, strict=True)}
+    if len(set(owners.values())) != len(owners):
+        raise ValueError("optimizer_state: two of its names are one parameter of the policy, expected each once")
+    return owners
+
+
+def _in_order(groups: list[Mapping], shapes: Mapping[str, Sequence[int]]) -> list[str]:
+    """The policy's names in the order in which a state without names has its parameters."""
+    sizes = [len(group["params"]) for group in groups if group["params"]]
+    matrices = [name for name, shape in shapes.items() if len(shape) > 1]
+    vectors = [name for name in shapes if name not in set(matrices)]
+    if sum(sizes) != len(shapes):
+        raise ValueError(f"optimizer_state: for {sum(sizes)} parameters, expected the policy's {len(shapes)}")
+    rates = {group["lr"] for group in groups if group["params"]}
+    if sizes != [len(shapes)] and (sizes != [len(matrices), len(vectors)] or len(rates) > 1):
+        raise ValueError(
+            f"optimizer_state: groups of {', '.join(map(str, sizes))} parameters without names, expected param_names "
+            "(an optimizer made with model.named_parameters()), or one group, or weights before biases and norms at "
+            "one learning rate: which parameter is which cannot be told"
+        )
+    warnings.warn(
+        "optimizer_state: has no names, so its parameters are taken to be in the policy's order; among those of one "
+        "shape another order would not be noticed. An optimizer made with model.named_parameters() saves the names",
+        stacklevel=4,
+    )
+    return list(shapes) if len(sizes) == 1 else matrices + vectors
+
+
+def _rates(groups: list[Mapping], step_size: float) -> list[float]:
+    """The learning rate of each group in units of the step size: 1 where all are one rate, whatever it is by now."""
+    lr = [group["lr"] for group in groups]
+    if not any(lr):  # a scheduler's end
+        low, high = SETTINGS["lr"]
+        lr = [_number(group.get("initial_lr", 1.0), low, high, "optimizer_state: initial_lr") for group in groups]
+    used = [rate for rate, group in zip(lr, groups, strict=True) if group["params"]]
+    if not used or max(used) - min(used) <= SAME_RATE * max(used):
+        return [1.0] * len(groups)
+    if not any(abs(rate - step_size) <= SAME_RATE * rate for rate in used):
+        raise ValueError(
+            f"step_size: {step_size:g}, and the groups of optimizer_state have learning rates "
+            f"{', '.join(f'{rate:g}' for rate in sorted(set(used)))}; expected one of these, the η that stands for the "
+            "whole step"
+        )
+    return [rate / step_size for rate in lr]
+
+
+def _moments(entry, group: Mapping, shape: Sequence[int], where: str) -> dict[str, Tensor]:
+    wanted = (*MOMENTS, LARGEST) if group["amsgrad"] else MOMENTS
+    if not isinstance(entry, Mapping):
         raise ValueError(f"{where}: {type(entry).__name__}, expected moments by name")
-    for name in moments if entry else ():
-        moment = entry.get(name)
-        if not isinstance(moment, Tensor) or not moment.is_floating_point() or moment.layout != torch.strided:
-            raise ValueError(f"{where}: {name}: {_kind(moment)}, expected a tensor of floating numbers")
+    strange = sorted(set(map(str, entry)) - {"step", *MOMENTS, LARGEST})
+    missing = [name for name in wanted if not isinstance(entry.get(name), Tensor)]
+    if strange or missing:
+        has = f"{some(strange)} in its state" if strange else f"no tensor {some(missing)} in its state"
+        raise ValueError(f"{where}: another optimizer's, with {has}; {EXPECTED}")
+    for name in wanted:
+        moment = entry[name]
+        if type(moment) not in (Tensor, torch.nn.Parameter) or moment.layout != torch.strided:
+            raise ValueError(f"{where}: {name} is a {type(moment).__name__} in parts, expected the whole tensor")
+        if not moment.is_floating_point():
+            raise ValueError(f"{where}: {name} is {moment.dtype}, expected floating numbers")
+        if tuple(moment.shape) != tuple(shape):
+            raise ValueError(
+                f"{where}: {name} has shape {tuple(moment.shape)}, expected {tuple(shape)}; the state must be an "
+                "AdamW's over this policy's parameters, in their order where it has no names"
+            )
         if not torch.isfinite(moment).all() or (name != "exp_avg" and (moment < 0).any()):
             raise ValueError(f"{where}: {name} has values that no AdamW leaves, expected finite ones (squares from 0)")
-    step = entry.get("step")
-    if isinstance(step, Tensor) and step.numel() == 1 and step.layout == torch.strided:
-        step = step.item()
-    if entry and not _in(step, 1, 2**63, False):
-        raise ValueError(f"{where}: step: {_kind(step)}, expected a number from 1")
+    return {name: entry[name].detach() for name in wanted}
 
 
-def _in(value, low: float, high: float, closed: bool) -> bool:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        return False
-    return low <= value < high or (closed and value == high)
+def _steps(entry: Mapping, where: str) -> int:
+    if "step" not in entry:
+        raise ValueError(f"{where}: no step in its state (apex keeps it in the group), {EXPECTED}")
+    steps = _number(entry["step"], *STEPS, f"{where}: step")
+    if steps != int(steps):
+        raise ValueError(f"{where}: step: {steps}, expected a whole number")
+    return int(steps)
 
 
-def _kind(value) -> str:
-    return f"a {value.dtype} tensor" if isinstance(value, Tensor) else f"{value!r:.40}"
+def _number(value, low: float, high: float, where: str) -> float:
+    """The number, or that in a tensor of one; ValueError where it is not from `low` to below `high`."""
+    if isinstance(value, Tensor) and value.numel() == 1 and value.layout == torch.strided:
+        value = value.item()
+    if not isinstance(value, Real) or isinstance(value, bool) or not low <= value < high:
+        said = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else f"{value!r:.40}"
+        raise ValueError(f"{where}: {said}, expected a number from {low:g} to below {high:g}; {EXPECTED}")
+    return float(value)

@@ -3,23 +3,27 @@
 The gradient is that of the token-mean surrogate at the policy that sampled the rollouts, where the probability ratio
 is 1 and clipping does nothing:
 
-    loss = −(1/D) Σ_i A_i Σ_k logp_k ,      A_i = (r_i − mean_g) / (std_g + 1e-4) over the rollouts of a prompt group.
+    loss = −(1/D) Σ_i A_i Σ_k logp_k ,      A_i = (r_i − mean_g) / (std_g + 1e-4) over the rollouts of a prompt group,
+
+or the batch's own advantages where it has them.
 """
 
 import numpy as np
-import torch
 from torch import nn
 
-from dentropy.doors import third_party
-from dentropy.model.direction import Direction
+from dentropy.model.direction import Direction, checked_step_size
+from dentropy.model.names import adapter_parameters
 from dentropy.model.policy import Policy
+from dentropy.passes.measure import check_batch
 from dentropy.passes.microbatches import AUTO
-from dentropy.passes.optimizer_state import ALL_MOMENTS, IMPLEMENTATION, check_state
+from dentropy.passes.optimizer_state import AdamW, saved_adamw
 from dentropy.passes.reverse_mode import gradient
 from dentropy.rollouts.batch import PackedBatch
 
 OPTIMIZERS = ("sgd", "adamw")
 ADVANTAGE_EPSILON = 1e-4  # the constant GRPO adds to a group's standard deviation
+# Rewards of a group that differ by less, relative, are equal: sums taken in float32 may leave as much.
+ROUNDING = 2.0**-20
 
 
 def policy_gradient_direction(
@@ -32,22 +36,24 @@ def policy_gradient_direction(
     token_budget: int | str = AUTO,
     progress=None,
 ) -> Direction:
-    """The direction of one policy-gradient step on `batch`, which needs advantages, or rewards within prompt groups.
+    """The direction of one policy-gradient step on `batch`, which needs advantages, or rewards and groups of several.
 
-    The model and its gradients are left as found.
+    The model and its gradients are left as found. Of a policy loaded with an adapter the adapter moves. The step is
+    taken in float32 or better whatever the policy's dtype, as trainers with master weights do.
 
     Args:
         policy: at the weights that sampled the batch.
-        batch: rollouts with advantages, used as they are, or with rewards, A_i above.
+        batch: rollouts with rewards or advantages.
         step_size: the learning rate, kept as the direction's step_size.
         optimizer: "sgd" (v is minus the gradient) or "adamw" (without weight decay unless the state says otherwise).
         optimizer_state: the state_dict of an AdamW optimizer of this policy, saved in training; its moments, betas,
-            eps and weight decay are used, its learning rate is not: v does not depend on one. None means a fresh AdamW.
+            eps and weight decay are used, and of its learning rates the ratios: with one rate v does not depend on
+            it, with several step_size must be one of them (see `saved_adamw`). None means a fresh AdamW.
         token_budget, progress: as in `measure`.
 
     Raises:
-        ValueError: without either, where all advantages are 0 or rewards differ within no group, and for a state that
-            does not fit.
+        ValueError: without rewards, where rewards differ within no group, for rollouts the policy cannot take, and for
+            a state that is not an AdamW's of this policy.
 
     Example:
         >>> from dentropy import PackedBatch
@@ -63,98 +69,65 @@ def policy_gradient_direction(
         raise ValueError(f"optimizer: {optimizer!r}, expected one of {OPTIMIZERS}")
     if optimizer == "sgd" and optimizer_state is not None:
         raise ValueError("optimizer_state: given with optimizer='sgd', which has none; expected optimizer='adamw'")
-    advantage = advantages(batch)
-    batch.check_vocabulary(policy.vocab_size)
-    named = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
-    parameters = list(named.values())
-    if not parameters:
-        raise ValueError("policy: no parameter requires a gradient, expected some that an update would move")
-    adamw = None if optimizer == "sgd" else _adamw(parameters, optimizer_state)
-    token_advantage = np.repeat(advantage, batch.response_lens) / batch.n_tokens
-    ascent = gradient(
+    step_size = checked_step_size(step_size)
+    advantage = group_normalized_advantages(batch)
+    check_batch(policy, batch)
+    named = _trained(policy.model)
+    if optimizer_state is None:
+        adamw = dict.fromkeys(named, AdamW())
+    else:
+        adamw = saved_adamw(optimizer_state, {name: p.shape for name, p in named.items()}, step_size)
+        named = {name: p for name, p in named.items() if name in adamw}
+    # Weights of at most 1, and the rest of the scale afterwards: in half precision small gradients vanish.
+    scale = abs(advantage).max()
+    sums = gradient(
         policy,
         batch,
-        parameters,
+        list(named.values()),
         np.zeros(batch.n_tokens),
-        token_advantage,
+        np.repeat(advantage / scale, batch.response_lens),
         token_budget=token_budget,
         progress=progress,
     )
-    if adamw is None:
-        return Direction(dict(zip(named, ascent, strict=True)), step_size)
-    found = [p.grad for p in parameters]
-    try:
-        for p, g in zip(parameters, ascent, strict=True):
-            p.grad = -g.to(p.dtype)
-        # AdamW's step, weight decay included, is linear in the learning rate. At 1 the difference of weights keeps
-        # its digits; at 1e-6 float32 would round away a thousandth of it.
-        return Direction(Direction.from_optimizer_step(policy.model, adamw, 1.0).tensors, step_size)
-    finally:
-        for p, grad in zip(parameters, found, strict=True):
-            p.grad = grad
+    ascent = {name: total.mul_(scale / batch.n_tokens) for name, total in zip(named, sums, strict=True)}
+    if optimizer == "sgd":
+        return Direction(ascent, step_size)
+    return Direction({name: adamw[name].step(p, -ascent[name]) for name, p in named.items()}, step_size)
 
 
-def advantages(batch: PackedBatch) -> np.ndarray:
-    """float64 [S]: the batch's own advantages as they are, else its group-normalized rewards."""
-    if batch.advantage is None:
-        return group_normalized_advantages(batch)
-    if not batch.advantage.any():
-        raise ValueError("batch: every advantage is 0, expected some that are not")
-    return batch.advantage
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that an update would move: those that require gradients; of a model loaded with an adapter, which
+    then has none of these, the active adapter's."""
+    named = dict(model.named_parameters())
+    trained = {name: p for name, p in named.items() if p.requires_grad}
+    if not trained:
+        trained = {name: named[name] for name, active in adapter_parameters(model).items() if active and name in named}
+    if not trained:
+        raise ValueError("policy: no parameter requires a gradient, expected some that an update would move")
+    return trained
 
 
 def group_normalized_advantages(batch: PackedBatch) -> np.ndarray:
-    """(r − mean)/(std + 1e-4) within each prompt group, float64 [S]; 0 in groups of equal rewards."""
+    """A_i, float64 [S]: the batch's advantages as they are, else (r − mean)/(std + 1e-4) within each prompt group, 0 in
+    groups of rewards that are equal up to rounding."""
+    if batch.advantage is not None:
+        if not batch.advantage.any():
+            raise ValueError("batch: every advantage is 0, expected some that are not")
+        return batch.advantage
     if batch.reward is None:
-        raise ValueError("batch: no rewards, expected a reward or an advantage for every rollout")
+        raise ValueError("batch: no rewards, expected a reward for every rollout")
     _, group = np.unique(batch.group, return_inverse=True)
     count = np.bincount(group)
-    centred = batch.reward - (np.bincount(group, batch.reward) / count)[group]
-    # the sample standard deviation; a group of one has none and its advantage is 0 anyway
-    std = np.sqrt(np.bincount(group, centred**2) / np.maximum(count - 1, 1))
-    if not std.any():
+    low, high = np.full(len(count), np.inf), np.full(len(count), -np.inf)
+    np.minimum.at(low, group, batch.reward)
+    np.maximum.at(high, group, batch.reward)
+    equal = high - low <= ROUNDING * np.maximum(abs(low), abs(high))
+    if equal.all():
         raise ValueError(
             "batch: rewards do not differ within any prompt group, so every advantage is 0; expected "
             "several rollouts per prompt with different rewards"
         )
+    centred = np.where(equal[group], 0.0, batch.reward - (np.bincount(group, batch.reward) / count)[group])
+    # the sample standard deviation; a group of one has none and its advantage is 0 anyway
+    std = np.sqrt(np.bincount(group, centred**2) / np.maximum(count - 1, 1))
     return centred / (std + ADVANTAGE_EPSILON)[group]
-
-
-def _adamw(parameters: list[nn.Parameter], state: dict | None) -> torch.optim.AdamW:
-    if state is None:
-        return torch.optim.AdamW(parameters, lr=1.0, weight_decay=0.0)
-    check_state(state)
-    sizes = [len(group["params"]) for group in state["param_groups"]]
-    if sum(sizes) != len(parameters):
-        raise ValueError(f"optimizer_state: for {sum(sizes)} parameters, expected the policy's {len(parameters)}")
-    # One group holds the parameters in the model's order; two are the usual split into weights, which decay, and
-    # biases and norms, which do not, each in the model's order.
-    ordered = parameters if len(sizes) == 1 else sorted(parameters, key=lambda p: p.ndim < 2)
-    groups, start = [], 0
-    for size in sizes:
-        groups.append({"params": ordered[start : start + size]})
-        start += size
-    if any(group.get("decoupled_weight_decay") is False and group["weight_decay"] for group in state["param_groups"]):
-        raise ValueError("optimizer_state: of an Adam with coupled weight decay, expected an AdamW's")
-    _check_moments(state, ordered)
-    adamw = torch.optim.AdamW(groups, lr=1.0)
-    with third_party("optimizer_state: cannot be loaded", "an AdamW's over this policy's parameters"):
-        adamw.load_state_dict(state)
-    for group in adamw.param_groups:
-        group.update(IMPLEMENTATION, lr=1.0)
-    return adamw
-
-
-def _check_moments(state: dict, ordered: list[nn.Parameter]) -> None:
-    keys = [key for group in state["param_groups"] for key in group["params"]]
-    for key, parameter in zip(keys, ordered, strict=True):
-        moments = state["state"].get(key)
-        if moments is None:
-            continue  # a parameter that never had a gradient
-        for name in ALL_MOMENTS:
-            if name in moments and moments[name].shape != parameter.shape:
-                raise ValueError(
-                    f"optimizer_state: {name} of {key} has shape {tuple(moments[name].shape)}, expected "
-                    f"{tuple(parameter.shape)}; the state must be an AdamW's over this policy's parameters in "
-                    "their order, in one group or split into weights and biases and norms"
-                )

@@ -280,11 +280,15 @@ class PackedBatch:
     def take(self, rows) -> "PackedBatch":
         """The rollouts `rows`, at least one of their indices, in that order, as a batch of their own.
 
-        Groups keep their numbers. Raises ValueError for no rows and for indices outside [0, S).
+        Groups keep their numbers.
 
-        >>> batch = PackedBatch.from_lists([[5], [6], [7]], [[1, 2], [3], [4]], group=[0, 0, 1])
-        >>> [batch.take([2, 0]).response(i) for i in range(2)]
-        [[4], [1, 2]]
+        Raises:
+            ValueError: for no rows and for indices outside [0, S).
+
+        Example:
+            >>> batch = PackedBatch.from_lists([[5], [6], [7]], [[1, 2], [3], [4]], group=[0, 0, 1])
+            >>> [batch.take([2, 0]).response(i) for i in range(2)]
+            [[4], [1, 2]]
         """
         rows = np.asarray(rows, dtype=np.int64)
         if rows.size == 0 or rows.min() < 0 or rows.max() >= len(self):
@@ -297,6 +301,7 @@ class PackedBatch:
             group=self.group[rows],
             temperature=self.temperature,
             reward=None if self.reward is None else self.reward[rows],
+            advantage=None if self.advantage is None else self.advantage[rows],
         )
 
     def check_vocabulary(self, vocab_size: int) -> None:

@@ -34,14 +34,17 @@ def place(tmp_path_factory):
     float8 = {name: v.to(torch.float8_e4m3fn) for name, v in tensors.items()}
     save_file(float8, place / "fp8.safetensors")
     (place / "prompts.jsonl").write_text('{"prompt": "17="}\n{"prompt": "3="}\n{"prompt_ids": [4, 5, 13]}\n')
-    files = f"--policy {place}/before --prompts {place}/prompts.jsonl --out {place}/rollouts.jsonl"
-    assert main(f"sample --per-prompt 6 --max-new-tokens 8 {files}".split()) == 0
-    lines = [json.loads(line) for line in (place / "rollouts.jsonl").read_text().splitlines()]
+    drawn = {}
+    for seed, name in enumerate(("rollouts.jsonl", "others.jsonl")):
+        files = f"--policy {place}/before --prompts {place}/prompts.jsonl --out {place}/{name}"
+        assert main(f"sample --per-prompt 6 --max-new-tokens 8 --seed {seed} {files}".split()) == 0
+        drawn[name] = [json.loads(line) for line in (place / name).read_text().splitlines()]
+    lines, others = drawn.values()
 
     def write(name, rows):
         (place / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    write("rewarded.jsonl", [line | {"reward": i % 2} for i, line in enumerate(lines)])
+    write("rewarded.jsonl", [line | {"reward": i % 2} for i, line in enumerate(others)])
     write("outside.jsonl", [*lines, lines[0] | {"response_ids": [3, 99]}])
     write("empty_responses.jsonl", [line | {"response_ids": []} for line in lines])
     write("text.jsonl", [{"prompt": "17=", "completion": "9+8"}])

@@ -6,7 +6,7 @@ import torch
 from models import random_batch, random_direction, random_model
 
 from dentropy import Direction, Policy, importance, measure, slope
-from dentropy.model import direction as direction_module
+from dentropy.model import binding
 from dentropy.passes.noise_floor import noise_floor
 from dentropy.passes.parameter_attribution import parameter_attribution
 
@@ -274,13 +274,13 @@ class TestABinding:
     @pytest.fixture
     def casts(self, monkeypatch) -> list[int]:
         """How many tensors were cast each time that one was made."""
-        made, cast = [], direction_module._cast
+        made, cast = [], binding._cast
 
         def counted(moving, parameters):
             made.append(len(moving))
             return cast(moving, parameters)
 
-        monkeypatch.setattr(direction_module, "_cast", counted)
+        monkeypatch.setattr(binding, "_cast", counted)
         return made
 
     def test_is_made_once_for_all_passes(self, casts):
