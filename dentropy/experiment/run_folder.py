@@ -19,7 +19,7 @@ from dentropy.experiment import figures
 from dentropy.experiment.report import page
 from dentropy.experiment.unfinished import remove_left_behind, temporary
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION, KNOWN_VERSIONS = 2, (1, 2)
 RESULTS, ROLLOUTS, REPORT = "results.json", "rollouts.csv", "report.html"
 
 
@@ -100,8 +100,10 @@ def load(folder: str | Path) -> dict:
     except ValueError as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from error
     found = content.get("schema_version") if isinstance(content, dict) else None
-    if found != SCHEMA_VERSION:
-        raise ValueError(f"{path}: schema_version is {found!r}, this version reads {SCHEMA_VERSION}")
+    if found not in KNOWN_VERSIONS:
+        raise ValueError(
+            f"{path}: schema_version is {found!r}, this version reads {' and '.join(map(str, KNOWN_VERSIONS))}"
+        )
     return content
 
 
