@@ -16,6 +16,7 @@ assert math.isclose(results["scale"], 1 / results["n_tokens"])
 entropy = sum(float(row["entropy"]) for row in rows) / results["n_tokens"]
 assert math.isclose(results["base_entropy"], entropy, rel_tol=1e-12)
 
+assert results["schema_version"] == 2
 slopes = {slope["estimator"]: slope for slope in results["slope"]}
 assert set(slopes) == {"causal", "exact", "mixed"}
 for slope in slopes.values():
@@ -26,6 +27,10 @@ for row in results["measured"]:
     assert math.isclose(row["predicted_linear"], row["eta"] * slopes["causal"]["value"], rel_tol=1e-9)
     assert row["stderr"] > 0 and 0 < row["ess_fraction"] <= 1 + 1e-9
 
+for name, estimator in (("by_position", "causal"), ("by_lag", "causal"), ("by_length", "exact")):
+    bins = results["attribution"][name]
+    assert math.isclose(sum(b["contribution"] for b in bins), slopes[estimator]["value"], rel_tol=1e-9), name
+    assert all(b["stderr"] > 0 for b in bins)
 shares = results["attribution"]["by_layer"]
 assert math.isclose(sum(share["contribution"] for share in shares), slopes["causal"]["value"], rel_tol=1e-4)
 assert (folder / "report.html").read_text().startswith("<!doctype html>")

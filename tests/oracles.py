@@ -38,11 +38,11 @@ class TinyPolicy:
     """A policy with logits of its own for every (prompt, prefix): z(eta) = scale * (A + eta B + eta² C / 2).
 
     A, B, C are standard normal [n_prompts, prefixes, vocab]. B also raises the end token's logit by
-    `end_drift`, so that moving along eta shortens the answers and the length correction matters. Prompts are
-    equally likely.
+    `end_drift`, so that moving along eta shortens the answers and the length correction matters. `shift` gives,
+    for a prefix, what is added to its logits [vocab] for every prompt. Prompts are equally likely.
     """
 
-    def __init__(self, *, vocab=4, horizon=5, n_prompts=16, scale=1.0, end_drift=1.0, seed=0):
+    def __init__(self, *, vocab=4, horizon=5, n_prompts=16, scale=1.0, end_drift=1.0, seed=0, shift=None):
         self.vocab, self.horizon, self.n_prompts, self.scale = vocab, horizon, n_prompts, scale
         inner = range(1, vocab)
         prefixes = [p for k in range(horizon) for p in itertools.product(inner, repeat=k)]
@@ -56,6 +56,8 @@ class TinyPolicy:
         shape = (3, n_prompts, len(prefixes), vocab)
         self.A, self.B, self.C = np.random.default_rng(seed).standard_normal(shape)
         self.B[..., END] += end_drift
+        if shift is not None:
+            self.A += np.array([shift(prefix) for prefix in prefixes]) / scale
         self._cdf = np.cumsum(np.exp(self.columns(0.0)["logp"]), axis=1)
 
     def logits(self, eta: float) -> np.ndarray:

@@ -26,7 +26,11 @@ def content():
         (60.0, 50.0, 50.0),
     ):
         put(entry, **estimate(value, stderr), pathwise=pathwise, score=score, length_correction=length)
-        put(entry, uncorrected=uncorrected)
+        put(entry, uncorrected=uncorrected, other_answers=score + length)
+        put(
+            entry["part_stderrs"], pathwise=2.1, other_answers=4.4, score=31.0, length_correction=33.0, uncorrected=29.0
+        )
+    run["horizon"] = {"tokens": 16, **estimate(-71.0, 4.0), "left_out": -5.0, "left_out_stderr": 3.0}
     put(run["curvature"], **estimate(curvature, 1.9e4), score=7e4, cross=-4.2e4, pathwise=1.3e4, step=2.5e-5)
     put(run["trust"], eta_star=3.7e-3, linear_until=3.7e-4, warnings=[])
     for entry, eta, delta, stderr, verdict in zip(
@@ -42,10 +46,12 @@ def content():
         put(entry, predicted_quadratic_stderr=5.2 * abs(eta), predicted_uncorrected=uncorrected * eta)
         put(entry, prediction_error=slope * eta - delta, prediction_error_stderr=2.1 * abs(eta))
     put(run["fresh_check"], eta=4 * STEP, delta=-0.0228, stderr=2.7e-3, difference=1.8e-3, difference_stderr=4.2e-3)
-    for name in ("by_position", "by_length", "by_layer", "by_kind"):
-        run["attribution"][name] = [
-            put(row, contribution=share) for row, share in zip(run["attribution"][name], (-90.0, 24.5, -10.5))
-        ]
+    for name in ("by_position", "by_length", "by_lag", "by_layer", "by_kind"):
+        rows = list(zip(run["attribution"][name], (-90.0, 24.5, -10.5)))
+        run["attribution"][name] = [put(row, contribution=share) for row, share in rows]
+        if "stderr" in rows[0][0]:
+            for (row, _), stderr in zip(rows, (6.0, 5.5, 8.0), strict=True):
+                put(row, stderr=stderr)
     put(run["audit"], warnings=[])
     return run
 

@@ -6,10 +6,14 @@ import math
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
-from dentropy.estimators import Bins, Estimate, Statistic, TrustRange, by_length, by_position
+from dentropy.estimators import Bins, Estimate, Statistic, TrustRange, by_lag, by_length, by_position
+from dentropy.estimators.slopes import slope as slope_of
 from dentropy.experiment.changes import Change
 from dentropy.passes.parameter_attribution import by_kind, by_layer
 from dentropy.stats.tables import SequenceSums
+
+# The later tokens that `horizon` keeps: what a token leads to further on is mostly noise.
+HORIZON = 16
 
 
 def slope(estimate: Estimate) -> dict:
@@ -20,6 +24,20 @@ def slope(estimate: Estimate) -> dict:
         **_errors(estimate),
         **estimate.parts,
         "part_stderrs": dict(estimate.part_stderrs),
+    }
+
+
+def horizon(base: SequenceSums, prompts: str) -> dict | None:
+    """`horizon`; None where nothing lies beyond it."""
+    if base.n_tokens.max() <= HORIZON + 1:
+        return None
+    estimate = slope_of(base, prompts=prompts, horizon=HORIZON)
+    return {
+        "tokens": HORIZON,
+        "value": estimate.value,
+        **_errors(estimate),
+        "left_out": estimate.parts["left_out"],
+        "left_out_stderr": estimate.part_stderrs["left_out"],
     }
 
 
@@ -76,6 +94,7 @@ def attribution(base: SequenceSums, prompts: str, parameters: dict[str, float] |
     entry = {
         "by_position": _bins(by_position(base, prompts=prompts), "tokens"),
         "by_length": _bins(by_length(base, prompts=prompts), "rollouts"),
+        "by_lag": _bins(by_lag(base, prompts=prompts), "pairs"),
         "by_layer": None,
         "by_kind": None,
         "parameters": None,

@@ -91,6 +91,7 @@ class ProbeResult:
             "base_entropy_stderr": self.base_stderr,
             "scale": 1 / n_tokens,
             "slope": [entries.slope(estimate) for estimate in self.slopes.values()],
+            "horizon": entries.horizon(self.base, self.prompts),
             "curvature": None if self.curvature is None else entries.curvature(self.curvature, self.base),
             "trust": None if self.trust is None else entries.trust(self.trust),
             "measured": [entries.measured(change, causal) for change in self.changes],

@@ -21,7 +21,7 @@ from dentropy.experiment.report import page
 from dentropy.experiment.results_schema import check
 from dentropy.experiment.unfinished import remove_left_behind, temporary
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION, KNOWN_VERSIONS = 2, (1, 2)
 RESULTS, ROLLOUTS, REPORT = "results.json", "rollouts.csv", "report.html"
 
 
@@ -99,8 +99,9 @@ def load(folder: str | Path) -> dict:
         raise ValueError(f"{folder}: not a run folder, it holds no {RESULTS}")
     content = json_value(path.read_bytes(), str(path))
     found = content.get("schema_version") if isinstance(content, dict) else None
-    if found != SCHEMA_VERSION or isinstance(found, bool):
-        raise ValueError(f"{path}: schema_version is {found!r:.40}, this version reads {SCHEMA_VERSION}")
+    if found not in KNOWN_VERSIONS or isinstance(found, bool):
+        known = " and ".join(map(str, KNOWN_VERSIONS))
+        raise ValueError(f"{path}: schema_version is {found!r:.40}, this version reads {known}")
     check(content, str(path))
     return content
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dentropy.experiment.readings import cut_short, disagreement, entry_told_apart, part
+
 
 def summary(content: dict) -> str:
     """The summary of a run from the content of its results.json, without a final newline."""
@@ -58,9 +60,7 @@ def _slopes(content: dict) -> str:
 
 
 def _part(slope: dict, name: str) -> str:
-    """A part of a slope with its error; runs of earlier versions have neither the sum of the two nor errors."""
-    value = slope[name] if name in slope else slope["score"] + slope["length_correction"]
-    return _with_error(value, slope.get("part_stderrs", {}).get(name))
+    return _with_error(*part(slope, name))
 
 
 def _reach(content: dict) -> list[str]:
@@ -68,7 +68,7 @@ def _reach(content: dict) -> list[str]:
         return []
     curvature, trust = content["curvature"], content["trust"]
     value = _with_error(curvature["value"], curvature["stderr"]).strip()
-    if curvature["stderr"] is None or abs(curvature["value"]) < 2 * curvature["stderr"]:
+    if not entry_told_apart(curvature):
         return [f"curvature {value} per unit of η²: not told apart from 0"]
     limit = "at no η" if trust["linear_until"] is None else f"beyond η = {trust['linear_until']:.2g}"
     return [f"curvature {value} per unit of η²; it changes the linear prediction by a tenth {limit}"]
@@ -87,23 +87,9 @@ def _verdicts(content: dict) -> str:
 def _verdict(row: dict) -> str:
     """What is said of the weights, and of ΔH beside it."""
     whose = "" if row["below_noise_floor"] else "the weights are "
-    near = row["stderr"] is not None and row["delta"] is not None and abs(row["delta"]) < 2 * row["stderr"]
-    return f"{whose}{row['verdict']}: {row['verdict_reason']}" + ("; ΔH is not told apart from 0" if near else "")
-
-
-def _disagreements(measured: list[dict]) -> list[str]:
-    """A sentence on the η at which prediction and measurement part, where the measurement can be used."""
-    apart = []
-    for row in measured:
-        error, stderr = row["prediction_error"], row["prediction_error_stderr"]
-        if row["verdict"] != "unusable" and stderr and error is not None and abs(error) > 2 * stderr:
-            apart.append(f"{row['eta']:.3g} ({abs(error) / stderr:.1f})")
-    if not apart:
-        return []
-    return [
-        "Linear prediction and measurement disagree, by more than 2 standard errors of their paired difference, at "
-        f"η = {', '.join(apart)}"
-    ]
+    known = row["delta"] is not None and row["stderr"] is not None
+    near = "" if not known or entry_told_apart(row, "delta") else "; ΔH is not told apart from 0"
+    return f"{whose}{row['verdict']}: {row['verdict_reason']}{near}"
 
 
 def _changes(content: dict) -> str:
@@ -125,8 +111,8 @@ def _changes(content: dict) -> str:
         f"Change of the entropy ΔH(η), in nats per token; one step is η = {step:g}\n"
         "predicted = η · causal slope, quadratic with η²/2 · curvature; measured by importance sampling"
     )
-    measured = content["measured"]
-    return "\n".join([title, *_aligned(head, rows), *_disagreements(measured), *_reasons(measured)])
+    measured, apart = content["measured"], disagreement(content["measured"])
+    return "\n".join([title, *_aligned(head, rows), *([apart] if apart else []), *_reasons(measured)])
 
 
 def _fresh(fresh: dict, measured: list[dict]) -> str:
@@ -146,21 +132,11 @@ def _fresh(fresh: dict, measured: list[dict]) -> str:
 def _audit(audit: dict) -> str:
     z = {name: check["z"] for name, check in audit["on_policy"].items() if check is not None}
     scores = ", ".join(f"{name} z = " + ("undefined" if value is None else f"{value:.1f}") for name, value in z.items())
+    cut = cut_short(audit)
     return (
         f"Audit: {audit['rollouts_used']:,} of {audit['rollouts_expected']:,} rollouts and "
-        f"{audit['tokens_used']:,} of {audit['tokens_expected']:,} tokens used; on policy: {scores}{_cut(audit)}"
-    )
-
-
-def _cut(audit: dict) -> str:
-    """On a line of its own, the rollouts that a length cap cut, where they are some and not all."""
-    cut, total = audit.get("rollouts_without_end") or 0, audit["rollouts_expected"]
-    if not 0 < cut < total:
-        return ""
-    return (
-        f"\n{cut:,} of {total:,} rollouts ({cut / total:.1%}) stop without an end token, cut at some length: "
-        "entropies, slopes and changes are those of the process with this cut"
-    )
+        f"{audit['tokens_used']:,} of {audit['tokens_expected']:,} tokens used; on policy: {scores}"
+    ) + (f"\n{cut}" if cut else "")
 
 
 def _number(value: float | None, form: str = "{: .3e}") -> str:

@@ -219,13 +219,15 @@ def test_rollouts_without_end_tokens_are_counted_and_named(policy, direction, re
 def test_the_summary_says_what_the_numbers_cannot_tell(result):
     content = copy.deepcopy(result.content)
     entry = content["measured"][-1]
-    lines = {
-        "the weights are reliable: r; ΔH is not told apart from 0": {"delta": 1.0, "stderr": 0.6},
-        "the weights are reliable: r": {"delta": 1.0, "stderr": 0.4},
-        "unusable: r": {"delta": 1.0, "stderr": 0.4, "verdict": "unusable", "below_noise_floor": True},
-    }
-    for line, changes in lines.items():
-        said = {"verdict": "reliable", "verdict_reason": "r", "below_noise_floor": False}
+    near, clear = "the weights are reliable: r; ΔH is not told apart from 0", "the weights are reliable: r"
+    for line, changes in (
+        (near, {"interval": None, "stderr": 0.6}),
+        (clear, {"interval": None, "stderr": 0.4}),
+        (near, {"interval": [-0.3, 2.3], "stderr": 0.4}),
+        (clear, {"interval": [0.1, 1.9], "stderr": 0.6}),
+        ("unusable: r", {"interval": [0.1, 1.9], "verdict": "unusable", "below_noise_floor": True}),
+    ):
+        said = {"delta": 1.0, "verdict": "reliable", "verdict_reason": "r", "below_noise_floor": False}
         text = summary(content | {"measured": [entry | said | changes]})
         assert f"{entry['eta']: .3g}  {line}\n" in text
     apart = {"verdict": "strained", "prediction_error": -2.5, "prediction_error_stderr": 1.0}

@@ -25,7 +25,7 @@ def rows(run):
 
 
 def test_every_number_about_the_batch(content, rows, result):
-    assert content["schema_version"] == 1
+    assert content["schema_version"] == 2
     assert content["n_sequences"] == len(rows) == 32
     assert content["n_tokens"] == rows.n_tokens.sum() == result.batch.n_tokens
     assert content["n_groups"] == rows.group.nunique() == 4
@@ -180,9 +180,18 @@ def test_attribution_adds_up_to_the_slope(content, result):
     for name, parts in content["attribution"].items():
         whole = slopes["exact" if name == "by_length" else "causal"]
         assert sum(part["contribution"] for part in parts) == pytest.approx(whole, abs=1e-5 * scale), name
-        assert name not in ("by_length", "by_position") or all(part["stderr"] > 0 for part in parts)
+        assert name not in ("by_length", "by_position", "by_lag") or all(part["stderr"] > 0 for part in parts)
     assert sum(part["tokens"] for part in content["attribution"]["by_position"]) == content["n_tokens"]
     assert sum(part["rollouts"] for part in content["attribution"]["by_length"]) == content["n_sequences"]
+
+
+def test_the_horizon_and_what_it_leaves_out_make_the_slope(content, result, monkeypatch):
+    assert result.base.n_tokens.max() <= 16 and content["horizon"] is None
+    monkeypatch.setattr(entries, "HORIZON", 3)
+    found, causal = entries.horizon(result.base, "random"), result.slopes["causal"]
+    beyond = sum(lags["contribution"] for lags in content["attribution"]["by_lag"] if lags["first"] > 3)
+    assert found["tokens"] == 3 and found["value"] + found["left_out"] == pytest.approx(causal.value, rel=1e-9)
+    assert found["left_out"] == pytest.approx(beyond, rel=1e-9) and found["stderr"] > 0 < found["left_out_stderr"]
 
 
 def test_the_curvature_follows_from_the_columns(content, rows):
@@ -203,7 +212,7 @@ def test_every_field_is_documented(content, rows):
     documented = set(re.findall(r"`([a-z_0-9]+?)(?:_K)?`", text))
     fields = set(content) | set(content["slope"][0]) | set(content["measured"][0]) | set(content["audit"])
     fields |= set(content["fresh_check"]) | set(content["audit"]["on_policy"]) | set(content["attribution"])
-    fields |= set(content["curvature"]) | set(content["trust"])
+    fields |= set(content["curvature"]) | set(content["trust"]) | {"tokens", "left_out", "left_out_stderr"}
     fields |= {re.sub(r"_\d+$", "", column) for column in rows.columns}
     assert fields - documented == set()
 

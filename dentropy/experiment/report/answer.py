@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from dentropy.experiment.readings import entry_told_apart, part, told_apart
 from dentropy.experiment.report.numbers import plain, step_text
 from dentropy.experiment.report.tags import Markup, tag
 
@@ -29,7 +30,7 @@ def answer(content: dict) -> str:
         value, stderr, reason = entry["delta"], entry["stderr"], entry.get("stderr_reason")
         interval, source = entry.get("interval"), "measured"
     else:
-        value, stderr, reason = _times(slope["value"], step), _times(slope["stderr"], abs(step)), None
+        value, stderr, reason = times(slope["value"], step), times(slope["stderr"], abs(step)), None
         interval, source = None, f"predicted; {doubt}"
     where = f"at step size {step_text(step)}"
     if value is None:
@@ -37,7 +38,7 @@ def answer(content: dict) -> str:
     if stderr is None:
         missing = f", no error bar: {reason}" if reason else ", no error bar"
         return f"This update {_verb(value)} entropy by {plain(abs(value))} {UNIT} {where} ({source}{missing})."
-    if not resolved(value, stderr, interval):
+    if not told_apart(value, stderr, interval):
         return (
             f"This update does not change entropy by an amount that can be told from zero {where}: "
             f"{plain(value, stderr)} {UNIT} ({source})."
@@ -48,10 +49,11 @@ def answer(content: dict) -> str:
 def comparison(content: dict) -> list[Markup]:
     """Predicted, measured and uncorrected change at the step size, as terms with their values."""
     entry, slope, step = at_step(content), causal(content), content["step_size"]
-    rows = [("Predicted before the step", _times(slope["value"], step), _times(slope["stderr"], abs(step)))]
+    rows = [("Predicted before the step", times(slope["value"], step), times(slope["stderr"], abs(step)))]
     if entry is not None:
         rows.append(("Measured by importance sampling", entry["delta"], entry["stderr"]))
-    rows.append(("What a loop without the length correction reports", _times(slope["uncorrected"], step), None))
+    value, stderr = part(slope, "uncorrected")
+    rows.append(("What a loop without the length correction reports", times(value, step), times(stderr, abs(step))))
     return [
         tag("div", tag("dt", name), tag("dd", _change(value, stderr), " ", tag("small", UNIT)))
         for name, value, stderr in rows
@@ -64,35 +66,28 @@ def ways(content: dict) -> str | None:
     pathwise is what the next-token distributions change at the contexts that were visited; score and
     length_correction together are what other answers change. They are not split further: longer answers of
     average entropy add to both and change nothing. The change of mean length itself follows exactly, to first
-    order: −length_correction / H̄, relative. Shares are given only where the two have one sign and the slope
-    is told from zero; else the amounts.
+    order: −length_correction / H̄, relative. Shares are given only where the two have one sign and the slope and
+    both are told from zero; else the amounts.
     """
     slope, step = causal(content), content["step_size"]
-    parts = [slope[name] for name in ("pathwise", "score", "length_correction")]
-    if None in parts or slope["value"] is None:
+    both = [part(slope, name) for name in ("pathwise", "other_answers")]
+    (same, _), (other, _) = both
+    if None in (same, other, slope["value"]):
         return None
-    same, other = parts[0] * step, (parts[1] + parts[2]) * step
-    length = _length_words(content, parts[2])
-    if same * other > 0 and resolved(slope["value"], slope["stderr"], slope.get("interval")):
+    length = _length_words(content, *part(slope, "length_correction"))
+    known = entry_told_apart(slope) and all(stderr is None or told_apart(value, stderr) for value, stderr in both)
+    if same * other > 0 and known:
         share = other / (same + other)
         return (
             f"Of the predicted change, {share:.0%} comes through other answers{length} and {1 - share:.0%} "
             "from next-token distributions that change in the same contexts."
         )
     note = " The two have opposite signs: neither is a share of the whole." if same * other < 0 else ""
-    stderr = _times(slope["stderr"], abs(step))
-    amounts = [("+" if part > 0 else "") + plain(part, stderr, error=False) for part in (same, other)]
+    amounts = [_signed(times(value, step), times(stderr, abs(step))) for value, stderr in both]
     return (
         f"The predicted change is {amounts[0]} {UNIT} from next-token distributions that change in the same "
         f"contexts, and {amounts[1]} through other answers{length}.{note}"
     )
-
-
-def resolved(value: float, stderr: float | None, interval: list | None) -> bool:
-    """Is the value told from zero by its 95% interval (2 standard errors where there is none)?"""
-    if interval is not None and None not in interval:
-        return not interval[0] <= 0 <= interval[1]
-    return stderr is not None and abs(value) > 2 * stderr
 
 
 def _doubt(entry: dict | None) -> str | None:
@@ -108,25 +103,29 @@ def _doubt(entry: dict | None) -> str | None:
     return None
 
 
-def _length_words(content: dict, correction: float) -> str:
+def _length_words(content: dict, correction: float, stderr: float | None) -> str:
     entropy = content["base_entropy"]
     if not entropy:
         return ""
-    change = -correction * content["step_size"] / entropy
-    return f" ({abs(change):.1%} {'longer' if change > 0 else 'shorter'} on average)"
+    scale = content["step_size"] / entropy
+    change, error = -correction * scale, "" if stderr is None else f" ± {abs(stderr * scale):.1%}"
+    return f" ({abs(change):.1%}{error} {'longer' if change > 0 else 'shorter'} on average)"
 
 
 def _change(value: float | None, stderr: float | None) -> Markup:
     if value is None:
         return tag("span", "not finite")
+    return tag("data", _signed(value, stderr), value=repr(value))
+
+
+def _signed(value: float, stderr: float | None) -> str:
     text = plain(value, stderr)
-    sign = "+" if value > 0 and not text.startswith("(") else ""
-    return tag("data", sign + text, value=repr(value))
+    return "+" + text if value > 0 and not text.startswith("(") else text
 
 
 def _verb(value: float) -> str:
     return "lowers" if value < 0 else "raises"
 
 
-def _times(value: float | None, factor: float) -> float | None:
+def times(value: float | None, factor: float) -> float | None:
     return None if value is None else value * factor

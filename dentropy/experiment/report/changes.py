@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dentropy.experiment.readings import disagreement, entry_told_apart, part
+from dentropy.experiment.report.answer import causal, times
 from dentropy.experiment.report.chart import change_chart
 from dentropy.experiment.report.numbers import (
     Unit,
@@ -19,33 +21,38 @@ from dentropy.experiment.report.tables import table
 from dentropy.experiment.report.tags import Markup, tag
 
 SIGNS = {"reliable": "●", "strained": "◐", "unusable": "✕"}
+NEAR = "ΔH not told apart from 0"
 KHATS = {"w": "w", "wT": "w·T", "wH": "w·H"}
 
 
 def changes(content: dict) -> Markup:
     """Predicted and measured ΔH at every η: figure, table, trust."""
     rows = content["measured"]
-    unit = unit_for([row["delta"] for row in rows], NATS)
+    unit, apart = unit_for([row["delta"] for row in rows], NATS), disagreement(rows)
 
     def pair(name: str, error: str | None = None):
         return lambda row: with_error(row.get(name), row.get(error or f"{name}_stderr"), unit)
+
+    def uncorrected_error(row: dict) -> float | None:
+        return times(part(causal(content), "uncorrected")[1], abs(row["eta"]))
 
     columns = [
         ("η", "", lambda row: number(row["eta"], step_text(row["eta"]))),
         ("Steps", "", lambda row: _steps(row, content)),
         ("Measured ΔH", "± SE", pair("delta", "stderr")),
         ("95% interval", "", lambda row: interval(row.get("interval"), unit, row["stderr"])),
-        ("Verdict", "", _verdict),
+        ("Weights", "and what ΔH says", _verdict_beside),
         ("Predicted", "linear ± SE", pair("predicted_linear")),
         ("Predicted", "with curvature ± SE", pair("predicted_quadratic")),
         ("Linear − measured", "± SE", pair("prediction_error")),
-        ("Uncorrected", "prediction", lambda row: quantity(row["predicted_uncorrected"], unit)),
+        ("Uncorrected", "± SE", lambda row: with_error(row["predicted_uncorrected"], uncorrected_error(row), unit)),
     ]
     return section(
         "changes",
         "Change of entropy",
         change_chart(content),
         table(f"ΔH(η) in {unit.name}", rows, columns),
+        apart and tag("p", f"{apart}."),
         reasons(rows),
         _fresh(content.get("fresh_check"), unit),
     )
@@ -57,7 +64,7 @@ def reliability(content: dict) -> Markup:
     unit = unit_for([row["delta"] for row in rows], NATS)
     columns = [
         ("η", "", lambda row: number(row["eta"], step_text(row["eta"]))),
-        ("Verdict", "and why", _reasoned_verdict),
+        ("Weights", "verdict and why", _reasoned_verdict),
         ("ESS", "rollouts", lambda row: _count(row.get("ess"))),
         ("ESS", "of all", lambda row: percent(row.get("ess_fraction"))),
         ("ESS of w·T", "rollouts", lambda row: _count(row.get("ess_tokens"))),
@@ -71,6 +78,8 @@ def reliability(content: dict) -> Markup:
     if floor is not None:
         noise = tag("p", "Noise floor of the arithmetic: at most ", number(floor, plain(floor)), f" {NATS}.")
     note = "ESS is the effective sample size of the importance weights w."
+    if any(row.get("verdict") for row in rows):
+        note = f"A verdict is about the weights alone: whether ΔH differs from 0 is for its error bar to say. {note}"
     if any(row.get("khat") for row in rows):
         note += " k̂ is the shape of the tail of what is named: above 1 it has no mean."
     if any(row.get("smoothed_delta") is not None for row in rows):
@@ -108,6 +117,14 @@ def _verdict(row: dict) -> Markup | None:
     if verdict is None:
         return None
     return tag("span", tag("span", SIGNS[verdict], aria_hidden="true"), f" {verdict}", class_=f"verdict {verdict}")
+
+
+def _verdict_beside(row: dict) -> Markup | None:
+    """The verdict, with the words that ΔH itself is not told apart from 0 where it is not."""
+    verdict = _verdict(row)
+    if verdict is None or row["delta"] is None or row["stderr"] is None or entry_told_apart(row, "delta"):
+        return verdict
+    return tag("div", verdict, " ", tag("small", NEAR), class_="words")
 
 
 def _reasoned_verdict(row: dict) -> Markup | None:

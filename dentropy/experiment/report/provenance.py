@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dentropy.experiment.readings import cut_short
 from dentropy.experiment.report.numbers import Unit, step_text, with_error
 from dentropy.experiment.report.sections import NATS, PER_ETA, digits, section
 from dentropy.experiment.report.tables import table
@@ -21,7 +22,7 @@ def audit(content: dict) -> Markup:
         f"{found['rollouts_used']:,} of {found['rollouts_expected']:,} rollouts and "
         f"{found['tokens_used']:,} of {found['tokens_expected']:,} tokens used."
     )
-    warned = warnings(content)
+    warned, cut = warnings(content), cut_short(found)
     listed = tag("ul", [tag("li", text) for text in warned], class_="warnings") if warned else None
     checks = [{"name": name, **check} for name, check in found["on_policy"].items() if check is not None]
     check_columns = [
@@ -40,6 +41,7 @@ def audit(content: dict) -> Markup:
         "Audit and warnings",
         listed or tag("p", "No warnings."),
         tag("p", used),
+        cut and tag("p", f"{cut}."),
         table("Are the rollouts this policy's own?", checks, check_columns) if checks else None,
         tag(
             "details",

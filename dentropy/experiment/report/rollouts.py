@@ -21,7 +21,7 @@ def rollouts(content: dict, shown: list[dict]) -> Markup | None:
         return None
     note = (
         f"{len(shown)} of {content['n_sequences']:,} rollouts: those that contribute most to the change of the update "
-        "itself that the exact slope predicts."
+        "itself that the exact slope predicts. They are terms of one sample: only their sums have error bars."
     )
     return section("rollouts", "Rollouts, token by token", tag("p", note), _coloured(shown, content["step_size"]))
 

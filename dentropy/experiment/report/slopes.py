@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
+from dentropy.experiment.readings import entry_told_apart, part
 from dentropy.experiment.report.numbers import Unit, interval, number, plain, quantity, unit_for, with_error
 from dentropy.experiment.report.sections import NATS, PER_ETA, eta, reasons, section
 from dentropy.experiment.report.tables import table
 from dentropy.experiment.report.tags import Markup, join, tag
 
+PARTS = {
+    "pathwise": "Pathwise",
+    "other_answers": "Other answers",
+    "score": "= Score",
+    "length_correction": "+ Length correction",
+    "uncorrected": "Uncorrected",
+}
+
 
 def slopes(content: dict) -> Markup:
     """The slope by every estimator, the curvature and how far they reach."""
     rows = content["slope"]
-    parts = ("pathwise", "score", "length_correction", "uncorrected")
-    unit = unit_for([row[name] for row in rows for name in ("value", *parts)], PER_ETA)
+    unit = unit_for([part(row, name)[0] for row in rows for name in ("value", *PARTS)], PER_ETA)
     columns = [
         ("Estimator", "", lambda row: row["estimator"]),
         ("Slope", "± SE", lambda row: with_error(row["value"], row["stderr"], unit)),
         ("95% interval", "", lambda row: interval(row.get("interval"), unit, row["stderr"])),
         ("Jackknife SE", "", lambda row: _error(row.get("jackknife_stderr"), unit)),
-        *[
-            (name.replace("_", " ").capitalize(), "", lambda row, n=name: quantity(row[n], unit, row["stderr"]))
-            for name in parts
-        ],
+        *[(title, "± SE", lambda row, n=name: with_error(*part(row, n), unit)) for name, title in PARTS.items()],
     ]
     note = (
-        "Slope = pathwise + score + length correction. The uncorrected value is the mixed slope without its "
-        "length correction; the causal slope is the one that predicts."
+        "Slope = pathwise + other answers. The latter is score + length correction, large numbers that nearly cancel, "
+        "so that neither is to be read alone. The uncorrected value is the mixed slope without its length correction; "
+        "the causal slope is the one that predicts."
     )
     return section(
         "slope",
@@ -51,7 +57,11 @@ def _curvature(content: dict) -> Markup | None:
         *[(name.capitalize(), "", lambda row, n=name: quantity(row[n], unit, row["stderr"])) for name in parts],
         ("Differences over", "± η", lambda row: eta(row.get("step"))),
     ]
-    return join([table(f"Curvature in {unit.name}", [found], columns), reasons([found])])
+    note = "Curvature = score + cross + pathwise, parts without error bars of their own."
+    if found["stderr"] is not None and not entry_told_apart(found):
+        note += " It is not told apart from 0: η* may be far larger than what follows."
+    shown = table(f"Curvature in {unit.name}", [found], columns)
+    return join([shown, tag("p", note, class_="note"), reasons([found])])
 
 
 def _trust(trust: dict | None) -> Markup | None:

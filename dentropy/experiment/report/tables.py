@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
-from dentropy.experiment.report.numbers import MISSING, Unit, quantity
+from dentropy.experiment.readings import told_apart
+from dentropy.experiment.report.numbers import MISSING, Unit, quantity, with_error
 from dentropy.experiment.report.tags import Markup, tag
 
 # (head, unit or note below it, cell of a row); a cell is text, Markup or None.
@@ -28,30 +30,47 @@ def scrolling(label: str, content: Markup) -> Markup:
     return tag("div", content, class_="scroll", tabindex="0", role="region", aria_label=label)
 
 
+@dataclass(frozen=True)
+class Bar:
+    """A row of `bars`: its value may have a standard error, and a count of what is in it."""
+
+    name: str
+    value: float | None
+    stderr: float | None = None
+    count: int | None = None
+
+
 def bars(
-    caption: str, rows: list[tuple[str, float | None, int | None]], unit: Unit, *, head: str, count: str | None = None
+    caption: str, rows: list[Bar], unit: Unit, *, head: str, count: str | None, total_stderr: float | None, clear: bool
 ) -> Markup:
-    """(name, value, how many) as horizontal bars from a common zero, with their sum below."""
-    values = [value for _, value, _ in rows if value is not None]
-    low, high = min([0.0, *values]), max([0.0, *values])
-    width = (high - low) or 1.0
+    """Horizontal bars from a common zero, whiskers of 2 standard errors, and their sum below.
+
+    Bars that are not told apart from 0 are grey, and so are all of them where their sum is not (`clear`).
+    """
+    values = [row.value for row in rows if row.value is not None]
+    reach = [0.0, *(end for row in rows if row.value is not None for end in _ends(row))]
+    low, width = min(reach), (max(reach) - min(reach)) or 1.0
     body = [
         tag(
             "tr",
-            tag("th", name, scope="row"),
-            tag("td", _bar(value, low, width), class_="bar"),
-            tag("td", MISSING if value is None else quantity(value, unit)),
-            None if count is None else tag("td", f"{many:,}", class_="count"),
+            tag("th", row.name, scope="row"),
+            tag("td", _bar(row, low, width, clear), class_="bar"),
+            tag("td", MISSING if row.value is None else _amount(row.value, row.stderr, unit)),
+            None if count is None else tag("td", f"{row.count:,}", class_="count"),
         )
-        for name, value, many in rows
+        for row in rows
     ]
     heads = [
         tag("th", head, scope="col"),
         tag("td", class_="bar"),
-        tag("th", "ΔH", scope="col"),
+        tag("th", "ΔH ± SE" if any(row.stderr is not None for row in rows) else "ΔH", scope="col"),
         None if count is None else tag("th", count, scope="col"),
     ]
-    total = [tag("th", "Sum", scope="row"), tag("td", class_="bar"), tag("td", quantity(sum(values), unit))]
+    total = [
+        tag("th", "Sum", scope="row"),
+        tag("td", class_="bar"),
+        tag("td", _amount(sum(values), total_stderr, unit)),
+    ]
     return tag(
         "table",
         tag("caption", caption, " ", tag("small", f"in {unit.name}")),
@@ -68,11 +87,28 @@ def _cell(content: object, index: int) -> Markup:
     return tag("td", MISSING if content is None else content)
 
 
-def _bar(value: float | None, low: float, width: float) -> Markup:
-    zero = f"{100 * -low / width:.3f}%"
-    drawn = [tag("line", x1=zero, x2=zero, y1="0", y2="100%", class_="zero")]
-    if value:
-        start, size = 100 * (min(value, 0.0) - low) / width, 100 * abs(value) / width
-        kind = "raises" if value > 0 else "lowers"
-        drawn.insert(0, tag("rect", x=f"{start:.3f}%", width=f"{size:.3f}%", y="15%", height="70%", class_=kind))
+def _ends(row: Bar) -> tuple[float, float]:
+    """What a bar with its whisker reaches from and to."""
+    half = 2 * (row.stderr or 0.0)
+    return row.value - half, row.value + half
+
+
+def _amount(value: float, stderr: float | None, unit: Unit) -> Markup:
+    return quantity(value, unit) if stderr is None else with_error(value, stderr, unit)
+
+
+def _bar(row: Bar, low: float, width: float, clear: bool) -> Markup:
+    def at(value: float) -> str:
+        return f"{100 * (value - low) / width:.3f}%"
+
+    drawn = [tag("line", x1=at(0.0), x2=at(0.0), y1="0", y2="100%", class_="zero")]
+    if row.value:
+        kind = "raises" if row.value > 0 else "lowers"
+        if not clear or (row.stderr is not None and not told_apart(row.value, row.stderr)):
+            kind = "unclear"
+        size = f"{100 * abs(row.value) / width:.3f}%"
+        drawn.insert(0, tag("rect", x=at(min(row.value, 0.0)), width=size, y="15%", height="70%", class_=kind))
+    if row.value is not None and row.stderr is not None:
+        x1, x2 = map(at, _ends(row))
+        drawn.append(tag("line", x1=x1, x2=x2, y1="50%", y2="50%", class_="whisker"))
     return tag("svg", drawn, width="100%", height="18", aria_hidden="true")

@@ -59,16 +59,21 @@ def test_shares_are_given_only_where_they_mean_something():
     causal = run["slope"][0]
     # −36 in the same contexts, −100 + 60 through other answers; −60 / 1.2 · 1e-4 is the change of length.
     assert ways(run) == (
-        "Of the predicted change, 53% comes through other answers (0.5% shorter on average) and 47% "
+        "Of the predicted change, 53% comes through other answers (0.5% ± 0.3% shorter on average) and 47% "
         "from next-token distributions that change in the same contexts."
     )
     causal["interval"] = [-160.0, 8.0]
-    assert "%" not in ways(run).replace("(0.5% shorter", "") and "opposite" not in ways(run)
-    causal.update(interval=[-160.0, -8.0], pathwise=-116.0, length_correction=-60.0, score=100.0)
+    assert "%" not in ways(run).replace("(0.5% ± 0.3% shorter", "") and "opposite" not in ways(run)
+    causal.update(interval=[-160.0, -8.0])
+    assert "53%" in ways(run)
+    causal["part_stderrs"]["other_answers"] = 21.0
+    assert "−0.0040 ± 0.0021 through" in ways(run)
+    causal["part_stderrs"]["other_answers"] = 4.4
+    causal.update(pathwise=-116.0, length_correction=-60.0, score=100.0, other_answers=40.0)
     assert ways(run) == (
-        "The predicted change is −0.0116 nats per token from next-token distributions that change in the "
-        "same contexts, and +0.0040 through other answers (0.5% longer on average). The two have opposite "
-        "signs: neither is a share of the whole."
+        "The predicted change is −0.01160 ± 0.00021 nats per token from next-token distributions that change in the "
+        "same contexts, and +0.0040 ± 0.0004 through other answers (0.5% ± 0.3% longer on average). The two have "
+        "opposite signs: neither is a share of the whole."
     )
-    causal["score"] = None
+    causal["other_answers"] = None
     assert ways(run) is None

@@ -13,3 +13,22 @@ def test_every_number_of_a_change_is_on_the_page():
     assert run["noise_floor"] in found.values("reliability")
     names = ("delta", "stderr", "difference", "difference_stderr")
     assert {run["fresh_check"][name] for name in names} <= set(found.values("changes"))
+
+
+def test_the_verdict_is_of_the_weights_and_zero_is_another_matter():
+    run = content()
+    run["measured"][1]["interval"] = [-0.01, 0.003]
+    found = page(run)
+    assert {"Weightsand what ΔH says", "Weightsverdict and why"} <= {e["text"] for e in found.all("th")}
+    near = [e["text"] for e in found.all("div", class_="words", within="changes")]
+    assert near == ["● reliable ΔH not told apart from 0"]
+
+
+def test_prediction_and_measurement_that_disagree_are_named():
+    run = content()
+    assert (
+        "of their paired difference, at η = -0.0001 (2.4), 5e-05 (4.3), 0.0001 (4.7), 0.0004 (6.9)." in page(run).text
+    )
+    for entry in run["measured"]:
+        entry["prediction_error"] = 1.9 * entry["prediction_error_stderr"]
+    assert "paired difference" not in page(run).text

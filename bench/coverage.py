@@ -1,0 +1,162 @@
+"""How often 95% intervals cover, and what the verdicts are worth: policies with exact answers, sampled many times.
+
+    python bench/coverage.py --out bench/results/statistics/coverage.json
+
+Enumerable policies of the tests, prompts drawn at random, 64 or 512 rollouts in 16 equal groups or in unequal ones of 1
+to 16 rollouts. A line is one policy with one such set of rollouts, measured at the η where the exact ESS is 95% or 80%.
+Verdicts are those of the sequence-weighted measurement. The same lines, as a table, are written beside the JSON.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # the policies with exact answers
+
+from chains import tables_of_jets
+from oracles import TinyPolicy
+
+from dentropy.estimators import curvature, importance, importance_diagnostics, predict, prediction_error, slope
+
+
+def favour_one(prefix: tuple[int, ...]) -> list[float]:
+    """One token of four takes 98 draws of 100."""
+    return [0.0, 0.0, 6.0, 0.0]
+
+
+def some_long(prefix: tuple[int, ...]) -> list[float]:
+    """Answers are short, but for those that begin with the rare token 2."""
+    if not prefix:
+        return [1.0, 0.0, -2.0]
+    return [-3.0, 0.0, 0.0] if prefix[0] == 2 else [1.0, 0.0, 0.0]
+
+
+POLICIES = {
+    "soft": dict(n_prompts=64),
+    "sharp": dict(n_prompts=64, scale=4.0),
+    "heavy-tailed": dict(vocab=3, horizon=9, n_prompts=64, shift=some_long),
+    "near-deterministic": dict(n_prompts=64, shift=favour_one),
+}
+UNEQUAL = [1, 2, 4, 6, 9, 12, 14, 16]  # 64 rollouts
+GROUPS = {
+    (64, "16 equal"): [4] * 16,
+    (64, "8 unequal"): UNEQUAL,
+    (512, "16 equal"): [32] * 16,
+    (512, "64 unequal"): UNEQUAL * 8,
+}
+ESS = (0.95, 0.8)
+SLOPES, CURVATURES, WEIGHTS = ("causal", "exact", "mixed"), ("exact", "causal"), ("sequence", "prefix")
+COLUMNS = {
+    "policy": lambda row: row["policy"],
+    "rollouts": lambda row: str(row["rollouts"]),
+    "groups": lambda row: row["groups"],
+    "slope: causal, exact, mixed": lambda row: shares(row["slope"], SLOPES),
+    "slope warned": lambda row: f"{row['slope']['causal']['warned']:.0%}",
+    "curvature: exact, causal": lambda row: shares(row["curvature"], CURVATURES),
+    "ESS": lambda row: f"{row['ess']:.0%}",
+    "ΔH: sequence, prefix": lambda row: shares(row["measured"], WEIGHTS),
+    "ΔH warned": lambda row: f"{row['measured']['sequence']['warned']:.0%}",
+    "prediction error": lambda row: f"{row['prediction_error']['covered']:.3f}",
+    "reliable, strained, unusable": lambda row: ", ".join(f"{row['verdicts'][v]:.0%}" for v in VERDICTS),
+    "misses of the reliable": lambda row: "–" if row["missed"] is None else f"{row['missed']:.0%}",
+}
+VERDICTS = ("reliable", "strained", "unusable")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="a JSON file to write, with the table beside it")
+    parser.add_argument("--batches", type=int, default=400, help="for each line")
+    options = parser.parse_args(arguments)
+    rows, lines = [], ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+    print(*lines, sep="\n")
+    for name, settings in POLICIES.items():
+        policy = TinyPolicy(**settings)
+        etas = [eta_of(policy, ess) for ess in ESS]
+        for (rollouts, groups), sizes in GROUPS.items():
+            for row in measured_lines(policy, sizes, etas, options.batches):
+                rows.append({"policy": name, "rollouts": rollouts, "groups": groups, **row})
+                lines.append("| " + " | ".join(cell(rows[-1]) for cell in COLUMNS.values()) + " |")
+                print(lines[-1], flush=True)
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        content = {"batches": options.batches, "rows": rows}
+        options.out.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+        head = f"Share of {options.batches} batches whose 95% intervals cover the exact value, by bench/coverage.py."
+        options.out.with_suffix(".md").write_text("\n".join([head, "", *lines, ""]))
+
+
+def eta_of(policy: TinyPolicy, ess: float) -> float:
+    """The η > 0 at which the exact ESS, 1 / E[w²], falls to `ess`."""
+    before = policy.columns(0.0)["logp"]
+
+    def at(eta: float) -> float:
+        return 1 / np.exp(2 * policy.token_jets(eta)[0][0].sum(-1) - before).sum(1).mean()
+
+    low, high = 0.0, 1.0
+    for _ in range(25):
+        middle = (low + high) / 2
+        low, high = (middle, high) if at(middle) > ess else (low, middle)
+    return low
+
+
+def measured_lines(policy: TinyPolicy, sizes: list[int], etas: list[float], batches: int) -> list[dict]:
+    """What is found with these groups, one entry for each η."""
+    prompt, sequence = policy.sample(np.random.default_rng(0), batches, n_groups=len(sizes), per_group=sizes)
+    before, first, second = policy.truth(0.0)
+    base = tables(policy, prompt, sequence, sizes, 0.0, order=2)
+    slopes = {e: [slope(sums, estimator=e) for sums in base] for e in SLOPES}
+    curvatures = {e: [curvature(sums, estimator=e) for sums in base] for e in CURVATURES}
+    common = {
+        "tokens": float(policy.lengths[sequence].mean()),
+        "entropy": float(before),
+        "slope": {e: covered(found, first) for e, found in slopes.items()},
+        "curvature": {e: covered(found, second) for e, found in curvatures.items()},
+    }
+    rows = []
+    for eta, ess in zip(etas, ESS, strict=True):
+        moved, change = tables(policy, prompt, sequence, sizes, eta), policy.truth(eta)[0] - before
+        measured = {w: [importance(b, m, weights=w) for b, m in zip(base, moved, strict=True)] for w in WEIGHTS}
+        errors = [
+            prediction_error(predict(s, eta), m) for s, m in zip(slopes["causal"], measured["sequence"], strict=True)
+        ]
+        found = {w: covered(values, change) for w, values in measured.items()}
+        verdicts = [importance_diagnostics(m).verdict for m in measured["sequence"]]
+        row = common | {"ess": ess, "eta": eta, "change": float(change), "measured": found}
+        row["prediction_error"] = covered(errors, eta * first - change)
+        row["verdicts"] = {v: verdicts.count(v) / batches for v in VERDICTS}
+        trusted = [m for m, v in zip(measured["sequence"], verdicts, strict=True) if v == "reliable"]
+        row["missed"] = 1 - covered(trusted, change)["covered"] if trusted else None
+        rows.append(row)
+    return rows
+
+
+def tables(policy: TinyPolicy, prompt, sequence, sizes: list[int], eta: float, order: int = 0) -> list:
+    """The table of every batch at η, with its tokens."""
+    batches, group = len(prompt), np.repeat(np.arange(len(sizes)), sizes)
+    prompt, sequence = prompt.ravel(), sequence.ravel()
+    keep = policy.mask[sequence]
+    logp, entropy = (jets[:, prompt, sequence][:, keep] for jets in policy.token_jets(eta))
+    found = tables_of_jets(logp, entropy, policy.lengths[sequence], 1, batches, order)
+    return [dataclasses.replace(sums, group=group) for sums in found]
+
+
+def covered(estimates: list, truth: float) -> dict[str, float | None]:
+    """The share whose interval covers, the share that is warned about, and what covers of those without a warning."""
+    ends = np.array([estimate.interval() for estimate in estimates])
+    inside = (ends[:, 0] <= truth) & (truth <= ends[:, 1])
+    warned = np.array([bool(estimate.warnings) for estimate in estimates])
+    quiet = None if warned.all() else float(inside[~warned].mean())
+    return {"covered": float(inside.mean()), "warned": float(warned.mean()), "covered_without_warning": quiet}
+
+
+def shares(found: dict[str, dict], names: tuple[str, ...]) -> str:
+    return ", ".join(f"{found[name]['covered']:.3f}" for name in names)
+
+
+if __name__ == "__main__":
+    main()
