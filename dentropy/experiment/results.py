@@ -36,6 +36,7 @@ class ProbeResult:
         prompts: "random" or "fixed": what the standard errors are for.
         dtype: Of the weights in the pass.
         device: Where it ran.
+        cost: Its passes by kind and the tokens they ran, as results.md describes.
         seeds: Free for the caller: random seeds by name.
         source: Free for the caller: where policy, rollouts and update came from, by name.
         fresh: Free for the caller: the comparison with rollouts of the moved policy.
@@ -56,6 +57,7 @@ class ProbeResult:
     prompts: str
     dtype: str
     device: str
+    cost: dict[str, int]
     seeds: dict[str, int] = field(default_factory=dict)
     source: dict[str, str] = field(default_factory=dict)
     fresh: FreshCheck | None = None
@@ -79,6 +81,7 @@ class ProbeResult:
             "versions": entries.versions(),
             "device": self.device,
             "dtype": self.dtype,
+            "cost": dict(self.cost),
             "source": dict(self.source),
             "seeds": dict(self.seeds),
             "n_sequences": len(self.base),

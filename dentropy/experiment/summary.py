@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dentropy.experiment.cost import cost_text
+
 
 def summary(content: dict) -> str:
     """The summary of a run from the content of its results.json, without a final newline."""
@@ -35,7 +37,8 @@ def _head(content: dict) -> str:
     )
     entropy = _with_error(content["base_entropy"], content["base_entropy_stderr"], "{:.4f}", "{:.4f}")
     lines.append(f"entropy of the policy: {entropy} nats per token")
-    return "\n".join(lines)
+    spent = cost_text(content)
+    return "\n".join([*lines, *([f"this run: {spent}"] if spent else [])])
 
 
 def _slopes(content: dict) -> str:
