@@ -17,8 +17,8 @@ MODELS = {name: partial(random_model, name) for name in CONFIGS} | {
     "DoRA": lambda: with_lora(random_model("llama"), use_dora=True),
     "LoRA on the head": lambda: with_lora(random_model("llama"), target_modules=["q_proj", "lm_head"]),
 }
-# What rounding does to differences in float32, over the rms of the exact values: some 1e-3.
-CLOSE = 1e-2
+# What the step of the differences leaves out in float32, over the rms of the exact values: 1 to 8%.
+CLOSE = 0.1
 
 
 def packed(policy: Policy) -> str:

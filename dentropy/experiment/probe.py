@@ -24,19 +24,25 @@ from dentropy.estimators import (
 from dentropy.estimators.columns import entropy_ratio
 from dentropy.estimators.groups import Groups
 from dentropy.experiment.changes import Change, FreshCheck
+from dentropy.experiment.cost import cost
 from dentropy.experiment.results import ProbeResult
 from dentropy.model.direction import Direction
 from dentropy.model.policy import Policy
 from dentropy.passes.measure import measure
 from dentropy.passes.microbatches import AUTO
-from dentropy.passes.noise_floor import noise_floor, sampled_rollouts
+from dentropy.passes.noise_floor import noise_floor
 from dentropy.passes.parameter_attribution import parameter_attribution
+from dentropy.passes.second_order import bend, difference_step, doubt, with_second_order
 from dentropy.rollouts.batch import PackedBatch
 from dentropy.rollouts.sampling import end_tokens, without_end
+from dentropy.stats.sequence_sums import sequence_sums
 from dentropy.stats.tables import SequenceSums
 
 ESTIMATORS = ("causal", "exact", "mixed")
 SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max  # of |η|
+# Over √rollouts, as standard errors fall: the bend within ±η up to which the measurements there serve the curvature.
+# Its error was then some hundredths of its standard error, on random models and on the demo's.
+BEND = 0.25
 
 
 def probe(
@@ -52,12 +58,14 @@ def probe(
 ) -> ProbeResult:
     """Slope and curvature of the entropy along `direction`, and the measured ΔH(η) at each of `etas`.
 
-    Passes with tangents at the base weights give slope and curvature; a plain pass at θ + η·v per η gives the
-    measurement (importance sampling on the same rollouts) and one over a fifth of the rollouts its noise floor; one
-    reverse pass gives each parameter's share, unless `parameters` is False (it needs a gradient's memory). `prompts`
-    says what the standard errors are for: prompts drawn at "random", or this "fixed" set. `token_budget` is that of
-    `measure`, for every pass by itself: they differ in what a token needs. `progress` is called with the number of
-    tokens just finished, `tokens_to_run` in all.
+    A pass with tangents at the base weights gives the slope; a plain pass at θ + η·v per η gives the measurement
+    (importance sampling on the same rollouts) and one over a fifth of the rollouts its noise floor; one reverse pass
+    gives each parameter's share, unless `parameters` is False (it needs a gradient's memory). Second derivatives, for
+    the curvature, are second differences of values: of those at ±η where two of the `etas` are such a pair and a good
+    step for it, else of two plain passes more. `prompts` says what the standard errors are for: prompts drawn at
+    "random", or this "fixed" set. `token_budget` is that of `measure`, for every pass by itself: they differ in what a
+    token needs. `progress` is called with the number of tokens just finished, `tokens_to_run` in all: what turns out
+    not to be needed counts as finished.
 
     Raises ValueError, before any work, for etas that are empty, not finite, repeated, or 0 only; see `measure` for
     what it refuses.
@@ -76,15 +84,22 @@ def probe(
     """
     etas = check_etas(etas)
     settings = {"token_budget": token_budget, "progress": progress}
-    base = measure(policy, batch, direction, order=_order(policy), keep_tokens=True, **settings)
+    base = measure(policy, batch, direction, keep_tokens=True, **settings)
+    second_order = _has_second_order(policy)
+    moved = {
+        eta: measure(policy, batch, direction, eta=eta, order=0, keep_tokens=second_order and -eta in etas, **settings)
+        for eta in etas
+    }
+    own_steps, no_curvature = 0, f"weights in {policy.dtype}, in which a small step vanishes"
+    if second_order:
+        base, own_steps, no_curvature = _with_second_order(policy, batch, direction, base, moved, **settings)
     slopes = {name: slope(base, estimator=name, prompts=prompts) for name in ESTIMATORS}
-    second = None if base.d2logp is None else curvature(base, prompts=prompts, first=slopes["exact"])
+    second = curvature(base, prompts=prompts, first=slopes["exact"]) if no_curvature is None else None
     changes = []
     for eta in etas:
-        moved = measure(policy, batch, direction, eta=eta, order=0, **settings)
-        measured = importance(base, moved, prompts=prompts)
+        measured = importance(base, moved[eta], prompts=prompts)
         floor = noise_floor(policy, batch, direction, base, measured, slopes["exact"], eta, **settings)
-        changes.append(change(moved, measured, eta, slopes["causal"], second, floor))
+        changes.append(change(moved[eta], measured, eta, slopes["causal"], second, floor))
     shares = parameter_attribution(policy, batch, direction, base, **settings) if parameters else None
     base_entropy, base_influence = entropy_per_token(base)
     return ProbeResult(
@@ -93,6 +108,7 @@ def probe(
         base_stderr=slopes["causal"].groups.stderr(base_influence)[0],
         slopes=slopes,
         curvature=second,
+        no_curvature=no_curvature,
         trust=None if second is None else trust_range(slopes["causal"], second),
         changes=tuple(changes),
         parameters=shares,
@@ -103,13 +119,47 @@ def probe(
         prompts=prompts,
         dtype=str(policy.dtype).removeprefix("torch."),
         device=_device_name(policy.device),
+        cost=cost(batch, len(etas), own_steps, parameters),
     )
 
 
 def tokens_to_run(policy: Policy, batch: PackedBatch, etas: Sequence[float], parameters: bool = True) -> int:
-    """How many response tokens `probe` runs through the policy, over all its passes."""
-    passes = (3 if _order(policy) == 2 else 1) + len(etas) + parameters
-    return passes * batch.n_tokens + len(etas) * int(batch.response_lens[sampled_rollouts(batch)].sum())
+    """How many response tokens `probe` reports as finished: all that it may have to run."""
+    return cost(batch, len(etas), 2 if _has_second_order(policy) else 0, parameters)["tokens"]
+
+
+def _with_second_order(
+    policy: Policy,
+    batch: PackedBatch,
+    direction: Direction,
+    base: SequenceSums,
+    moved: dict[float, SequenceSums],
+    *,
+    progress: Callable[[int], None] | None,
+    **settings,
+) -> tuple[SequenceSums, int, str | None]:
+    """`base` with second derivatives, how many passes that took, and why they are none, or None where they are.
+
+    The smallest pair ±η of `moved` serves that is no smaller than the step `measure` would take, for rounding, and
+    within which values bend so little that the error of the curvature is a small part of its standard error.
+    """
+    step = own = difference_step(base.tokens, policy.dtype)
+    pair = min((eta for eta in moved if eta >= own and -eta in moved), default=None)
+    sides = None if pair is None else (moved[pair].tokens, moved[-pair].tokens)
+    if sides is not None and bend(base.tokens, *sides, pair) <= BEND / len(base) ** 0.5:
+        step, passes = pair, 0
+        if progress is not None:
+            progress(2 * batch.n_tokens)
+    else:
+        settings |= dict(order=0, keep_tokens=True, progress=progress)
+        sides, passes = [measure(policy, batch, direction, eta=eta, **settings).tokens for eta in (own, -own)], 2
+    reason = doubt(base.tokens, *sides, step)
+    if reason is not None:
+        return base, passes, reason
+    tokens = with_second_order(base.tokens, *sides, step)
+    sums = sequence_sums(tokens, batch.response_offsets, group=batch.group)
+    sums = replace(sums, tokens=tokens, second_order_step=np.full(len(sums), step))
+    return sums, passes, None
 
 
 def change(
@@ -138,9 +188,9 @@ def change(
     return replace(found, diagnostics=replace(found.diagnostics, verdict="unusable", reason=reason))
 
 
-def _order(policy: Policy) -> int:
-    """Second order by differences needs weights in which a small step does not vanish."""
-    return 2 if torch.finfo(policy.dtype).bits >= 32 else 1
+def _has_second_order(policy: Policy) -> bool:
+    """Differences need weights in which a small step does not vanish."""
+    return torch.finfo(policy.dtype).bits >= 32
 
 
 def entropy_per_token(sums: SequenceSums) -> tuple[float, np.ndarray]:

@@ -25,7 +25,7 @@ class ProbeResult:
         base_entropy: H̄.
         base_stderr: Its standard error; None where the groups do not allow one.
         slopes: The slope by each of the three estimators: "causal", "exact", "mixed".
-        curvature: R''; None for weights in half precision.
+        curvature: R''; None with no_curvature, the reason: half precision, or values that jump within a step.
         trust: How far predictions reach; None without a curvature.
         changes: Prediction and measurement at each η, in the order given.
         parameters: Contribution of every parameter that moves to the causal slope, by name; None if not asked for.
@@ -36,6 +36,7 @@ class ProbeResult:
         prompts: "random" or "fixed": what the standard errors are for.
         dtype: Of the weights in the pass.
         device: Where it ran.
+        cost: Its passes by kind and the tokens they ran, as results.md describes.
         seeds: Free for the caller: random seeds by name.
         source: Free for the caller: where policy, rollouts and update came from, by name.
         fresh: Free for the caller: the comparison with rollouts of the moved policy.
@@ -46,6 +47,7 @@ class ProbeResult:
     base_stderr: float | None
     slopes: dict[str, Estimate]
     curvature: Estimate | None
+    no_curvature: str | None
     trust: TrustRange | None
     changes: tuple[Change, ...]
     parameters: dict[str, float] | None
@@ -56,6 +58,7 @@ class ProbeResult:
     prompts: str
     dtype: str
     device: str
+    cost: dict[str, int]
     seeds: dict[str, int] = field(default_factory=dict)
     source: dict[str, str] = field(default_factory=dict)
     fresh: FreshCheck | None = None
@@ -79,6 +82,7 @@ class ProbeResult:
             "versions": entries.versions(),
             "device": self.device,
             "dtype": self.dtype,
+            "cost": dict(self.cost),
             "source": dict(self.source),
             "seeds": dict(self.seeds),
             "n_sequences": len(self.base),
@@ -93,6 +97,7 @@ class ProbeResult:
             "slope": [entries.slope(estimate) for estimate in self.slopes.values()],
             "horizon": entries.horizon(self.base, self.prompts),
             "curvature": None if self.curvature is None else entries.curvature(self.curvature, self.base),
+            "no_curvature": self.no_curvature,
             "trust": None if self.trust is None else entries.trust(self.trust),
             "measured": [entries.measured(change, causal) for change in self.changes],
             "noise_floor": self.noise_floor,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dentropy.experiment.cost import cost_text
 from dentropy.experiment.readings import cut_short, disagreement, entry_told_apart, part
 
 
@@ -37,7 +38,8 @@ def _head(content: dict) -> str:
     )
     entropy = _with_error(content["base_entropy"], content["base_entropy_stderr"], "{:.4f}", "{:.4f}")
     lines.append(f"entropy of the policy: {entropy} nats per token")
-    return "\n".join(lines)
+    spent = cost_text(content)
+    return "\n".join([*lines, *([f"this run: {spent}"] if spent else [])])
 
 
 def _slopes(content: dict) -> str:
@@ -65,7 +67,8 @@ def _part(slope: dict, name: str) -> str:
 
 def _reach(content: dict) -> list[str]:
     if content["curvature"] is None:
-        return []
+        reason = content.get("no_curvature")
+        return [] if reason is None else [f"no curvature: {reason}"]
     curvature, trust = content["curvature"], content["trust"]
     value = _with_error(curvature["value"], curvature["stderr"]).strip()
     if not entry_told_apart(curvature):

@@ -14,13 +14,12 @@ from dentropy.model.policy import Policy
 from dentropy.passes.forward_mode import response_stats
 from dentropy.passes.microbatches import AUTO, TokenBudget
 from dentropy.passes.nested import nested_response_stats
+from dentropy.passes.second_order import difference_step, doubt, with_second_order
 from dentropy.rollouts.batch import PackedBatch
 from dentropy.stats.sequence_sums import sequence_sums
 from dentropy.stats.tables import SequenceSums, TokenStats
 
 SECOND_ORDER = ("difference", "nested")
-# The largest bend of a first derivative within a second-order step, relative to its change, that passes for smooth.
-MOSTLY_SMOOTH = 0.2
 
 
 def measure(
@@ -52,9 +51,10 @@ def measure(
             share of what is free. Where memory runs out the budget is halved, with a warning, and what is done is
             kept.
         keep_tokens: also keep the per-token values, packed, on the CPU, as `.tokens`.
-        second_order: "difference" takes central differences of the first derivatives along v (three passes of the
-            usual kind; the column `second_order_step` says how far apart); "nested" takes forward mode through
-            forward mode, exact and some times slower, in plain PyTorch.
+        second_order: "difference" takes second differences of the values along v (two more passes, without
+            tangents; the column `second_order_step` says how far from `eta`), a few percent off at worst where the
+            policy is smooth; "nested" takes forward mode through forward mode, exact and some times slower, in
+            plain PyTorch.
         progress: called after every microbatch with the number of response tokens it held.
 
     Raises:
@@ -82,44 +82,16 @@ def measure(
     else:
         stats = response_stats(policy, batch, direction, eta, tangent=order > 0, **settings)
     if order == 2 and second_order == "difference":
-        step = _second_order_step(stats, policy.dtype)
-        plus, minus = (
-            response_stats(policy, batch, direction, at, tangent=True, **settings) for at in (eta + step, eta - step)
-        )
-        stats = _with_second_order(stats, plus, minus, step)
+        step = difference_step(stats, policy.dtype)
+        sides = [
+            response_stats(policy, batch, direction, at, tangent=False, **settings) for at in (eta + step, eta - step)
+        ]
+        if reason := doubt(stats, *sides, step):
+            warnings.warn(f"order=2: {reason}", stacklevel=2)
+        stats = with_second_order(stats, *sides, step)
     sums = sequence_sums(stats, batch.response_offsets, group=batch.group)
     tokens = TokenStats(*(None if x is None else x.cpu() for x in stats)) if keep_tokens else None
     return replace(sums, tokens=tokens, second_order_step=None if step is None else np.full(len(batch), step))
-
-
-def _second_order_step(stats: TokenStats, dtype: torch.dtype) -> float:
-    """The step of the central difference: where the direction changes a typical log-probability by ε^(1/3)/3 nats.
-
-    Noise of the dtype's unit ε in the first derivatives, divided by the step, and a truncation error that grows with
-    the square of the step are then of one size, ε^(2/3): on small random models a few 1e-4 of the rms in float32.
-    """
-    speed = max(float(x.double().square().mean().sqrt()) for x in (stats.dlogp, stats.dentropy))
-    if speed == 0:
-        raise ValueError(
-            "direction: moves no log-probability and no entropy of this batch, so the step of the central "
-            "difference has no scale; expected a direction that reaches the policy's output"
-        )
-    return torch.finfo(dtype).eps ** (1 / 3) / (3 * speed)
-
-
-def _with_second_order(at: TokenStats, plus: TokenStats, minus: TokenStats, step: float) -> TokenStats:
-    """`at` with the central differences of its derivatives; warns where they are no derivatives."""
-    d2logp, d2entropy = ((p - m) / (2 * step) for p, m in ((plus.dlogp, minus.dlogp), (plus.dentropy, minus.dentropy)))
-    # Where the first derivative is smooth its mean over both sides is its value between them, but for a term of the
-    # next order in the step. A jump (an expert chosen by rank, re-chosen) moves it by as much as the difference.
-    bend = (plus.dlogp + minus.dlogp - 2 * at.dlogp).norm()
-    if bend > MOSTLY_SMOOTH * (plus.dlogp - minus.dlogp).norm():
-        warnings.warn(
-            f"order=2: derivatives jump within the step of {step:.1e} (bend {float(bend):.1e}); the second order "
-            "is unreliable, as it is for mixtures of experts whose routing flips, or in noise",
-            stacklevel=3,
-        )
-    return at._replace(d2logp=d2logp, d2entropy=d2entropy)
 
 
 def _check_request(policy, batch, direction, eta, order, second_order) -> None:

@@ -157,7 +157,7 @@ def test_half_precision_has_no_curvature(batch):
     with pytest.warns(UserWarning, match="vanish"):
         found = probe(half, batch, random_direction(half.model), [STEP], parameters=False)
     assert found.curvature is None and found.trust is None and found.changes[0].quadratic is None
-    assert "per unit of η²" not in found.summary()
+    assert "per unit of η²" not in found.summary() and "no curvature: weights in torch.bfloat16" in found.summary()
 
 
 @pytest.mark.parametrize(

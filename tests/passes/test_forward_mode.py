@@ -99,7 +99,7 @@ class ExactLayerNorm(torch.overrides.TorchFunctionMode):
         return centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps) * weight + bias
 
 
-@pytest.mark.parametrize("second_order, tolerance", [("difference", 1e-6), ("nested", 1e-10)])
+@pytest.mark.parametrize("second_order, tolerance", [("difference", 1e-5), ("nested", 1e-10)])
 @pytest.mark.parametrize("name", FIVE)
 def test_second_order_is_the_derivative_of_the_derivative(name, second_order, tolerance):
     """Against torch.func's jvp of jvp, one rollout at a time, through the model's own eager attention."""
@@ -127,21 +127,25 @@ def test_second_order_is_the_derivative_of_the_derivative(name, second_order, to
                 return jvp(totals, (eta,), (torch.ones(()).double(),))[1]
 
             d2logp, d2entropy = jvp(slopes, (torch.zeros(()).double(),), (torch.ones(()).double(),))[1]
-            assert sums.d2logp[i] == pytest.approx(float(d2logp), rel=tolerance)
+            # What rounding does to differences does not shrink with a second derivative that happens to be small.
+            rounding = tolerance * np.sqrt(np.mean(sums.d2logp**2)) if second_order == "difference" else 0.0
+            assert sums.d2logp[i] == pytest.approx(float(d2logp), rel=tolerance, abs=rounding)
             assert sums.d2entropy[i] == pytest.approx(
-                float(d2entropy), rel=tolerance, abs=tolerance * abs(float(d2logp))
+                float(d2entropy), rel=tolerance, abs=max(rounding, tolerance * abs(float(d2logp)))
             )
     assert (sums.second_order_step is None) == (second_order == "nested")
 
 
 @pytest.mark.parametrize("name", [n for n in CONFIGS if n not in FIVE])
 def test_nested_and_difference_agree_on_every_architecture(name):
-    model = random_model(name)
-    batch, direction, policy = random_batch(), random_direction(model), Policy(model)
-    difference = measure(policy, batch, direction, order=2)
-    nested = measure(policy, batch, direction, order=2, second_order="nested")
+    model = random_model(name).double()
+    batch, direction = random_batch(), random_direction(model)
+    with InFloat64():
+        policy = Policy(model)
+        difference = measure(policy, batch, direction, order=2)
+        nested = measure(policy, batch, direction, order=2, second_order="nested")
     for column, exact in nested.columns().items():
-        tolerance = 1e-2 if column.startswith("d2") or column.endswith("_2") else 1e-5
+        tolerance = 1e-5 if column.startswith("d2") or column.endswith("_2") else 1e-10
         error = np.abs(getattr(difference, column) - exact).max()
         assert error <= tolerance * max(np.sqrt(np.mean(np.square(exact, dtype=float))), 1e-30), column
 
@@ -152,10 +156,10 @@ def test_second_order_in_float32_is_near_float64():
     single = measure(Policy(model), batch, direction, order=2)
     double_direction = Direction({n: v.double() for n, v in direction.tensors.items()})
     with InFloat64():
-        double = measure(Policy(model.double()), batch, double_direction, order=2)
-    for column in ("d2logp", "d2entropy"):
+        double = measure(Policy(model.double()), batch, double_direction, order=2, second_order="nested")
+    for column in ("d2logp", "d2entropy", "entropy_to_go_2", "length_to_go_2"):
         expected = getattr(double, column)
-        assert np.abs(getattr(single, column) - expected).max() <= 1e-3 * np.sqrt(np.mean(expected**2))
+        assert np.abs(getattr(single, column) - expected).max() <= 5e-2 * np.sqrt(np.mean(expected**2)), column
     np.testing.assert_allclose(single.second_order_step, single.second_order_step[0])
     with pytest.raises(ValueError, match="order: 2 with weights in torch.bfloat16"):
         measure(Policy(model.to(torch.bfloat16)), batch, direction, order=2)

@@ -81,8 +81,8 @@ def test_results_do_not_depend_on_budget_or_order(name, order):
             for column in set(whole.columns()) - {"rollout"}:
                 values = whole.columns()[column]
                 scale = np.sqrt(np.mean(np.square(values)))
-                # The difference of two passes is divided by its step, which costs it digits.
-                bar = 1e-8 if column.startswith("d2") or column.endswith("_2") else 1e-12
+                # The difference of passes is divided by the square of a small step, which costs it half its digits.
+                bar = 1e-5 if column.startswith("d2") or column.endswith("_2") else 1e-12
                 assert np.abs(getattr(found, column) - values[where]).max() <= bar * scale, (column, budget)
             bounds = batch.response_offsets
             tokens = np.concatenate([np.arange(bounds[i], bounds[i + 1]) for i in where])
@@ -146,7 +146,9 @@ class TestOutOfMemory:
         assert sum(counts) == passes * batch.n_tokens
         for column, values in whole.columns().items():
             scale = np.sqrt(np.mean(np.square(values)))
-            assert np.abs(getattr(found, column) - values).max() <= 1e-8 * scale, column
+            by_difference = settings == dict(order=2) and (column.startswith("d2") or column.endswith("_2"))
+            bar = 1e-5 if by_difference else 1e-8
+            assert np.abs(getattr(found, column) - values).max() <= bar * scale, column
 
     def test_nothing_is_counted_twice_in_a_gradient(self, monkeypatch):
         model = random_model("llama").double()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dentropy.experiment.cost import cost_text
 from dentropy.experiment.readings import cut_short
 from dentropy.experiment.report.numbers import Unit, step_text, with_error
 from dentropy.experiment.report.sections import NATS, PER_ETA, digits, section
@@ -62,6 +63,7 @@ def provenance(content: dict) -> Markup:
         ("Temperature", f"{content['temperature']:g}"),
         ("Standard errors for", {"random": "prompts drawn at random"}.get(content["prompts"], "this set of prompts")),
         ("Run in", f"{content['dtype']} on {content['device']}"),
+        ("This run", cost_text(content)),
     ]
     facts += [(f"Seed, {name.replace('_', ' ')}", str(value)) for name, value in content["seeds"].items()]
     facts += [(name, value or "not installed") for name, value in content["versions"].items()]

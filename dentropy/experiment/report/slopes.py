@@ -45,9 +45,9 @@ def slopes(content: dict) -> Markup:
 
 
 def _curvature(content: dict) -> Markup | None:
-    found = content.get("curvature")
+    found, reason = content.get("curvature"), content.get("no_curvature")
     if found is None:
-        return None
+        return None if reason is None else tag("p", f"No curvature: {reason}.", class_="note")
     parts = ("score", "cross", "pathwise")
     unit = unit_for([found[name] for name in ("value", *parts)], f"{NATS} per unit of η²")
     columns = [
