@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from dentropy.model.direction import Direction
+from dentropy.model.in_place import in_turn
 from dentropy.model.policy import Policy
 from dentropy.passes.microbatches import AUTO
 from dentropy.passes.reverse_mode import gradient
@@ -20,6 +21,7 @@ OPTIMIZERS = ("sgd", "adamw")
 ADVANTAGE_EPSILON = 1e-4  # the constant GRPO adds to a group's standard deviation
 
 
+@in_turn  # gradients stand at the parameters for a while
 def policy_gradient_direction(
     policy: Policy,
     batch: PackedBatch,
