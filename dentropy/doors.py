@@ -16,7 +16,7 @@ class third_party:
     """Guards one call into a library: what it raises becomes a ValueError "failed (why), expected ...".
 
     The deepest frame tells a library's failure from one of our own code that the library calls back: the latter passes
-    as it is, as do MemoryError and what is no Exception.
+    as it is, as do MemoryError, PyTorch's own form of it, and what is no Exception.
 
     Args:
         failed: What is guarded, as "argument: what cannot be done".
@@ -36,7 +36,7 @@ class third_party:
         pass
 
     def __exit__(self, kind, error, found) -> None:
-        if not isinstance(error, Exception) or isinstance(error, MemoryError):
+        if not isinstance(error, Exception) or isinstance(error, MemoryError) or kind.__name__ == "OutOfMemoryError":
             return
         frames = [frame for frame, _ in traceback.walk_tb(found)]
         # Comprehensions are frames of their own in Python 3.11.

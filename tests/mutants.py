@@ -10,6 +10,7 @@ SHARDS = ("dentropy/stats/vocabulary_parallel.py", "tests/stats/test_vocabulary_
 SUMS = ("dentropy/stats/sequence_sums.py", "tests/stats/test_sequence_sums.py")
 MOMENTS = ("kernels/moments.py", "tests/kernels/test_moments.py")
 SLOPES = ("dentropy/estimators/slopes.py", "tests/estimators/test_slopes.py")
+LEFT_OUT = ("dentropy/estimators/slopes.py", "tests/estimators/test_jackknife.py")
 CURVATURES = ("dentropy/estimators/curvatures.py", "tests/estimators/test_curvatures.py")
 IMPORTANCE = ("dentropy/estimators/importance_sampling.py", "tests/estimators/test_importance_sampling.py")
 PREDICTION = ("dentropy/estimators/prediction.py", "tests/estimators/test_prediction.py")
@@ -51,7 +52,7 @@ _CHANGES = [
     (SUMS, "second = first**2 + sum_before", "second = first**2 - sum_before"),
     # the estimators
     (SLOPES, "(-ratio.mean * dsize, dsize)", "(ratio.mean * dsize, dsize)"),
-    (SLOPES, "return (terms - entropy / size * dsize) / size", "return (terms + entropy / size * dsize) / size"),
+    (LEFT_OUT, "return (terms - entropy / size * dsize) / size", "return (terms + entropy / size * dsize) / size"),
     (CURVATURES, "ratio.entropy * q, 2 * dlogp * dentropy", "ratio.entropy * q, dlogp * dentropy"),
     (CURVATURES, "q = dlogp**2 + d2logp", "q = dlogp**2 - d2logp"),
     (CURVATURES, "cross = cross - 2 * first.value * dsize", "cross = cross - first.value * dsize"),

@@ -44,7 +44,7 @@ def survives(tree: Path, file: str, old: str, new: str, tests: str) -> str | Non
     path.write_text(text.replace(old, new), encoding="utf-8")
     try:
         outcome = subprocess.run(
-            [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests.split()],
+            [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider", *tests.split()],
             cwd=tree,
             env=os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"},
             capture_output=True,

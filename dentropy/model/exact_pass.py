@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dentropy.doors import third_party
+from dentropy.model.adapter_layers import unusual_adapters
 from dentropy.model.attention import UnseenMask
 from dentropy.model.packed_row import PackedRow
 from dentropy.stats.tables import TokenStats
@@ -25,40 +26,74 @@ MASKED = 100.0
 
 
 @torch.no_grad()
-def find_exact_pass(policy) -> None:
+def find_exact_pass(policy) -> PackedRow:
     """Settles `packs`, `splits_head`, the first combination that reproduces its model, and `vocab_size` of a Policy.
 
     Warns where it is not the first of all. ValueError where none does, for logits that are not finite or depend on
-    later tokens, and where the model's own head would round them to half precision.
+    later tokens, and where the model's own head would round them to half precision. Returns the row that was tried.
     """
-    row = _row((np.arange(LENGTHS.sum()) * 7 + 3) % policy.vocab_size, LENGTHS, policy.device)
-    with third_party("policy: its forward fails on short inputs", "a causal language model"):
-        logits = policy.own_logits(row)
-    # The second likeliest token: its log-probability follows its own logit by a half at least, and no mask hides it.
-    row = replace(row, targets=logits.topk(min(2, logits.shape[-1])).indices[:, -1])
-    own = _Own.of(logits, row.targets)
+    tokens = np.random.default_rng(0).integers(policy.vocab_size, size=LENGTHS.sum())
+    row, own, policy.vocab_size = _tried(policy, _row(tokens, LENGTHS, policy.device))
     if not all(torch.isfinite(x).all() for x in own):
         raise ValueError(f"policy: {_not_finite(policy.model)}, expected finite weights and logits")
     _check_causal(policy, row, own)
-    policy.vocab_size = min(policy.vocab_size, logits.shape[-1])
     tried = []
     for packs, splits_head in itertools.product((True, False), repeat=2):
         policy.packs, policy.splits_head = packs, splits_head
         reason = _refusal(policy) or _failure(policy, row, own)
         if reason is None:
             _settle(policy, tried)
-            return
+            return row
         tried.append(reason)
     raise ValueError(
-        f"policy: no pass reproduces the model's own logits ({'; '.join(tried)}), expected a causal "
-        "model of transformers whose logits depend on input_ids alone"
+        f"policy: {_more_than_weights(policy)}no pass reproduces the model's own logits ({'; '.join(tried)}), expected "
+        "a causal model of transformers whose logits depend on input_ids alone"
     )
+
+
+@torch.no_grad()
+def check_on_rollouts(policy, sequences: list[np.ndarray]) -> None:
+    """ValueError where the settled pass and the model's own forward differ on these sequences of token ids, as they do
+    where a wrapper or an adapter waits for something in its input. A warning where rounding may be to blame."""
+    tried = [_tried(policy, _row(tokens, np.array([len(tokens)]), policy.device)) for tokens in sequences]
+    own = _Own(*(torch.cat(parts) for parts in zip(*(own for _, own, _ in tried), strict=True)))
+    if not all(torch.isfinite(x).all() for x in own):
+        return  # of which rollout, the pass says
+    row = _row(np.concatenate(sequences), np.array([len(tokens) for tokens in sequences]), policy.device)
+    row = replace(row, targets=torch.cat([alone.targets for alone, _, _ in tried]))
+    with policy.ready(compiled=False):
+        difference = own.difference(policy.score(row))
+    if not difference <= _tolerance(policy.dtype):
+        choice = "a choice of experts that rounding changes is to blame" if _chooses_experts(policy.config) else None
+        _refuse(
+            policy,
+            f"its own forward and the pass differ on these rollouts (relative difference {difference:.1e})",
+            "a model whose forward depends on input_ids alone and does no more than the model that dentropy runs",
+            blamed=_half_precision(policy) or choice,
+        )
 
 
 def _row(tokens: np.ndarray, lengths: np.ndarray, device) -> PackedRow:
     """Every position is scored; targets are still to come."""
     rows = np.arange(len(tokens))
     return PackedRow.of(tokens, lengths, rows, np.zeros_like(rows), device)
+
+
+def _tried(policy, row: PackedRow) -> "tuple[PackedRow, _Own, int]":
+    """The row with targets, what the model's own forward says of them, and the size of its vocabulary.
+
+    The target is the second likeliest token: its log-probability follows its own logit by a half at least, and no mask
+    hides it.
+    """
+    with third_party("policy: its forward fails on short inputs", "a causal language model"):
+        logits = policy.own_logits(row)
+    if len(logits) != len(row.tokens):
+        raise ValueError(
+            f"policy: {_more_than_weights(policy)}its forward gives {len(logits)} rows of logits for {len(row.tokens)} "
+            "tokens, expected one for each (no soft prompts)"
+        )
+    row = replace(row, targets=logits.topk(min(2, logits.shape[-1])).indices[:, -1])
+    return row, _Own.of(logits, row.targets), min(policy.vocab_size, logits.shape[-1])
 
 
 class _Own(NamedTuple):
@@ -92,13 +127,46 @@ def _check_causal(policy, row: PackedRow, own: _Own) -> None:
     difference = _Own(*(x[before] for x in own)).difference(_Own.of(logits, row.targets[before]))
     if difference <= _tolerance(policy.dtype):
         return
-    said = (
-        f"policy: {policy.config.model_type}: logits of a position change with the tokens after it (relative "
-        f"difference {difference:.1e}), so that sampling and scoring see different policies"
+    _refuse(
+        policy,
+        f"{policy.config.model_type}: logits of a position change with the tokens after it (relative difference "
+        f"{difference:.1e}), so that sampling and scoring see different policies",
+        "a causal model",
+        blamed=_half_precision(policy),
     )
+
+
+def _refuse(policy, finding: str, expected: str, *, blamed: str | None) -> None:
+    """ValueError for what was found; a warning where something else can be blamed for it."""
+    said = f"policy: {_more_than_weights(policy)}{finding}"
+    if blamed is None:
+        raise ValueError(f"{said}, expected {expected}")
+    warnings.warn(f"{said}, unless {blamed}", stacklevel=6)
+
+
+def _half_precision(policy) -> str | None:
     if torch.finfo(policy.dtype).bits >= 32:
-        raise ValueError(f"{said}, expected a causal model")
-    warnings.warn(f"{said}, unless {policy.dtype} is to blame; dtype=torch.float32 would tell", stacklevel=5)
+        return None
+    return f"{policy.dtype} is to blame; dtype=torch.float32 would tell"
+
+
+def _chooses_experts(config) -> bool:
+    return any(getattr(config, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts"))
+
+
+def _more_than_weights(policy) -> str:
+    """What is known of a model that may do more than its weights say: its adapters, its wrapper."""
+    adapters = unusual_adapters(policy.model)
+    if adapters:
+        return f"{adapters}, whose effect may depend on the input: "
+    if _wraps(policy.model):
+        return f"{type(policy.model).__name__}, a wrapper with a forward of its own: "
+    return ""
+
+
+def _wraps(model: nn.Module) -> bool:
+    """Whether a model stands before another and is not PEFT's, which adds nothing but what its adapters do."""
+    return hasattr(model, "get_base_model") and not hasattr(model, "peft_config")
 
 
 def _refusal(policy) -> str | None:

@@ -6,8 +6,10 @@ nothing is padded. Whether a model allows both is not read off its name but trie
 """
 
 import itertools
+from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -15,14 +17,19 @@ from torch.overrides import TorchFunctionMode
 
 from dentropy.doors import third_party
 from dentropy.model import attention
+from dentropy.model.adapter_layers import check_not_idle, is_dora, train_adapters, unusual_adapters
 from dentropy.model.binding import Binding
 from dentropy.model.checkpoint import load_checkpoint
 from dentropy.model.compiled_layers.layers import FusedLayers
 from dentropy.model.direction import Direction
-from dentropy.model.exact_pass import find_exact_pass
+from dentropy.model.exact_pass import check_on_rollouts, find_exact_pass
+from dentropy.model.exact_tangent import check_tangents
 from dentropy.model.head import Head
+from dentropy.model.in_place import TURN, in_turn
+from dentropy.model.memory import is_out_of_memory
 from dentropy.model.packed_row import PackedRow
 from dentropy.model.precision import full_float32
+from dentropy.model.usable import check_usable
 from dentropy.stats.tables import TokenStats
 from dentropy.stats.token_stats import linear_token_stats, token_stats
 
@@ -50,6 +57,7 @@ class Policy:
         max_positions: longest sequence, None where the model sets no limit.
         packs: sequences run end to end in one row.
         splits_head: logits are made from hidden states and the head, where they are needed.
+        turn: held by the thread that is in a pass, whatever its policy; others wait.
 
     Raises:
         ValueError: naming the fix, for wrapped, sharded or quantized models, for weights that are not finite, for
@@ -66,10 +74,11 @@ class Policy:
 
     packs: bool
     splits_head: bool
+    turn = TURN
 
     def __init__(self, model: nn.Module, *, compile_layers: bool = False):
-        _check_usable(model)
-        if compile_layers and _is_dora(model):
+        check_usable(model)
+        if compile_layers and is_dora(model):
             raise ValueError("compile_layers: True for a model with DoRA adapters, expected False")
         self.model = model
         # PEFT injects its layers into the model it wraps; that model's forward is the adapted policy.
@@ -80,7 +89,17 @@ class Policy:
         self.vocab_size = int(self._causal_lm.get_input_embeddings().weight.shape[0])
         self._compiled_layers = None
         self._binding = Binding(model)
-        find_exact_pass(self)
+        self._seen_rollouts = False
+        try:
+            check_tangents(self, find_exact_pass(self))
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = str(error).strip().partition("\n")[0]
+            raise MemoryError(
+                "policy: a few tokens do not fit into memory beside the weights, expected a smaller dtype or more "
+                f"memory ({reason})"
+            ) from error
         if compile_layers:
             self._compiled_layers = FusedLayers(self._decoder_layers())
 
@@ -105,7 +124,8 @@ class Policy:
         """The policy in a model folder, or of a hub id.
 
         Args:
-            name_or_dir: what `AutoModelForCausalLM.from_pretrained` takes.
+            name_or_dir: what `AutoModelForCausalLM.from_pretrained` takes. Of an adapter's folder, the adapter on its
+                base model; then the adapter's parameters are those that ask for gradients.
             dtype: float32 unless you say otherwise, whatever the checkpoint holds: entropy differences of small
                 updates vanish in bf16 weights.
             device: None is CUDA where there is one, else the CPU.
@@ -119,22 +139,42 @@ class Policy:
         model = load_checkpoint(name_or_dir, "policy", dtype, trust_remote_code=trust_remote_code)
         with third_party(f"policy: {str(name_or_dir)!r} cannot be moved", f"a model that {device} can hold"):
             model.to(device)
+        train_adapters(model)
         return cls(model, compile_layers=compile_layers)
 
     @contextmanager
-    def ready(self, attention_name: str = attention.NAME):
+    def ready(self, attention_name: str = attention.NAME, *, compiled: bool = True):
         """For the time of a pass: eval mode (no dropout, no checkpointing), dentropy's attention, experts without
-        grouped products (they have no forward mode), full float32 products. Everything is put back afterwards."""
-        fused = self._compiled_layers if attention_name == attention.NAME else None
+        grouped products (they have no forward mode), full float32 products, the compiled layers where there are some.
+        Other threads wait. Everything is put back afterwards."""
+        fused = self._compiled_layers if compiled and attention_name == attention.NAME else None
         with (
+            TURN,
             self._ready(attention.register(attention_name) if self.packs else "eager"),
             nullcontext() if fused is None else fused.in_place(),
         ):
             yield
 
+    @in_turn
     def moving(self, direction: Direction) -> list[tuple[nn.Parameter, Tensor]]:
-        """`direction.on(model)`, made once for all passes along a direction."""
-        return self._binding.pairs(direction)
+        """`direction.on(model)`, made once for all passes along a direction. ValueError where all that it moves is an
+        adapter that is not in use."""
+        pairs = self._binding.pairs(direction)
+        check_not_idle(self.model, [p for p, _ in pairs])
+        return pairs
+
+    @in_turn
+    def check_on(self, sequences: Callable[[], list[np.ndarray]]) -> None:
+        """The self-check on token ids that look like the user's: the first that come, once. Raises as at
+        construction."""
+        if self._seen_rollouts:
+            return
+        try:
+            check_on_rollouts(self, sequences())
+            self._seen_rollouts = True
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise  # else the pass, which needs less, names what does not fit, and the next batch is looked at
 
     def score(self, row: PackedRow, temperature: float = 1.0, *, tangent: bool = False) -> TokenStats:
         """Statistics [N] of the tokens row.targets, at the sampling temperature, with gradients off.
@@ -144,11 +184,7 @@ class Policy:
         try:
             outputs, head = self.outputs(row)
         except NotImplementedError as error:
-            raise ValueError(
-                f"policy: {type(self.model).__name__} has an operation without forward mode "
-                f"({str(error).splitlines()[0]}), expected attn_implementation='eager' and "
-                "experts_implementation='eager' when it is loaded, and no fused kernels of its own"
-            ) from error
+            raise ValueError(_without_forward_mode(self.model, str(error).splitlines()[0])) from error
         x, dx = forward_ad.unpack_dual(outputs)
         if head is None:
             return token_stats(x, row.targets, _tangent(x, dx, tangent), temperature=temperature)
@@ -176,7 +212,7 @@ class Policy:
 
     def own_logits(self, row: PackedRow) -> Tensor:
         """The logits [total, V] of the model's own forward, one sequence at a time, in float32 or better."""
-        with self._ready("eager"):  # the reference form; older SDPA paths drop gemma2's softcap without a word
+        with TURN, self._ready("eager"):  # the reference form; older SDPA paths drop gemma2's softcap without a word
             logits = _run(self.model, row, packed=False)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
@@ -217,11 +253,11 @@ class Policy:
     @contextmanager
     def _ready(self, attn_implementation: str):
         model = self._causal_lm
-        training = {module: module.training for module in model.modules()}
+        training = {module: module.training for module in self.model.modules()}
         attn, experts = (_by_config(model.config, f"_{kind}_implementation") for kind in ("attn", "experts"))
         set_attn, set_experts = set(attn.values()) != {attn_implementation}, bool(set(experts.values()) - {"eager"})
         try:
-            model.eval()
+            self.model.eval()
             if set_attn:
                 model.set_attn_implementation(attn_implementation)
             if set_experts:
@@ -231,7 +267,7 @@ class Policy:
                 torch.inference_mode(False),
                 torch.autocast(self.device.type, enabled=False),
                 full_float32(),
-                _NothingDetached() if _is_dora(model) else nullcontext(),
+                _NothingDetached() if is_dora(model) else nullcontext(),
             ):
                 yield
         finally:
@@ -264,15 +300,25 @@ def _tangent(x: Tensor, dx: Tensor | None, wanted: bool) -> Tensor | None:
     return torch.zeros_like(x) if wanted and dx is None else dx
 
 
+def _without_forward_mode(model: nn.Module, reason: str) -> str:
+    """What to say where an operation has no rule for tangents."""
+    whose = unusual_adapters(model) or type(model).__name__
+    if "autograd.Function" in reason:
+        return (
+            f"policy: {whose}: a custom autograd function without a jvp ({reason}), expected modules of plain PyTorch, "
+            "without fused kernels of their own"
+        )
+    return (
+        f"policy: {whose} has an operation without forward mode ({reason}), expected attn_implementation='eager' and "
+        "experts_implementation='eager' when it is loaded, and no fused kernels of its own"
+    )
+
+
 class _NothingDetached(TorchFunctionMode):
     """DoRA detaches its norm, which training may do and a derivative may not: the norm moves with the weights."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         return args[0] if func is Tensor.detach else func(*args, **(kwargs or {}))
-
-
-def _is_dora(model: nn.Module) -> bool:
-    return any(len(getattr(module, "lora_magnitude_vector", ())) for module in model.modules())
 
 
 def _by_config(config, attribute: str) -> dict[str, str]:
@@ -281,22 +327,3 @@ def _by_config(config, attribute: str) -> dict[str, str]:
     parts = {"": config} | {name: getattr(config, name, None) for name in config.sub_configs}
     found = {name: getattr(part, attribute, None) for name, part in parts.items()}
     return {name: value for name, value in found.items() if value is not None}
-
-
-def _check_usable(model: nn.Module) -> None:
-    """ValueError for models that forward mode cannot go through, with what to do instead."""
-    kind = type(model).__name__
-    for wrapper in ("module", "_orig_mod"):
-        if isinstance(getattr(model, wrapper, None), nn.Module) and not hasattr(model, "get_input_embeddings"):
-            raise ValueError(f"model: wrapped in {kind}, expected the model itself: pass model.{wrapper}")
-    if not (hasattr(model, "get_input_embeddings") and hasattr(model, "config")):
-        raise ValueError(f"model: {kind}, expected a causal language model of transformers (AutoModelForCausalLM)")
-    if getattr(model, "is_quantized", False) or any(not p.is_floating_point() for p in model.parameters()):
-        raise ValueError("model: quantized weights, expected floating ones: load it without quantization_config")
-    if any(p.is_inference() for p in model.parameters()):
-        raise ValueError("model: weights made under torch.inference_mode, expected ones that keep tangents")
-    if any(type(p.data).__name__ == "DTensor" for p in model.parameters()):
-        raise ValueError(
-            "model: sharded weights (DTensor), expected whole ones: gather them first "
-            "(torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True)"
-        )

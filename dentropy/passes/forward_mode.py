@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import forward_ad
 
 from dentropy.model.direction import Direction
+from dentropy.model.in_place import TURN, in_place_of_parameters
 from dentropy.model.policy import Policy
 from dentropy.passes.microbatches import Microbatch, TokenBudget, in_rollout_order, walk
 from dentropy.rollouts.batch import PackedBatch
@@ -41,7 +42,7 @@ def response_stats(
 def moved_weights(policy: Policy, direction: Direction | None, eta: float, *, tangent: bool = False) -> Iterator[None]:
     """The policy's weights are θ + eta·v inside, and carry the tangent v if asked; θ itself is not touched.
 
-    Use it to sample from, or score with, the policy an update would give.
+    Use it to sample from, or score with, the policy an update would give. Passes of other threads wait until it ends.
 
     Args:
         policy: whose weights move.
@@ -66,7 +67,7 @@ def moved_weights(policy: Policy, direction: Direction | None, eta: float, *, ta
         yield
         return
     moved: dict[int, Tensor] = {}
-    with forward_ad.dual_level() if tangent else nullcontext():
+    with TURN, forward_ad.dual_level() if tangent else nullcontext():
         for parameter, v in policy.moving(direction):
             primal = parameter.detach()
             if eta != 0:
@@ -74,21 +75,3 @@ def moved_weights(policy: Policy, direction: Direction | None, eta: float, *, ta
             moved[id(parameter)] = forward_ad.make_dual(primal, v) if tangent else primal
         with in_place_of_parameters(policy.model, moved):
             yield
-
-
-@contextmanager
-def in_place_of_parameters(model: nn.Module, tensors: dict[int, Tensor]) -> Iterator[None]:
-    """Puts tensors where the parameters with these id()s stand. A tied parameter is replaced wherever it is used."""
-    places = [
-        (module._parameters, name, parameter)
-        for module in model.modules()
-        for name, parameter in module._parameters.items()
-        if id(parameter) in tensors
-    ]
-    try:
-        for parameters, name, parameter in places:
-            parameters[name] = tensors[id(parameter)]
-        yield
-    finally:
-        for parameters, name, parameter in places:
-            parameters[name] = parameter

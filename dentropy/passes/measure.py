@@ -11,6 +11,7 @@ import torch
 
 from dentropy.model.direction import Direction
 from dentropy.model.policy import Policy
+from dentropy.passes.first_rollouts import check_on_first
 from dentropy.passes.forward_mode import response_stats
 from dentropy.passes.microbatches import AUTO, TokenBudget
 from dentropy.passes.nested import nested_response_stats
@@ -59,7 +60,8 @@ def measure(
 
     Raises:
         ValueError: for token ids outside the vocabulary, rollouts longer than the policy's positions, a direction
-            that does not fit the policy, and values that are not finite (naming the rollout).
+            that does not fit the policy, values that are not finite (naming the rollout), and, at a policy's first
+            batch, where its own forward and the pass differ on it.
         MemoryError: for a rollout that does not fit into memory alone.
 
     Example:
@@ -75,6 +77,7 @@ def measure(
     order = (1 if direction is not None and eta == 0 else 0) if order is None else order
     _check_request(policy, batch, direction, eta, order, second_order)
     settings = dict(budget=TokenBudget(token_budget, policy.device), progress=progress)
+    check_on_first(policy, batch)
 
     step = None
     if order == 2 and second_order == "nested":

@@ -10,8 +10,8 @@ from torch.func import jvp
 from torch.overrides import TorchFunctionMode
 
 from dentropy.model import attention
+from dentropy.model.in_place import in_place_of_parameters
 from dentropy.model.packed_row import PackedRow
-from dentropy.passes.forward_mode import in_place_of_parameters
 from dentropy.passes.microbatches import Microbatch, in_rollout_order, walk
 from dentropy.stats import plain
 from dentropy.stats.tables import TokenStats

@@ -13,6 +13,7 @@ from torch import nn
 
 from dentropy.estimators.attribution import score_coefficients
 from dentropy.model.direction import Direction
+from dentropy.model.in_place import in_turn
 from dentropy.model.policy import Policy
 from dentropy.passes.microbatches import AUTO
 from dentropy.passes.reverse_mode import gradient
@@ -20,6 +21,7 @@ from dentropy.rollouts.batch import PackedBatch
 from dentropy.stats.tables import SequenceSums
 
 
+@in_turn
 def parameter_attribution(
     policy: Policy,
     batch: PackedBatch,

@@ -12,6 +12,7 @@ import numpy as np
 from torch import nn
 
 from dentropy.model.direction import Direction, checked_step_size
+from dentropy.model.in_place import in_turn
 from dentropy.model.names import adapter_parameters
 from dentropy.model.policy import Policy
 from dentropy.passes.measure import check_batch
@@ -26,6 +27,7 @@ ADVANTAGE_EPSILON = 1e-4  # the constant GRPO adds to a group's standard deviati
 ROUNDING = 2.0**-20
 
 
+@in_turn  # gradients stand at the parameters for a while
 def policy_gradient_direction(
     policy: Policy,
     batch: PackedBatch,

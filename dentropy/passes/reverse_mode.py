@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from dentropy.model.in_place import in_turn
 from dentropy.model.packed_row import to_device
 from dentropy.model.policy import Policy
+from dentropy.passes.first_rollouts import check_on_first
 from dentropy.passes.microbatches import AUTO, Microbatch, TokenBudget, walk
 from dentropy.rollouts.batch import PackedBatch
 
@@ -22,6 +24,7 @@ from dentropy.rollouts.batch import PackedBatch
 CHUNK = 2**24
 
 
+@in_turn
 def gradient(
     policy: Policy,
     batch: PackedBatch,
@@ -45,6 +48,7 @@ def gradient(
     Returns:
         A tensor of each parameter's shape, float32 or better.
     """
+    check_on_first(policy, batch)
     total = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
     frozen = [p for p in parameters if not p.requires_grad]
 

@@ -70,7 +70,7 @@ def sample(
     group = [index for index in range(len(prompts)) for _ in range(per_prompt)]
     by_length = sorted(range(len(group)), key=lambda row: len(prompts[group[row]]))  # little padding
     responses: list[list[int]] = [[] for _ in group]
-    with _clean_generation(policy.model), _seeded(policy.device, seed):
+    with policy.turn, _clean_generation(policy.model), _seeded(policy.device, seed):
         for start in range(0, len(by_length), batch_size):
             rows = by_length[start : start + batch_size]
             drawn = _generate(policy, [prompts[group[row]] for row in rows], max_new_tokens, temperature, ends)

@@ -214,3 +214,50 @@ def test_a_constant_of_the_logits_that_is_missed_is_found(name, monkeypatch):
     monkeypatch.setattr("dentropy.model.head.Head.transform", lambda self, t: dict(temperature=t, softcap=self.softcap))
     with pytest.warns(UserWarning, match="own head"):
         assert not Policy(model).splits_head
+
+
+class Waits(type(random_model("llama"))):
+    """Adds to all logits but one once it has seen a token: a mind of its own."""
+
+    def forward(self, input_ids, **settings):
+        out = super().forward(input_ids=input_ids, **settings)
+        seen = (input_ids == 39).cumsum(-1) > 0
+        out.logits[..., 5] += seen
+        return out
+
+
+class TestTheFirstRollouts:
+    def test_find_a_model_that_waits_for_something_in_its_input(self, monkeypatch):
+        model = random_model("llama")
+        model.__class__ = Waits
+        monkeypatch.setattr("numpy.random.default_rng", _Without39)
+        policy = Policy(model)
+        monkeypatch.undo()
+        batch = PackedBatch.from_lists([[9, 39, 6]] * 2, [[7, 8], [9]])
+        a, b = np.ones((2, batch.n_tokens))
+        for first in (lambda: measure(policy, batch), lambda: gradient(policy, batch, [model.lm_head.weight], a, b)):
+            with pytest.raises(ValueError, match="policy: its own forward and the pass differ on these rollouts"):
+                first()
+
+    def test_are_looked_at_once_and_a_part_of_them(self, monkeypatch):
+        policy, seen = Policy(random_model("llama")), []
+        own_logits = Policy.own_logits
+        monkeypatch.setattr(Policy, "own_logits", lambda self, row: seen.append(row) or own_logits(self, row))
+        batch = PackedBatch.from_lists([[i % 37 + 3] * 60 for i in range(30)], [[7, 8, 9]] * 30)
+        assert np.array_equal(measure(policy, batch).logp, measure(policy, batch).logp)
+        assert [row.bounds for row in seen] == [[0, 63]] * 3
+
+    @pytest.mark.parametrize("name, dtype", [("mixtral", torch.float32), ("llama", torch.bfloat16)])
+    def test_warn_where_rounding_may_be_to_blame(self, name, dtype, monkeypatch):
+        policy = Policy(random_model(name).to(dtype))
+        monkeypatch.setattr("dentropy.model.exact_pass._Own.difference", lambda self, found: 1.0)
+        with pytest.warns(UserWarning, match="on these rollouts .* unless .* is to blame"):
+            measure(policy, random_batch())
+
+
+class _Without39:
+    def __init__(self, seed):
+        self.generator = np.random.Generator(np.random.PCG64(seed))
+
+    def integers(self, high, size):
+        return self.generator.integers(39, size=size)

@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from dentropy import Policy
 from dentropy.model.packed_row import PackedRow
+from dentropy.passes.first_rollouts import check_on_first
 from dentropy.passes.forward_mode import moved_weights
 from dentropy.passes.microbatches import AUTO, Microbatch, TokenBudget, walk
 from dentropy.passes.reverse_mode import gradient
@@ -71,6 +72,7 @@ def test_a_pass_reads_nothing_back(name):
     batch, policy, direction = random_batch(), Policy(model), random_direction(model)
     weights = np.ones(batch.n_tokens)
     policy.moving(direction)
+    check_on_first(policy, batch)  # which does, once
     with HostReads() as reads, policy.ready():
         with moved_weights(policy, direction, 0.1, tangent=True), torch.no_grad():
             budget = TokenBudget(AUTO, CPU)

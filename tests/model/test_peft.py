@@ -8,7 +8,7 @@ import pytest
 import torch
 from models import InFloat64, random_batch, random_direction, random_model, with_lora
 
-from dentropy import Direction, Policy, importance, measure, slope
+from dentropy import Direction, PackedBatch, Policy, importance, measure, policy_gradient_direction, slope
 
 COLUMNS = ("logp", "entropy", "dlogp", "dentropy", "entropy_to_go", "length_to_go")
 TARGETS = {
@@ -98,8 +98,8 @@ def test_only_the_active_adapter_moves():
         for active, idle in (("second", "first"), ("first", "second")):
             model.set_adapter(active)
             assert_same(measure(policy, batch, both), measure(policy, batch, only[active]), rel=0)
-            still = measure(policy, batch, only[idle])
-            assert not still.dlogp.any() and not still.dentropy.any() and still.entropy.any()
+            with pytest.raises(ValueError, match=f"direction: moves only .*.adapter '{idle}' is not active"):
+                measure(policy, batch, only[idle])
         model.base_model.set_adapter(["first", "second"])
         parts = [measure(policy, batch, v) for v in only.values()]
         assert parts[0].dlogp.any() and parts[1].dlogp.any()
@@ -114,9 +114,11 @@ def test_a_disabled_adapter_is_the_base_model(settings):
     adapted, base = measure(policy, batch, direction), measure(Policy(random_model("llama")), batch)
     assert adapted.dlogp.any() and np.abs(adapted.logp - base.logp).max() > 1e-2
     with model.disable_adapter():
-        disabled = measure(policy, batch, direction)
+        disabled = measure(policy, batch)
         assert Policy(model).splits_head
-    assert np.array_equal(disabled.logp, base.logp) and not disabled.dlogp.any()
+        with pytest.raises(ValueError, match="adapter 'default' is disabled.*enable_adapters"):
+            measure(policy, batch, direction)
+    assert np.array_equal(disabled.logp, base.logp)
     assert np.array_equal(measure(policy, batch, direction).logp, adapted.logp)
 
 
@@ -156,3 +158,74 @@ def test_building_a_policy_on_adapters_says_nothing():
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         Policy(model)
+
+
+def test_what_an_adapter_stands_for_is_idle_and_so_is_one_that_was_merged():
+    model, batch = with_lora(random_model("llama"), modules_to_save=["lm_head"]), random_batch()
+    policy = Policy(model)
+    replaced = direction_of(model, ["base_model.model.lm_head.original_module.weight"])
+    with pytest.raises(ValueError, match="an adapter's copy stands in their place"):
+        measure(policy, batch, replaced)
+    both = direction_of(model, [*replaced.tensors, "base_model.model.lm_head.modules_to_save.default.weight"])
+    assert measure(policy, batch, both).dlogp.any()
+    model = with_lora(random_model("llama"))
+    direction = direction_of(model, trained(model))
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="adapter 'default' is merged into the weights.*unmerge_adapter"):
+        measure(Policy(model), batch, direction)
+
+
+@pytest.fixture
+def adapter_folder(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    random_model("llama").save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model = with_lora(base, target_modules=["q_proj", "v_proj"], modules_to_save=["norm"])
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter", model
+
+
+def test_an_adapter_folder_is_a_policy_whose_adapter_an_update_moves(adapter_folder):
+    folder, model = adapter_folder
+    policy, batch = Policy.from_pretrained(folder, device="cpu"), random_batch(reward=True)
+    assert np.array_equal(measure(policy, batch).logp, measure(Policy(model), batch).logp)
+    for optimizer in ("sgd", "adamw"):
+        found = policy_gradient_direction(policy, batch, step_size=1e-3, optimizer=optimizer)
+        expected = policy_gradient_direction(Policy(model), batch, step_size=1e-3, optimizer=optimizer)
+        assert len(found.tensors) == len(expected.tensors) == len(trained(model))
+        for name, v in found.tensors.items():
+            torch.testing.assert_close(v, expected.tensors[f"base_model.model.{name}"])
+        assert measure(policy, batch, found).dlogp.any()
+
+
+def peft_model(config):
+    import peft
+
+    torch.manual_seed(0)
+    return peft.get_peft_model(random_model("llama"), config(peft)).eval()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        lambda peft: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+        lambda peft: peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_hidden_size=8),
+        lambda peft: peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    ],
+    ids=["PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"],
+)
+def test_soft_prompts_are_named_as_such(config, request):
+    with pytest.raises(ValueError, match=f"model: soft prompts .{request.node.callspec.id}"):
+        Policy(peft_model(config))
+
+
+def test_an_adapter_that_waits_for_an_invocation_is_found_on_rollouts_that_have_one():
+    model = peft_model(
+        lambda peft: peft.LoraConfig(
+            task_type="CAUSAL_LM", alora_invocation_tokens=[5, 6], init_lora_weights=False, target_modules="all-linear"
+        )
+    )
+    policy = Policy(model)
+    with pytest.raises(ValueError, match="adapters of kind aLoRA, whose effect may depend on the input: its own forw"):
+        measure(policy, PackedBatch.from_lists([[9, 5, 6]] * 2, [[7, 8], [9]]))

@@ -52,26 +52,8 @@ def test_parts_with_attention_of_their_own_get_it_back():
     assert (measured[0].dentropy == measured[1].dentropy).all() and measured[0].dentropy.any()
 
 
-class Wrapper(nn.Module):
-    def __init__(self, module):
-        super().__init__()
-        self.module = module
-
-
-def test_unusable_models_name_the_fix():
-    model = random_model("llama")
-    with pytest.raises(ValueError, match="pass model.module"):
-        Policy(Wrapper(model))
-    with pytest.raises(ValueError, match="expected a causal language model"):
-        Policy(nn.Linear(2, 2))
-    model.is_quantized = True
-    with pytest.raises(ValueError, match="quantiz"):
-        Policy(model)
-
-
 def test_an_attention_without_forward_mode_names_the_fix():
     model = random_model("llama")
-    policy = Policy(model)
 
     class Flash(nn.Module):
         def forward(self, hidden_states, **_):
@@ -79,9 +61,9 @@ def test_an_attention_without_forward_mode_names_the_fix():
             return nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)[:, 0], None
 
     model.model.layers[0].self_attn = Flash()
-    direction = random_direction(model, names=lambda name: "embed" in name)
-    with pytest.raises(ValueError, match="attn_implementation='eager'"):
-        measure(policy, random_batch(), direction)
+    says, names = pytest.warns(UserWarning, match="one at a time"), pytest.raises(ValueError, match="='eager'")
+    with says, names:
+        Policy(model)
 
 
 def test_checkpoints_load_in_float32_and_missing_ones_are_bad_input(tmp_path):

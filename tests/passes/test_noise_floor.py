@@ -132,7 +132,10 @@ def test_along_a_direction_of_norm_1_it_is_a_hundredth_of_the_bending(settings, 
 
 
 def test_it_does_not_grow_with_the_curvature():
-    """Two directions of one norm over the same weights and rollouts: the rounding is the same."""
+    """Two directions of one norm over the same weights and rollouts: the rounding is the same.
+
+    Chance makes a ratio of up to 3.5 between two σ from eight roundings each (F distribution, 99.9%).
+    """
     policy, batch, steep = qwen2(SMALL, 129)
     flat = of_norm_1(random_direction(policy.model))
     bends, floors = [], []
@@ -140,7 +143,7 @@ def test_it_does_not_grow_with_the_curvature():
         base = measure(policy, batch, direction, order=2)
         bends.append(abs(curvature(base).value))
         floors.append(measured_with_floor(policy, batch, direction, 1e-4, base)[1])
-    assert bends[1] > 1000 * bends[0] and floors[1] < 2 * floors[0]
+    assert bends[1] > 1000 * bends[0] and floors[1] < 3.5 * floors[0]
 
 
 def test_in_float64_it_is_far_below_float32():

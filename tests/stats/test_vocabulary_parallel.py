@@ -135,7 +135,8 @@ def results(tmp_path_factory):
     ranks = [
         subprocess.Popen(
             [sys.executable, __file__, str(rank), str(directory)],
-            env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+            env=os.environ
+            | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])},
             stderr=subprocess.PIPE,
             text=True,
         )

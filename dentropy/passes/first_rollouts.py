@@ -1,0 +1,22 @@
+"""The self-check on the first rollouts that a policy meets."""
+
+import numpy as np
+
+from dentropy.model.policy import Policy
+from dentropy.rollouts.batch import PackedBatch
+
+# Enough to go from prompt to response, few enough to cost next to nothing.
+ROLLOUTS, TOKENS, OF_THE_RESPONSE = 3, 64, 32
+
+
+def check_on_first(policy: Policy, batch: PackedBatch) -> None:
+    """`Policy.check_on` for a few rollouts of the batch, where a prompt ends and its response begins."""
+    policy.check_on(lambda: _some(batch))
+
+
+def _some(batch: PackedBatch) -> list[np.ndarray]:
+    windows = []
+    for i in np.unique(np.linspace(0, len(batch) - 1, ROLLOUTS).astype(int)).tolist():
+        prompt, response = batch.prompt(i), batch.response(i)[:OF_THE_RESPONSE]
+        windows.append(np.array((prompt + response)[-TOKENS:]))
+    return windows
