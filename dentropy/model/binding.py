@@ -2,15 +2,11 @@
 
 import warnings
 import weakref
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from dentropy.model.names import adapter_parameters, resolve, some
-
-if TYPE_CHECKING:
-    from dentropy.model.direction import Direction
 
 
 class Binding:
@@ -25,7 +21,7 @@ class Binding:
         self._model = model
         self._direction, self._tangents, self._form = None, {}, None
 
-    def pairs(self, direction: "Direction") -> list[tuple[nn.Parameter, Tensor]]:
+    def pairs(self, direction) -> list[tuple[nn.Parameter, Tensor]]:
         """As `Direction.on` says."""
         parameters = dict(self._model.named_parameters(remove_duplicate=False))
         meant = resolve("direction", direction.tensors, parameters)
@@ -34,7 +30,7 @@ class Binding:
             self._bind(direction, parameters, meant, form)
         return [(parameters[name], v) for name, v in self._tangents.items()]
 
-    def _bind(self, direction: "Direction", parameters: dict[str, nn.Parameter], meant: dict[str, str], form) -> None:
+    def _bind(self, direction, parameters: dict[str, nn.Parameter], meant: dict[str, str], form) -> None:
         self._direction, self._tangents = None, {}  # before there is another copy
         moving = _moving(direction, self._model, parameters, meant)
         with torch.inference_mode(False):  # a pass in it would leave tensors that later ones could not use
@@ -45,7 +41,7 @@ class Binding:
 
 
 def _moving(
-    direction: "Direction", model: nn.Module, parameters: dict[str, nn.Parameter], meant: dict[str, str]
+    direction, model: nn.Module, parameters: dict[str, nn.Parameter], meant: dict[str, str]
 ) -> dict[str, Tensor]:
     """Name of each parameter that moves (the last of a tied one's) -> v, still as it is; ValueError as `Direction.on`.
 
@@ -82,7 +78,7 @@ def _moving(
     return {meant[name]: direction.tensors[name] for name in named.values()}
 
 
-def _form(direction: "Direction", parameters: dict[str, nn.Parameter], meant: dict[str, str]) -> list[tuple]:
+def _form(direction, parameters: dict[str, nn.Parameter], meant: dict[str, str]) -> list[tuple]:
     """What a binding depends on, of every parameter that is named: shape, dtype, device, and which are tied."""
     first: dict[int, int] = {}
     named = [parameters.get(meant.get(name)) for name in direction.tensors]
