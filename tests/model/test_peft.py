@@ -6,7 +6,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from models import InFloat64, random_batch, random_direction, random_model, with_lora
+from models import SAVED_MODULES_LOAD, InFloat64, random_batch, random_direction, random_model, with_lora
 
 from dentropy import Direction, PackedBatch, Policy, importance, measure, policy_gradient_direction, slope
 
@@ -186,6 +186,7 @@ def adapter_folder(tmp_path):
     return tmp_path / "adapter", model
 
 
+@pytest.mark.skipif(not SAVED_MODULES_LOAD, reason="this transformers does not load modules_to_save")
 def test_an_adapter_folder_is_a_policy_whose_adapter_an_update_moves(adapter_folder):
     folder, model = adapter_folder
     policy, batch = Policy.from_pretrained(folder, device="cpu"), random_batch(reward=True)
