@@ -1,5 +1,7 @@
 """A sweep of η into collapse on the demo's policy: the verdict turns before the measurement goes wrong."""
 
+import pytest
+
 from dentropy import importance, importance_diagnostics, measure, moved_weights, policy_gradient_direction, sample
 from dentropy.demo import task
 from dentropy.demo.run import STEP_SIZE, draw_rollouts, load_policy
@@ -7,6 +9,7 @@ from dentropy.estimators import clustered_stderr
 from dentropy.experiment.probe import entropy_per_token
 
 
+@pytest.mark.slow
 def test_the_verdict_turns_before_the_measurement_goes_wrong():
     """Wrong: further from fresh samples of the moved policy than its own 95% interval and theirs."""
     policy, tokenizer = load_policy()
