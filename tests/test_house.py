@@ -4,6 +4,7 @@ import ast
 import importlib
 import pkgutil
 import tomllib
+from graphlib import TopologicalSorter
 from pathlib import Path
 from types import ModuleType
 
@@ -53,6 +54,21 @@ def imported(path: Path) -> set[str]:
 def test_arrows_run_one_way():
     for package, path in files():
         assert imported(path) <= MAY_IMPORT[package] | {package}, path
+
+
+def test_no_module_imports_what_imports_it():
+    """Not even for its types, or inside a function."""
+    folder, graph = ROOT / "dentropy", {}
+    for path in folder.rglob("*.py"):
+        found = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom):
+                found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        graph[".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")] = found
+    packages = {name for name in graph if (ROOT / Path(*name.split("."))).is_dir()} - {"dentropy.estimators"}
+    inside = {name: imported & set(graph) - packages - {name} for name, imported in graph.items()}
+    assert sum(map(len, inside.values())) > 200
+    TopologicalSorter(inside).prepare()  # raises where there is a circle
 
 
 def test_the_experimental_room_has_one_door():

@@ -17,6 +17,7 @@ import torch
 from dentropy.demo import task
 from dentropy.experiment.probe import ProbeResult, fresh_check, probe, tokens_to_run
 from dentropy.experiment.progress import rollout_bar, token_bar
+from dentropy.model import checkpoint
 from dentropy.model.policy import Policy
 from dentropy.passes.forward_mode import moved_weights
 from dentropy.passes.measure import measure
@@ -82,9 +83,7 @@ def load_policy() -> tuple[Policy, object]:
 
 
 def load_tokenizer():
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(POLICY)
+    return checkpoint.load_tokenizer(POLICY, "policy")
 
 
 def draw_rollouts(

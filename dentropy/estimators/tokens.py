@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dentropy.estimators.columns import column
+from dentropy.stats.segments import place_in_sequence
 
 if TYPE_CHECKING:
     from dentropy.stats.tables import SequenceSums
@@ -48,8 +49,7 @@ class KeptTokens:
                 token = int(np.argmin(finite))
                 raise ValueError(f"sums.tokens.{name}: {values[token]} at token {token}, expected finite")
             found.append(values)
-        starts = np.cumsum(n_tokens) - n_tokens
-        position = np.arange(1, n_tokens.sum() + 1) - np.repeat(starts, n_tokens)
+        position = 1 + place_in_sequence(np.concatenate([[0], np.cumsum(n_tokens)]))
         return cls(n_tokens, np.repeat(np.arange(n_tokens.size), n_tokens), position, *found)
 
     def per_rollout(self, values: np.ndarray) -> np.ndarray:

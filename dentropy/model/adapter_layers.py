@@ -18,6 +18,16 @@ def is_dora(model: nn.Module) -> bool:
     return any(len(getattr(module, "lora_magnitude_vector", ())) for module in model.modules())
 
 
+def adapter_parameters(model: nn.Module) -> dict[str, bool]:
+    """Name of each adapter parameter of the model -> whether it has an effect: its adapter is active in its layer, not
+    disabled, and not merged into the weights."""
+    effect: dict[int, bool] = {}
+    for layer in _layers(model):
+        for why, _, parameter in _parameters(layer):
+            effect[id(parameter)] = effect.get(id(parameter), False) or why is None
+    return {name: effect[id(p)] for name, p in model.named_parameters(remove_duplicate=False) if id(p) in effect}
+
+
 def train_adapters(model: nn.Module) -> None:
     """Lets the active adapters ask for gradients, as they did in training: adapter folders load frozen."""
     for layer in _layers(model):

@@ -6,7 +6,8 @@ import weakref
 import torch
 from torch import Tensor, nn
 
-from dentropy.model.names import adapter_parameters, resolve, some
+from dentropy.model.adapter_layers import adapter_parameters
+from dentropy.model.names import resolve, some
 
 
 class Binding:

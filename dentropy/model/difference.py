@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from dentropy.model.adapter_layers import adapter_parameters
 from dentropy.model.adapters import adapter_as_update, adapter_tensors, check_same_adapter, is_adapter_folder
 from dentropy.model.checkpoint import is_constant, load_checkpoint
-from dentropy.model.names import adapter_parameters, canonical, is_adapters, resolve, some
+from dentropy.model.names import canonical, is_adapters, resolve, some
 
 # A difference of two bf16 checkpoints with more zeros than this has lost most of the update to rounding.
 MOSTLY_ZERO = 0.5

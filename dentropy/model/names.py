@@ -7,8 +7,6 @@ DDP, FSDP, torch.compile and PEFT put a prefix before every name. PEFT also name
 import re
 from collections.abc import Callable, Iterable
 
-from torch import nn
-
 _WRAPPERS = re.compile(
     r"^(?:(?:module|base_model\.model)\.)+|(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 )
@@ -74,20 +72,6 @@ def _by_form(own: list[str], form: Callable[[str], str]) -> dict[str, list[str]]
 def is_adapters(name: str) -> bool:
     """Whether a tensor of this name is an adapter's, in a model or in an adapter file."""
     return bool(_ADAPTER.search(name) or _OF_ADAPTER_FILES.search(name))
-
-
-def adapter_parameters(model: nn.Module) -> dict[str, bool]:
-    """Name of each adapter parameter of the model -> whether it has an effect: its adapter is active in its layer, not
-    disabled, and not merged into the weights."""
-    layers = dict(model.named_modules(remove_duplicate=False))
-    found = {}
-    for name, _ in model.named_parameters(remove_duplicate=False):
-        at = _ADAPTER.search(name)
-        if at is not None:
-            layer = layers[name[: at.start()]]
-            idle = getattr(layer, "disable_adapters", False) or getattr(layer, "merged", False)
-            found[name] = not idle and at["adapter"] in getattr(layer, "active_adapters", ())
-    return found
 
 
 def some(names: Iterable[str]) -> str:

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dentropy.stats.segments import place_in_sequence
+
 
 @dataclass(frozen=True, eq=False)
 class PackedRow:
@@ -28,7 +30,7 @@ class PackedRow:
     def of(cls, tokens: np.ndarray, lengths: np.ndarray, rows: np.ndarray, targets: np.ndarray, device) -> "PackedRow":
         """tokens [total], in sequences of `lengths` [S]; rows and targets as above."""
         bounds = np.concatenate([[0], np.cumsum(lengths)])
-        positions = np.arange(bounds[-1]) - np.repeat(bounds[:-1], lengths)
+        positions = place_in_sequence(bounds)
         arrays = (tokens, positions, bounds.astype(np.int32), rows, targets)
         return cls(*(to_device(x, device) for x in arrays), bounds.tolist(), int(lengths.max()))
 

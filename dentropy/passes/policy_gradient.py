@@ -11,9 +11,9 @@ or the batch's own advantages where it has them.
 import numpy as np
 from torch import nn
 
+from dentropy.model.adapter_layers import adapter_parameters
 from dentropy.model.direction import Direction, checked_step_size
 from dentropy.model.in_place import in_turn
-from dentropy.model.names import adapter_parameters
 from dentropy.model.policy import Policy
 from dentropy.passes.measure import check_batch
 from dentropy.passes.microbatches import AUTO

@@ -1,10 +1,6 @@
-import copy
-
 import pytest
-import torch
-from models import random_model, with_lora
 
-from dentropy.model.names import adapter_parameters, canonical, is_adapters, resolve, unwrapped
+from dentropy.model.names import canonical, resolve, unwrapped
 
 
 @pytest.mark.parametrize(
@@ -35,17 +31,3 @@ def test_the_nearest_form_of_a_name_counts_and_several_are_refused():
         ValueError, match="^v: q.lora_A.weight could be q.lora_A.default.weight or q.lora_A.other.weight"
     ):
         resolve("v", ["q.lora_A.weight"], own)
-
-
-def test_which_adapter_parameters_have_an_effect():
-    model = with_lora(random_model("llama"), "first", modules_to_save=["lm_head"])
-    model = with_lora(model, "second", seed=6, target_modules=["q_proj"])
-    effect = adapter_parameters(model)
-    assert all(map(is_adapters, effect)) and any("modules_to_save" in name for name in effect)
-    assert {name for name, active in effect.items() if active} == {name for name in effect if ".second." in name}
-    with model.disable_adapter():
-        assert not any(adapter_parameters(model).values())
-    merged = copy.deepcopy(model)
-    merged.merge_adapter()
-    assert not any(on for name, on in adapter_parameters(merged).items() if "lora_" in name)
-    assert adapter_parameters(torch.nn.Linear(2, 2)) == {}
