@@ -52,18 +52,25 @@ def summary(cases: list[dict]) -> str:
     lines = [["", "dentropy", "", "others"]]
     for case in cases:
         ours = case["providers"]["dentropy"]
+        if "not_run" in ours:
+            lines.append([case["title"], f"not run: {ours['not_run']}", "", ""])
+            continue
         others = [
             f"{name}: {figures(row)}"
             for name, row in case["providers"].items()
             if "error" in row and not name.startswith("dentropy")
         ]
-        relative = f"{ours['times_reference']:.1f} × {case['reference']}"
-        if case["unit"]:
-            relative = f"{ours['fraction_of_reference']:.0%} of {case['reference']}"
-        if case["reference"] == "dentropy":  # there is no ceiling
-            relative = ""
-        lines.append([case["title"], figures(ours), relative, "<br>".join(others)])
+        lines.append([case["title"], figures(ours), relative(ours, case), "<br>".join(others)])
     return markdown(lines)
+
+
+def relative(row: dict, case: dict) -> str:
+    """To the case's reference, where that ran."""
+    if "times_reference" not in row:
+        return ""
+    if case["unit"]:
+        return f"{row['fraction_of_reference']:.0%} of {case['reference']}"
+    return f"{row['times_reference']:.1f} × {case['reference']}"
 
 
 def table(case: dict) -> str:
@@ -77,14 +84,15 @@ def table(case: dict) -> str:
             lines.append([name, f"not run: {row['not_run']}", *[""] * (len(head) - 1)])
             continue
         low, high = (duration(row[key]) for key in ("min_ms", "max_ms"))
-        relative = [f"{row['times_reference']:.2f}"]
+        of_reference = [f"{row['times_reference']:.2f}" if "times_reference" in row else ""]
         if case["unit"]:
-            relative = [rate(row["rate"], case["unit"]), f"{row['fraction_of_reference']:.0%}"]
+            fraction = f"{row['fraction_of_reference']:.0%}" if "fraction_of_reference" in row else ""
+            of_reference = [rate(row["rate"], case["unit"]), fraction]
         lines.append(
             [
                 name,
                 f"{duration(row['median_ms'])} ({low} to {high})",
-                *relative,
+                *of_reference,
                 memory(row["peak_mib_above_inputs"]),
                 f"{row['error']:.0e}" if "error" in row else "",
             ]

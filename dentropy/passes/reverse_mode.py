@@ -120,6 +120,8 @@ class _WeightedTokenSum(torch.autograd.Function):
         dweight = torch.zeros_like(matrix) if weight.requires_grad else None
         dbias = None if bias is None else torch.zeros_like(bias, dtype=wide.dtype)
         rows = max(1, CHUNK // weight.shape[0])
+        # Products of full float32, on ordinary cores. Three TF32 ones in place of each would be on tensor cores, but
+        # the library would choose how their long sums are cut, and whole ones lose digits there (kernels/products.py).
         for c in (slice(i, i + rows) for i in range(0, len(hidden), rows)):
             z = wide[c] @ matrix.T
             if bias is not None:

@@ -19,8 +19,9 @@ from models import (
     with_lora,
 )
 
-from dentropy import Direction, PackedBatch, Policy, measure, policy_gradient_direction
+from dentropy import Direction, PackedBatch, Policy, measure, moved_weights, policy_gradient_direction
 from dentropy.model.compiled_layers import layers, trace
+from dentropy.passes.microbatches import Microbatch
 
 QUICK = ["llama", "gpt2"]
 SLOW = ["gpt_neox", "qwen2", "qwen3", "mistral", "phi3", "gemma2", "gemma3", "olmo2", "granite", "cohere", "starcoder2"]
@@ -81,6 +82,23 @@ def batch_of(totals) -> PackedBatch:
 
 def forms(policy) -> int:
     return sum(form is not None for form in policy._compiled_layers._forms.values())
+
+
+def test_weights_that_move_within_a_pass_are_seen(graphs):
+    """What is known of a layer's tensors is kept for the pass, and no longer than they stand there."""
+    model = random_model("llama")
+    direction, batch = everything(model), random_batch()
+    found = []
+    for policy in (Policy(model), Policy(model, compile_layers=True)):
+        row = Microbatch.of(batch, np.flatnonzero(batch.response_lens), policy.device).row
+        with policy.ready(), torch.no_grad():
+            for eta in (0.0, 0.0, 0.1):
+                with moved_weights(policy, direction, eta, tangent=True):
+                    stats = policy.score(row, tangent=True)
+                    found.append([x.double() for x in stats if x is not None])
+    for plain, compiled in zip(found[:3], found[3:], strict=True):
+        for x, y in zip(plain, compiled, strict=True):
+            assert float((y - x).abs().max()) <= 1e-5 * float(x.square().mean().sqrt())
 
 
 @pytest.mark.parametrize("name", DENSE)

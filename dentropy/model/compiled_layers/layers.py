@@ -35,6 +35,7 @@ class FusedLayers:
         self._layers = list(dict.fromkeys(layers))  # some models use a layer twice
         self._forms: dict[tuple, _Form | None] = {}  # None where making one failed
         self._settled: dict[tuple, _Form | None] = {}  # by layer: the form, None where the layer differs from it
+        self._kinds: dict[tuple, int] = {}  # of layers with their own tensors; a number is quicker to hash
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -42,7 +43,7 @@ class FusedLayers:
         own = [layer.__dict__.get("forward") for layer in self._layers]
         try:
             for layer in self._layers:
-                layer.forward = partial(self._forward, _Layer.of(layer))
+                layer.forward = partial(self._forward, _Layer.of(layer, self._kinds))
             yield
         finally:
             for layer, forward in zip(self._layers, own, strict=True):
@@ -94,9 +95,11 @@ class _Layer:
     forward: Callable  # uncompiled
     slots: list[tuple[dict, str]]  # where its tensors stand: parameters, buffers and plain attributes
     structure: tuple  # what tells it from others but for its tensors and its place
+    kinds: dict[tuple, int]
+    own: "_OwnTensors | None" = None  # as last seen
 
     @classmethod
-    def of(cls, layer: nn.Module) -> "_Layer":
+    def of(cls, layer: nn.Module, kinds: dict[tuple, int]) -> "_Layer":
         slots = [
             (store, name)
             for module in layer.modules()
@@ -104,11 +107,39 @@ class _Layer:
             for name, value in store.items()
             if isinstance(value, Tensor)
         ]
-        return cls(layer, layer.forward, slots, _structure(layer))
+        return cls(layer, layer.forward, slots, _structure(layer), kinds)
 
     @property
     def place(self) -> int:
         return id(self.module)
+
+    def tensors(self) -> "_OwnTensors":
+        """Taken apart once for all microbatches of a pass, as long as the same tensors stand in the slots."""
+        standing = [store[name] for store, name in self.slots]
+        if self.own is None or any(a is not b for a, b in zip(standing, self.own.standing, strict=True)):
+            self.own = _OwnTensors.of(standing, self.structure, self.kinds)
+        return self.own
+
+
+@dataclass
+class _OwnTensors:
+    """The tensors of a layer, as they stand in its slots and taken apart."""
+
+    standing: list[Tensor]
+    primals: list[Tensor]
+    tangents: list[Tensor | None]
+    kind: int  # equal where layers have equal structures and tensors of equal forms
+
+    @classmethod
+    def of(cls, standing: list[Tensor], structure: tuple, kinds: dict[tuple, int]) -> "_OwnTensors":
+        duals = [forward_ad.unpack_dual(x) for x in standing]
+        primals = [primal.detach() for primal, _ in duals]  # parameters and requires_grad are one to the compiler
+        tangents = [tangent for _, tangent in duals]
+        forms = (
+            *((x.shape, x.stride(), x.dtype) for x in primals),
+            *(None if t is None else t.stride() for t in tangents),
+        )
+        return cls(standing, primals, tangents, kinds.setdefault((structure, forms), len(kinds)))
 
 
 @dataclass
@@ -140,33 +171,29 @@ class _Call:
         # `attention` hands masks on as a size, in a tensor of no dimensions, and checks it in the uncompiled layer.
         masks = tuple(int(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim == 0)
         leaves = [None if isinstance(leaf, Tensor) and leaf.ndim == 0 else leaf for leaf in leaves]
-        arguments = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        duals = map(forward_ad.unpack_dual, (*arguments, *(store[name] for store, name in layer.slots)))
-        primals, tangents = map(list, zip(*duals, strict=True))
-        primals = [x.detach() for x in primals]  # parameters of any kind and requires_grad are one to the compiler
+        duals = [forward_ad.unpack_dual(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
+        primals, tangents = [primal.detach() for primal, _ in duals], [tangent for _, tangent in duals]
+        own = layer.tensors()
         kinds = tuple(
             Tensor if isinstance(leaf, Tensor) else int if _is_open(leaf) else _value(leaf) for leaf in leaves
         )
-        n = len(arguments)
-        open_dims = [_open_dims(x, primals[0]) for x in primals[:n]]
+        open_dims = [_open_dims(x, primals[0]) for x in primals]
         key = (
-            layer.structure,
+            own.kind,
             spec,
             kinds,
             masks,
             primals[0].device,
             *((x.ndim, x.shape[len(dims) :], x.is_contiguous(), x.dtype) for x, dims in zip(primals, open_dims)),
-            *(None if t is None else t.is_contiguous() for t in tangents[:n]),
-            *((x.shape, x.stride(), x.dtype) for x in primals[n:]),
-            *(None if t is None else t.stride() for t in tangents[n:]),
+            *(None if t is None else t.is_contiguous() for t in tangents),
         )
         return cls(
             layer,
             leaves,
             spec,
             [leaf for leaf in leaves if _is_open(leaf)],
-            primals,
-            tangents,
+            [*primals, *own.primals],
+            [*tangents, *own.tangents],
             [*open_dims, *[()] * len(layer.slots)],
             key,
         )
