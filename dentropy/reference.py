@@ -6,7 +6,7 @@ Nothing here is chunked, fused or fast: the kernels and the plain path are held 
     z = softcap · tanh(u / softcap) / temperature        p = softmax(z)        d = ż − E ż
 
     logp   = log p_y                 entropy   = −E log p
-    dlogp  = d_y                     dentropy  = −E (z − E z) d
+    dlogp  = d_y                     dentropy  = −E (z − E z) d              fisher = Var ż = E d²
     d2logp = z̈_y − E z̈ − Var ż       d2entropy = −[Var ż + E (z − E z)(z̈ − E z̈) + E (z − E z) d²]
 
 `SequenceSums` has the formulas of the sums over a rollout. Test your own implementation against this one.
@@ -112,11 +112,11 @@ def _closed_form(logits, targets, dlogits, d2logits, temperature: float, softcap
         return stats
     x = logp + h  # z − E z
     d = dz - mean(dz)
-    stats = stats._replace(dlogp=at_target(d), dentropy=-mean(x * d)[:, 0])
+    variance = mean(d * d)[:, 0]
+    stats = stats._replace(dlogp=at_target(d), dentropy=-mean(x * d)[:, 0], fisher=variance)
     if ddz is None:
         return stats
     e = ddz - mean(ddz)
-    variance = mean(d * d)[:, 0]
     return stats._replace(d2logp=at_target(e) - variance, d2entropy=-(variance + mean(x * e + x * d * d)[:, 0]))
 
 

@@ -18,9 +18,9 @@ import triton.language as tl
 
 from .configurations import has_descriptors, head_tile, options, precision
 from .matrices import descriptor, fits_a_descriptor, with_strides
-from .moments import empty_state, merge, n_parts, store_state, tile_state
+from .moments import empty_state, merge, n_parts, n_stats, store_state, tile_state
 from .products import dot_apart
-from .segments import merge_states, new_states, stats_of_states
+from .segments import fields, merge_states, new_states, stats_of_states
 from .softcap import softcapped
 
 SEGMENTS = 128  # of a vocabulary, at most: about one for each multiprocessor, so that a few rows fill a device too
@@ -77,6 +77,7 @@ def _linear_states_kernel(
     there = row < N
     target = tl.load(Targets + row * targets_stride, mask=there, other=-1)
     mine = (target >= first) & (target < last)  # a target outside the vocabulary lies in no segment
+    target = tl.where(mine, target, -1).to(tl.int32)  # as the columns are: half the registers, half the comparisons
     # Few tiles have a target of these rows in them: between the least and the greatest of this segment.
     least = tl.min(tl.where(mine, target, last))
     greatest = tl.max(tl.where(mine, target, first - 1))
@@ -154,8 +155,8 @@ def linear_token_stats(
     softcap: float | None = None,
     allow_tf32: bool = False,
     gather: Callable[[torch.Tensor], torch.Tensor] | None = None,
-) -> tuple[torch.Tensor, ...]:
-    """logp and entropy, and where anything moves also dlogp and dentropy: float32 tensors [N].
+) -> tuple[torch.Tensor | None, ...]:
+    """logp, entropy, dlogp, dentropy, None, None and fisher: float32 tensors [N], or None where nothing moves.
 
     hidden and dhidden are [N, D], weight and dweight [V, D], all of one dtype, float16, bfloat16 or float32, with
     any strides; bias and dbias [V] in any of these; targets [N] int32 or int64; all on one device. Without
@@ -169,7 +170,7 @@ def linear_token_stats(
     scale = float((softcap or 1.0) / temperature)
     inverse_cap = None if softcap is None else float(1.0 / softcap)
     order = int(any(tangent is not None for tangent in (dhidden, dweight, dbias)))
-    out = torch.empty(2 + 2 * order, len(hidden), dtype=torch.float32, device=hidden.device)
+    out = torch.empty(n_stats(order), len(hidden), dtype=torch.float32, device=hidden.device)
     for rows in _launches(len(hidden)):
         states, at_target = _states(
             hidden[rows],
@@ -189,7 +190,7 @@ def linear_token_stats(
             states, at_target = shards[:, : -len(at_target)], shards[:, -len(at_target) :].sum(0)
         out[:, rows] = stats_of_states(states, at_target, order, scale)
         del states  # before the next launch asks for as much
-    return tuple(out)
+    return fields(out)
 
 
 def _launches(rows: int) -> list[slice]:

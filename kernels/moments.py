@@ -19,10 +19,11 @@ import triton.language as tl
 # Bits, because 2^x is one instruction and eˣ is three.
 BITS = tl.constexpr(1.4426950408889634)  # of a nat
 NATS = tl.constexpr(0.6931471805599453)  # of a bit
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # of the finite float32 numbers
 
 
 class State(NamedTuple):
-    """Order 0 has the first 3 parts, order 1 the first 6, order 2 all; the others are 0."""
+    """Order 0 has the first 3 parts, order 1 the first 7, order 2 all; the others are 0."""
 
     top: tl.tensor  # max u, −inf for a segment without logits
     total: tl.tensor  # Σ w
@@ -30,9 +31,9 @@ class State(NamedTuple):
     base_d: tl.tensor  # about the mean of d
     mean_d: tl.tensor  # Σ w d / Σ w − base_d
     c_xd: tl.tensor  # Σ w (x − E x)(d − E d)
+    c_dd: tl.tensor  # Σ w (d − E d)²
     base_e: tl.tensor  # as base_d, for e
     mean_e: tl.tensor  # Σ w e / Σ w − base_e
-    c_dd: tl.tensor  # Σ w (d − E d)²
     c_xe: tl.tensor  # Σ w (x − E x)(e − E e)
     c_xdd: tl.tensor  # Σ w (x − E x)(d − E d)²
 
@@ -53,7 +54,7 @@ def tile_state(u, d, e, scale, ORDER: tl.constexpr, MASKED: tl.constexpr = True)
     top = _max(u)
     if MASKED:
         # Without the guard an empty tile would give −inf − (−inf) = NaN.
-        x = (u - tl.where(top == float("-inf"), 0.0, top)) * (scale * BITS)
+        x = (u - tl.maximum(top, LOWEST)) * (scale * BITS)
         masked = x == float("-inf")
         weight = tl.exp2(x)
         x = tl.maximum(x, -1e4)  # finite, so that 0 · x is 0
@@ -63,26 +64,27 @@ def tile_state(u, d, e, scale, ORDER: tl.constexpr, MASKED: tl.constexpr = True)
         x = (u - top) * (scale * BITS)
         weight = tl.exp2(x)
     total = _sum(weight)
-    share = 1.0 / tl.where(total == 0.0, 1.0, total)
+    share = 1.0 / tl.maximum(total, 1.0)
     mean_x = _sum(weight * x) * share
     zero = tl.zeros_like(mean_x)
-    base_d, mean_d, c_xd = zero, zero, zero
-    base_e, mean_e, c_dd, c_xe, c_xdd = zero, zero, zero, zero, zero
+    base_d, mean_d, c_xd, c_dd = zero, zero, zero, zero
+    base_e, mean_e, c_xe, c_xdd = zero, zero, zero, zero
     if ORDER >= 1:
         base_d = _sum(weight * d) * share
-        x -= mean_x
         d -= base_d
         weighted_d = weight * d
-        mean_d = _sum(weighted_d) * share  # what rounding left of the first mean
-        c_xd = _sum(weighted_d * x)
+        rest_d = _sum(weighted_d)  # what rounding left of the first mean
+        mean_d = rest_d * share
+        c_xd = _sum(weighted_d * x) - rest_d * mean_x
+        c_dd = _sum(weighted_d * d) - rest_d * mean_d
         if ORDER == 2:
             base_e = _sum(weight * e) * share
             weighted_e = weight * (e - base_e)
-            mean_e = _sum(weighted_e) * share
-            c_xe = _sum(weighted_e * x)
-            c_dd = _sum(weighted_d * d) - total * mean_d * mean_d
-            c_xdd = _sum(weighted_d * d * x) - 2.0 * mean_d * c_xd
-    return State(top, total, mean_x, base_d, mean_d, c_xd, base_e, mean_e, c_dd, c_xe, c_xdd)
+            rest_e = _sum(weighted_e)
+            mean_e = rest_e * share
+            c_xe = _sum(weighted_e * x) - rest_e * mean_x
+            c_xdd = _sum(weighted_d * d * x) - (c_dd + rest_d * mean_d) * mean_x - 2.0 * mean_d * c_xd
+    return State(top, total, mean_x, base_d, mean_d, c_xd, c_dd, base_e, mean_e, c_xe, c_xdd)
 
 
 @triton.jit
@@ -114,7 +116,7 @@ def merge(a, b, scale, ORDER: tl.constexpr):
     total_b = b.total * rescale_b
     first = total_a == 0.0  # nothing of weight before b
     total = total_a + total_b
-    share = 1.0 / tl.where(total == 0.0, 1.0, total)
+    share = 1.0 / tl.maximum(total, 1.0)
     share_a = tl.where(total_b == 0.0, 1.0, total_a * share)
     share_b = tl.where(first, 1.0, total_b * share)
     mean_x_a = a.mean_x + shift_a
@@ -123,35 +125,36 @@ def merge(a, b, scale, ORDER: tl.constexpr):
     # whose weight is nothing.
     mean_x = share_a * mean_x_a + share_b * mean_x_b
     zero = tl.zeros_like(mean_x)
-    base_d, mean_d, c_xd = zero, zero, zero
-    base_e, mean_e, c_dd, c_xe, c_xdd = zero, zero, zero, zero, zero
+    base_d, mean_d, c_xd, c_dd = zero, zero, zero, zero
+    base_e, mean_e, c_xe, c_xdd = zero, zero, zero, zero
     if ORDER >= 1:
         base_d = tl.where(first, b.base_d, a.base_d)
         mean_d_b = b.mean_d + (b.base_d - base_d)
         mean_d = share_a * a.mean_d + share_b * mean_d_b
         apart_x = mean_x_b - mean_x_a
         apart_d = mean_d_b - a.mean_d
-        between = total_a * share_b * apart_x
+        between = total_a * share_b
+        between_d = between * apart_d
         c_xd_a = a.c_xd * rescale_a
         c_xd_b = b.c_xd * rescale_b
-        c_xd = c_xd_a + c_xd_b + between * apart_d
+        c_xd = c_xd_a + c_xd_b + between_d * apart_x
+        c_dd_a = a.c_dd * rescale_a
+        c_dd_b = b.c_dd * rescale_b
+        c_dd = c_dd_a + c_dd_b + between_d * apart_d
         if ORDER == 2:
             base_e = tl.where(first, b.base_e, a.base_e)
             mean_e_b = b.mean_e + (b.base_e - base_e)
             mean_e = share_a * a.mean_e + share_b * mean_e_b
-            c_xe = a.c_xe * rescale_a + b.c_xe * rescale_b + between * (mean_e_b - a.mean_e)
-            c_dd_a = a.c_dd * rescale_a
-            c_dd_b = b.c_dd * rescale_b
-            c_dd = c_dd_a + c_dd_b + total_a * share_b * apart_d * apart_d
+            c_xe = a.c_xe * rescale_a + b.c_xe * rescale_b + between * apart_x * (mean_e_b - a.mean_e)
             # Each segment's third moment about the common means; theirs are share · apart from its own.
             c_xdd = (
                 a.c_xdd * rescale_a
                 + b.c_xdd * rescale_b
                 + 2.0 * apart_d * (share_a * c_xd_b - share_b * c_xd_a)
                 + apart_x * (share_a * c_dd_b - share_b * c_dd_a)
-                + between * (share_a - share_b) * apart_d * apart_d
+                + between_d * apart_d * (share_a - share_b) * apart_x
             )
-    return State(top, total, mean_x, base_d, mean_d, c_xd, base_e, mean_e, c_dd, c_xe, c_xdd)
+    return State(top, total, mean_x, base_d, mean_d, c_xd, c_dd, base_e, mean_e, c_xe, c_xdd)
 
 
 @triton.jit
@@ -166,8 +169,8 @@ def merge_lanes(a, scale, ORDER: tl.constexpr):
     share = total_a / tl.where(total == 0.0, 1.0, total)
     mean_x = tl.sum(share * mean_x_a, 1, keep_dims=True)
     zero = tl.zeros_like(mean_x)
-    base_d, mean_d, c_xd = zero, zero, zero
-    base_e, mean_e, c_dd, c_xe, c_xdd = zero, zero, zero, zero, zero
+    base_d, mean_d, c_xd, c_dd = zero, zero, zero, zero
+    base_e, mean_e, c_xe, c_xdd = zero, zero, zero, zero
     if ORDER >= 1:
         base_d = tl.sum(share * a.base_d, 1, keep_dims=True)
         mean_d_a = a.mean_d + (a.base_d - base_d)
@@ -177,19 +180,19 @@ def merge_lanes(a, scale, ORDER: tl.constexpr):
         between = total_a * apart_x
         c_xd_a = a.c_xd * rescale
         c_xd = tl.sum(c_xd_a + between * apart_d, 1, keep_dims=True)
+        c_dd_a = a.c_dd * rescale
+        c_dd = tl.sum(c_dd_a + total_a * apart_d * apart_d, 1, keep_dims=True)
         if ORDER == 2:
             base_e = tl.sum(share * a.base_e, 1, keep_dims=True)
             mean_e_a = a.mean_e + (a.base_e - base_e)
             mean_e = tl.sum(share * mean_e_a, 1, keep_dims=True)
             c_xe = tl.sum(a.c_xe * rescale + between * (mean_e_a - mean_e), 1, keep_dims=True)
-            c_dd_a = a.c_dd * rescale
-            c_dd = tl.sum(c_dd_a + total_a * apart_d * apart_d, 1, keep_dims=True)
             c_xdd = tl.sum(
                 a.c_xdd * rescale + 2.0 * apart_d * c_xd_a + apart_x * c_dd_a + between * apart_d * apart_d,
                 1,
                 keep_dims=True,
             )
-    return State(top, total, mean_x, base_d, mean_d, c_xd, base_e, mean_e, c_dd, c_xe, c_xdd)
+    return State(top, total, mean_x, base_d, mean_d, c_xd, c_dd, base_e, mean_e, c_xe, c_xdd)
 
 
 @triton.jit
@@ -200,21 +203,28 @@ def _shift(old_top, top, scale):
 
 @triton.jit
 def stats_of_state(state, u_target, d_target, e_target, scale, ORDER: tl.constexpr):
-    """logp, entropy, dlogp, dentropy, d2logp, d2entropy of a row; NaN for a row without logits."""
+    """logp, entropy, dlogp, dentropy, fisher, d2logp, d2entropy of a row; NaN for a row without logits."""
     total = tl.where(state.total == 0.0, float("nan"), state.total)
     nothing = 0.0 * total  # 0, NaN where there are no logits
     log_total = tl.log(total)
     logp = (u_target - state.top) * scale - log_total
     entropy = log_total - state.mean_x * NATS
-    dlogp, dentropy, d2logp, d2entropy = nothing, nothing, nothing, nothing
+    dlogp, dentropy, fisher, d2logp, d2entropy = nothing, nothing, nothing, nothing, nothing
     if ORDER >= 1:
         dlogp = (d_target - state.base_d - state.mean_d) * scale + nothing
         dentropy = -state.c_xd / total * (scale * NATS)
+        variance = tl.where(state.c_dd < 0.0, 0.0, state.c_dd)  # below 0 by rounding alone, where all d are equal
+        fisher = variance / total * scale * scale
         if ORDER == 2:
-            variance = state.c_dd / total * scale * scale
-            d2logp = (e_target - state.base_e - state.mean_e) * scale - variance
-            d2entropy = -(variance + (state.c_xe + state.c_xdd * scale) / total * (scale * NATS))
-    return logp, entropy, dlogp, dentropy, d2logp, d2entropy
+            d2logp = (e_target - state.base_e - state.mean_e) * scale - fisher
+            d2entropy = -(fisher + (state.c_xe + state.c_xdd * scale) / total * (scale * NATS))
+    return logp, entropy, dlogp, dentropy, fisher, d2logp, d2entropy
+
+
+@triton.constexpr_function
+def n_stats(order):
+    """How many of the statistics an order has."""
+    return (2, 5, 7)[order]
 
 
 @triton.jit
@@ -230,15 +240,15 @@ def load_state(Place, stride, mask, ORDER: tl.constexpr):
     top = tl.load(Place, mask=mask, other=float("-inf"))
     total, mean_x = _part(Place, 1, stride, mask), _part(Place, 2, stride, mask)
     zero = tl.zeros_like(top)
-    base_d, mean_d, c_xd = zero, zero, zero
-    base_e, mean_e, c_dd, c_xe, c_xdd = zero, zero, zero, zero, zero
+    base_d, mean_d, c_xd, c_dd = zero, zero, zero, zero
+    base_e, mean_e, c_xe, c_xdd = zero, zero, zero, zero
     if ORDER >= 1:
         base_d, mean_d = _part(Place, 3, stride, mask), _part(Place, 4, stride, mask)
-        c_xd = _part(Place, 5, stride, mask)
+        c_xd, c_dd = _part(Place, 5, stride, mask), _part(Place, 6, stride, mask)
     if ORDER == 2:
-        base_e, mean_e = _part(Place, 6, stride, mask), _part(Place, 7, stride, mask)
-        c_dd, c_xe, c_xdd = _part(Place, 8, stride, mask), _part(Place, 9, stride, mask), _part(Place, 10, stride, mask)
-    return State(top, total, mean_x, base_d, mean_d, c_xd, base_e, mean_e, c_dd, c_xe, c_xdd)
+        base_e, mean_e = _part(Place, 7, stride, mask), _part(Place, 8, stride, mask)
+        c_xe, c_xdd = _part(Place, 9, stride, mask), _part(Place, 10, stride, mask)
+    return State(top, total, mean_x, base_d, mean_d, c_xd, c_dd, base_e, mean_e, c_xe, c_xdd)
 
 
 @triton.jit
@@ -249,4 +259,4 @@ def _part(Place, number: tl.constexpr, stride, mask):
 @triton.constexpr_function
 def n_parts(order):
     """How many parts of the state an order has."""
-    return (3, 6, 11)[order]
+    return (3, 7, 11)[order]

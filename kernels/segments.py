@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from .configurations import options
-from .moments import empty_state, load_state, merge, merge_lanes, n_parts, stats_of_state, store_state
+from .moments import empty_state, load_state, merge, merge_lanes, n_parts, n_stats, stats_of_state, store_state
 
 ROWS = 8  # of a program: a sector of memory of each part of each segment
 LANES = 128  # segments that are loaded at a time, at most
@@ -48,7 +48,7 @@ def _merged(
 def _stats_kernel(
     States,  # [n_segments, parts, N] float32
     AtTarget,  # [2 + ORDER, N] float32
-    Out,  # [2 (1 + ORDER), N] float32
+    Out,  # [statistics, N] float32
     N,
     n_segments,
     segment_stride,
@@ -69,7 +69,7 @@ def _stats_kernel(
     if ORDER == 2:
         e = tl.load(AtTarget + 3 * target_stride + row, mask=mask, other=0.0)
     stats = stats_of_state(state, u, d, e, scale, ORDER)
-    for field in tl.static_range(2 + 2 * ORDER):
+    for field in tl.static_range(n_stats(ORDER)):
         tl.store(Out + field * N.to(tl.int64) + row, tl.where(found, stats[field], float("nan")), mask=mask)
 
 
@@ -112,12 +112,12 @@ def merge_states(states: torch.Tensor, order: int, scale: float) -> torch.Tensor
 
 
 def stats_of_states(states: torch.Tensor, at_target: torch.Tensor, order: int, scale: float) -> torch.Tensor:
-    """logp, entropy, dlogp, dentropy, d2logp, d2entropy, as far as `order` goes: [2 (1 + order), N] float32.
+    """logp, entropy, dlogp, dentropy, fisher, d2logp, d2entropy, as far as `order` goes: [2, 5 or 7, N] float32.
 
     The strides of the last dimension of both inputs are 1.
     """
     segments, _, rows = states.shape
-    out = torch.empty(2 + 2 * order, rows, dtype=torch.float32, device=states.device)
+    out = torch.empty(n_stats(order), rows, dtype=torch.float32, device=states.device)
     if rows:
         with torch.cuda.device_of(states):
             _stats_kernel[(triton.cdiv(rows, ROWS),)](
@@ -134,6 +134,13 @@ def stats_of_states(states: torch.Tensor, at_target: torch.Tensor, order: int, s
                 **options(),
             )
     return out
+
+
+def fields(stats: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """logp, entropy, dlogp, dentropy, d2logp, d2entropy, fisher, [N] each, from `stats_of_states`; None for what is
+    of a higher order."""
+    logp, entropy, dlogp, dentropy, fisher, d2logp, d2entropy = (*stats, *[None] * (n_stats(2) - len(stats)))
+    return logp, entropy, dlogp, dentropy, d2logp, d2entropy, fisher
 
 
 def _shape(segments: int) -> dict[str, int]:

@@ -36,8 +36,9 @@ COLUMNS = (
     "dentropy_to_go",
     "entropy_to_go_2",
     "length_to_go_2",
+    "fisher",
 )
-COLUMNS_OF_ORDER = (3, 8, 13)
+COLUMNS_OF_ORDER = (3, 8, 13)  # without fisher, which comes after those of the order
 
 _STRIDES = [
     "logp_stride",
@@ -46,9 +47,10 @@ _STRIDES = [
     "dentropy_stride",
     "d2logp_stride",
     "d2entropy_stride",
+    "fisher_stride",
     "ends_stride",
 ]
-_POINTERS = ["Logp", "Entropy", "DLogp", "DEntropy", "D2Logp", "D2Entropy", "Ends", "Out"]
+_POINTERS = ["Logp", "Entropy", "DLogp", "DEntropy", "D2Logp", "D2Entropy", "Fisher", "Ends", "Out"]
 
 
 # Fields are often rows of one tensor, whose alignment changes with the number of tokens, as does everything
@@ -61,6 +63,7 @@ def _sequence_sums_kernel(
     DEntropy,
     D2Logp,
     D2Entropy,  # the same, or None below their order
+    Fisher,  # the same, or None
     Ends,  # [S + 1] int32 or int64, the cu_seqlens
     Out,  # [columns, S] float64
     S,
@@ -70,6 +73,7 @@ def _sequence_sums_kernel(
     dentropy_stride,
     d2logp_stride,
     d2entropy_stride,
+    fisher_stride,
     ends_stride,  # strides in elements; not in tuples with their pointers, for those are always specialized
     BLOCK: tl.constexpr,
 ):
@@ -81,7 +85,7 @@ def _sequence_sums_kernel(
     zero = (nothing, nothing)
     logp, entropy, dlogp, dentropy, entropy_dlogp = zero, zero, zero, zero, zero
     entropy_to_go, length_to_go, d2logp, d2entropy = zero, zero, zero, zero
-    dentropy_to_go, entropy_to_go_2, length_to_go_2 = zero, zero, zero
+    dentropy_to_go, entropy_to_go_2, length_to_go_2, fisher = zero, zero, zero, zero
 
     for first in range(0, end - start, BLOCK):
         after = first + lanes  # tokens after this one
@@ -109,6 +113,8 @@ def _sequence_sums_kernel(
             entropy_dlogp = _add(entropy_dlogp, h * d)
             dentropy = _add(dentropy, _load(DEntropy, token, dentropy_stride, inside))
             dlogp = _add(dlogp, d)
+            if Fisher is not None:
+                fisher = _add(fisher, _load(Fisher, token, fisher_stride, inside))
         entropy = _add(entropy, h)
 
     Out += sequence
@@ -128,6 +134,8 @@ def _sequence_sums_kernel(
         tl.store(Out + 10 * S, dentropy_to_go[0])
         tl.store(Out + 11 * S, entropy_to_go_2[0])
         tl.store(Out + 12 * S, length_to_go_2[0])
+    if Fisher is not None:
+        tl.store(Out + (8 if D2Logp is None else 13) * S, fisher[0])
 
 
 @triton.jit
@@ -162,6 +170,12 @@ def _add(total, values):
     return rounded, (rounded - total[0]) - value
 
 
+def columns_of(logp, entropy, dlogp=None, dentropy=None, d2logp=None, d2entropy=None, fisher=None) -> tuple[str, ...]:
+    """The names of the columns that `sequence_sums` makes of these values, in order."""
+    order = (dlogp is not None) + (d2logp is not None)
+    return COLUMNS[: COLUMNS_OF_ORDER[order]] + (() if fisher is None else COLUMNS[-1:])
+
+
 def sequence_sums(
     logp: torch.Tensor,
     entropy: torch.Tensor,
@@ -169,18 +183,18 @@ def sequence_sums(
     dentropy: torch.Tensor | None = None,
     d2logp: torch.Tensor | None = None,
     d2entropy: torch.Tensor | None = None,
+    fisher: torch.Tensor | None = None,
     *,
     cu_seqlens: torch.Tensor,
 ) -> torch.Tensor:
-    """The first 3, 8 or 13 of COLUMNS, for values up to order 0, 1 or 2: float64 [columns, S].
+    """The columns that `columns_of` names, for values up to order 0, 1 or 2: float64 [columns, S].
 
-    The values are [N] in any floating dtypes, each order whole or None, cu_seqlens [S + 1] in int32 or int64,
-    all with any strides and on one device. Nothing is checked and nothing synchronizes.
+    The values are [N] in any floating dtypes, each order whole or None, fisher from order 1 on or None, cu_seqlens
+    [S + 1] in int32 or int64, all with any strides and on one device. Nothing is checked and nothing synchronizes.
     """
-    order = (dlogp is not None) + (d2logp is not None)
-    values = (logp, entropy, dlogp, dentropy, d2logp, d2entropy)
+    values = (logp, entropy, dlogp, dentropy, d2logp, d2entropy, fisher)
     sequences = len(cu_seqlens) - 1
-    out = torch.empty(COLUMNS_OF_ORDER[order], sequences, dtype=torch.float64, device=logp.device)
+    out = torch.empty(len(columns_of(*values)), sequences, dtype=torch.float64, device=logp.device)
     if sequences == 0:
         return out
     with torch.cuda.device_of(logp):

@@ -15,7 +15,7 @@ import triton.language as tl
 from .configurations import options
 from .matrices import with_strides
 from .moments import empty_state, merge, merge_lanes, n_parts, store_state, tile_state
-from .segments import new_states, stats_of_states
+from .segments import fields, new_states, stats_of_states
 from .softcap import softcapped
 
 BLOCK = 2048  # logits in a tile: 16 to a thread, so that some 7 programs of a multiprocessor hide each other's waits
@@ -112,12 +112,12 @@ def token_stats(
     *,
     temperature: float = 1.0,
     softcap: float | None = None,
-) -> tuple[torch.Tensor, ...]:
-    """logp and entropy, with `dlogits` also dlogp and dentropy, with `d2logits` also d2logp and d2entropy.
+) -> tuple[torch.Tensor | None, ...]:
+    """logp, entropy, dlogp, dentropy, d2logp, d2entropy and fisher: float32 tensors [N].
 
-    Returns a tuple of 2, 4 or 6 float32 tensors [N]. logits, dlogits and d2logits are [N, V] in float16,
-    bfloat16 or float32 with any strides, targets [N] int32 or int64, all on one device. Nothing is checked
-    and nothing synchronizes; a target outside [0, V) makes its row NaN.
+    Without `dlogits` the last five are None, without `d2logits` the second derivatives are. logits, dlogits and
+    d2logits are [N, V] in float16, bfloat16 or float32 with any strides, targets [N] int32 or int64, all on one
+    device. Nothing is checked and nothing synchronizes; a target outside [0, V) makes its row NaN.
     """
     N, V = logits.shape
     given = [tensor for tensor in (logits, dlogits, d2logits) if tensor is not None]
@@ -150,4 +150,4 @@ def token_stats(
                 VECTOR=vector,
                 **options(NUM_WARPS),
             )
-    return tuple(stats_of_states(states, at_target, order, scale))
+    return fields(stats_of_states(states, at_target, order, scale))

@@ -31,6 +31,7 @@ def head(dtype=torch.float64, rows=9, width=16, vocabulary=77, moving=MOVING[-1]
 
 def token_values(n_tokens, order=2, dtype=torch.float32, seed=0):
     """TokenStats of normal values, up to sign what statistics can be."""
-    values = torch.randn(6, n_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    values[0], values[1] = -values[0].abs(), values[1].abs()
-    return TokenStats(*values.to(dtype)[: 2 + 2 * order])
+    values = torch.randn(7, n_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    values[0], values[1], values[6] = -values[0].abs(), values[1].abs(), values[6].abs()
+    *values, fisher = values.to(dtype)
+    return TokenStats(*values[: 2 + 2 * order], fisher=fisher if order else None)

@@ -72,6 +72,12 @@ class TinyPolicy:
         entropy = -jet_mul(jet_exp(logp), logp).sum(-1)
         return logp[:, :, self.prefix, self.tokens] * self.mask, entropy[:, :, self.prefix] * self.mask
 
+    def fisher(self, eta: float = 0.0) -> np.ndarray:
+        """E (d log p_k / dη)² over the vocabulary, [prompts, sequences, horizon], 0 past the end of a sequence."""
+        z = self.logits(eta)
+        logp = z - jet_log(jet_exp(z).sum(-1, keepdims=True))
+        return (np.exp(logp[0]) * logp[1] ** 2).sum(-1)[:, self.prefix] * self.mask
+
     def columns(self, eta: float = 0.0) -> dict[str, np.ndarray]:
         """Every column of the table for every prompt and sequence, each [prompts, sequences]."""
         logp, entropy = self.token_jets(eta)
@@ -89,6 +95,7 @@ class TinyPolicy:
             "entropy_dlogp": (entropy[0] * logp[1]).sum(-1),
             "entropy_to_go": sum(logp[1, ..., k] * later[k] for k in range(self.horizon)),
             "length_to_go": sum(logp[1, ..., k] * left[k] for k in range(self.horizon)),
+            "fisher": self.fisher(eta).sum(-1),
             "d2logp": logp[2].sum(-1),
             "d2entropy": entropy[2].sum(-1),
             "dentropy_to_go": (weight[1] * entropy[1]).sum(-1),

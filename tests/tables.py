@@ -14,7 +14,7 @@ from dentropy.stats.tables import SequenceSums, TokenStats
 
 POLICY = TinyPolicy()
 ESTIMATORS = ("causal", "exact", "mixed")
-FIRST_ORDER = ("dlogp", "dentropy", "entropy_dlogp", "entropy_to_go", "length_to_go")
+FIRST_ORDER = ("dlogp", "dentropy", "entropy_dlogp", "entropy_to_go", "length_to_go", "fisher")
 SECOND_ORDER = ("d2logp", "d2entropy", "dentropy_to_go", "entropy_to_go_2", "length_to_go_2")
 
 per_both = pytest.mark.parametrize("per", ["token", "sequence"])

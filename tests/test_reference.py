@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from draws import MOVING, TRANSFORMS, head, logits_and_tangents, token_values
-from truth import FIELDS, assert_all_close, plain_pytorch
+from truth import FIELDS, along_the_path, assert_all_close, plain_pytorch
 
 import dentropy
 from dentropy import TokenStats, reference
@@ -37,7 +37,22 @@ def test_derivatives_against_finite_differences_of_the_two_values(transform):
     )
     stats = reference.token_stats(logits, targets, dlogits, d2logits, **transform)
     want = dict(zip(FIELDS, (*values[..., 2], *first / step, *second / step**2)))
-    assert_all_close(stats, want, rtol=1e-7)
+    assert_all_close(stats._replace(fisher=None), want, rtol=1e-7)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
+def test_fisher_is_twice_the_divergence_of_a_small_step(transform):
+    """KL(p_0 ‖ p_η) / η² → Var ż / 2, summed over the vocabulary; a step to either side leaves out the odd terms."""
+    logits, targets, dlogits, _ = logits_and_tangents()
+    step = 1e-3
+
+    def log_probs(eta):
+        return torch.log_softmax(along_the_path(eta, logits, dlogits, **transform), -1)
+
+    here = log_probs(0.0)
+    divergences = [(here.exp() * (here - log_probs(eta))).sum(-1) for eta in (step, -step)]
+    fisher = reference.token_stats(logits, targets, dlogits, **transform).fisher
+    torch.testing.assert_close(fisher, sum(divergences) / step**2, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
@@ -112,7 +127,7 @@ def test_no_rows():
 def test_sums_by_hand():
     """Two rollouts of three tokens and of one, and one without."""
     h, dlogp = torch.tensor([1.0, 2.0, 4.0, 7.0]), torch.tensor([1.0, 10.0, 100.0, 3.0])
-    stats = TokenStats(-h, h, dlogp, 2 * dlogp, 3 * dlogp, 5 * dlogp)
+    stats = TokenStats(-h, h, dlogp, 2 * dlogp, 3 * dlogp, 5 * dlogp, 7 * dlogp)
     sums = reference.sequence_sums(stats, [0, 3, 3, 4], group=[5, 5, 8]).columns()
     want = dict(
         n_tokens=[3, 0, 1],
@@ -123,6 +138,7 @@ def test_sums_by_hand():
         entropy_dlogp=[1 * 1 + 2 * 10 + 4 * 100, 0, 7 * 3],
         entropy_to_go=[1 * (2 + 4) + 10 * 4, 0, 0],
         length_to_go=[1 * 2 + 10 * 1, 0, 0],
+        fisher=[777, 0, 21],
         d2logp=[333, 0, 9],
         d2entropy=[555, 0, 15],
         dentropy_to_go=[1 * 20 + 11 * 200, 0, 0],  # what comes before: 0, 1, 11

@@ -41,15 +41,25 @@ def values_and_derivatives(function, order, device):
 
 
 def plain_pytorch(logits, targets, *tangents, dtype=torch.float64, **transform):
-    """The fields by name, two for each order of derivatives given, [N] in `dtype`, from inputs upcast to it."""
+    """The fields by name, two for each order of derivatives given, [N] in `dtype`, from inputs upcast to it.
+
+    `fisher` is E (d log p / dη)² over the vocabulary, which is all finite here.
+    """
     inputs = [tensor.to(dtype) for tensor in (logits, *tangents)]
 
+    def log_probs(eta):
+        return torch.log_softmax(along_the_path(eta.to(dtype), *inputs, **transform), -1)
+
     def log_prob_and_entropy(eta):
-        logp = torch.log_softmax(along_the_path(eta.to(dtype), *inputs, **transform), -1)
+        logp = log_probs(eta)
         return logp.gather(-1, targets.long()[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
 
     orders = values_and_derivatives(log_prob_and_entropy, len(tangents), logits.device)
-    return dict(zip(FIELDS, (field for fields in orders for field in fields)))
+    found = dict(zip(FIELDS, (field for fields in orders for field in fields)))
+    if tangents:
+        (logp,), (score,) = values_and_derivatives(lambda eta: (log_probs(eta),), 1, logits.device)
+        found["fisher"] = (logp.exp() * score.square()).sum(-1)
+    return found
 
 
 def reference_in_float64(function, *tensors, **inputs):
@@ -84,8 +94,9 @@ def spread(values):
 def scales(truth, logits, *tangents, **transform):
     """The size of the terms that each field is the sum of, [N], from the spreads of z, ż and z̈.
 
-    In dlogp = ż_y − E ż the terms are as large as the spread of ż, in dh = −Cov(z, ż) as that of z times that
-    of ż; d2logp = z̈_y − E z̈ − Var ż and d2h = −[Var ż + Cov(z, z̈) + E (z − E z)(ż − E ż)²] in the same way.
+    In dlogp = ż_y − E ż the terms are as large as the spread of ż, in fisher = Var ż as its square, in
+    dh = −Cov(z, ż) as that of z times that of ż; d2logp = z̈_y − E z̈ − Var ż and
+    d2h = −[Var ż + Cov(z, z̈) + E (z − E z)(ż − E ż)²] in the same way.
     """
     inputs = [tensor.double() for tensor in (logits, *tangents)]
     orders = values_and_derivatives(
@@ -99,6 +110,7 @@ def scales(truth, logits, *tangents, **transform):
         "dentropy": z * dz,
         "d2logp": d2z + dz**2,
         "d2entropy": z * d2z + dz**2 * (1 + z),
+        "fisher": dz**2,
     }
 
 

@@ -93,7 +93,8 @@ def check_linear(hidden, weight, dhidden, dweight, bias, dbias, temperature, sof
 
 
 def check_stats(stats) -> None:
-    """`stats` is a TokenStats of tensors of one length [N]; each order is there whole or not at all."""
+    """`stats` is a TokenStats of tensors of one length [N]; each order is there whole or not at all, `fisher` only
+    beside the first."""
     if not isinstance(stats, TokenStats):
         raise ValueError(f"stats: a {type(stats).__name__}, expected a TokenStats")
     check_tensor("stats.logp", stats.logp, (None,), "[N], one value per token")
@@ -104,8 +105,9 @@ def check_stats(stats) -> None:
     for first, second in (("dlogp", "dentropy"), ("d2logp", "d2entropy")):
         if (getattr(stats, first) is None) != (getattr(stats, second) is None):
             raise ValueError(f"stats.{first} and stats.{second}: one is None, expected both or neither")
-    if stats.d2logp is not None and stats.dlogp is None:
-        raise ValueError("stats.dlogp: None, expected a tensor beside stats.d2logp")
+    for beside in ("d2logp", "fisher"):
+        if getattr(stats, beside) is not None and stats.dlogp is None:
+            raise ValueError(f"stats.dlogp: None, expected a tensor beside stats.{beside}")
 
 
 def checked_cu_seqlens(cu_seqlens, n_tokens: int) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Token statistics in plain PyTorch, on any device: what runs on a CPU, in float64 and where Triton is not.
 
-All six quantities are softmax-weighted moments of the logits z and their derivatives ż and z̈. Rows are taken
+All quantities are softmax-weighted moments of the logits z and their derivatives ż and z̈. Rows are taken
 a few at a time, so that the buffers stay in the processor's cache and each moment can have a pass of its own:
 first the means, then the central moments of what is left, so that nothing cancels.
 """
@@ -92,9 +92,10 @@ def _scale(temperature: float, softcap: float | None) -> float:
 
 
 # Fields of the state of a vocabulary or of one of its shards, at orders 0, 1 and 2. With x = z − max z and masses eˣ:
-# 1 where the target was found and u there, max u, Σ eˣ, E x; then u̇ at the target, E u̇ in two parts and
-# Σ eˣ (x − E x)(u̇ − E u̇); then d2logp and d2entropy themselves, because only whole vocabularies go to second order.
-STATE_FIELDS = (5, 9, 11)
+# 1 where the target was found and u there, max u, Σ eˣ, E x; then u̇ at the target, E u̇ in two parts,
+# Σ eˣ (x − E x)(u̇ − E u̇) and Σ eˣ (u̇ − E u̇)²; then d2logp and d2entropy themselves, because only whole
+# vocabularies go to second order.
+STATE_FIELDS = (5, 10, 12)
 
 
 def _state_of_logits(
@@ -179,15 +180,18 @@ def _chunk_state(
         tangent.sub_(base)
         # The second mean is what rounding left of a first one that is large beside the spread of ż.
         means.append((base, moment(tangent) * inverse))
-    if du is not None:
-        state += [at_target[1], *means[0], moment(du, u)]
+    if du is None:
+        return state
+    du.sub_(means[0][1])
+    others = None if ddu is None else scale * moment(ddu, u) + scale**2 * moment(du, du, u)
+    torch.mul(mass, du, out=product)
+    covariance, spread = (factor.mul_(product).sum(1, keepdim=True) for factor in (u, du))
+    state += [at_target[1], *means[0], covariance, spread]
     if ddu is not None:
-        (_, rest), (base, ddu_rest) = means
-        du.sub_(rest)
+        base, rest = means[1]
         everything = _everything(total, found)
-        variance = scale**2 * moment(du, du) / everything
-        others = (scale * moment(ddu, u) + scale**2 * moment(du, du, u)) / everything
-        state += [scale * (at_target[2] - base - ddu_rest) - variance, -(variance + others)]
+        variance = scale**2 * spread / everything
+        state += [scale * (at_target[2] - base - rest) - variance, -(variance + others / everything)]
     return state
 
 
@@ -208,14 +212,20 @@ def _stats_of_states(states: Tensor, scale: float) -> TokenStats:
     x = mean_x + shift  # of each shard, from the highest logit of all
     mean_x = (share * x).sum(0)
     log_total = everything.log()
-    stats = [(u_target.sum(0) - highest) * scale - log_total, log_total - mean_x]
+    values = (u_target.sum(0) - highest) * scale - log_total, log_total - mean_x
+    first, second = {}, {}
     if states.shape[1] > STATE_FIELDS[0]:
-        du_target, base, rest, within = states[:, STATE_FIELDS[0] : STATE_FIELDS[1]].unbind(1)
+        du_target, base, rest, within, spread = states[:, STATE_FIELDS[0] : STATE_FIELDS[1]].unbind(1)
         centre = (share * base).sum(0)
         apart = base - centre + rest
         covariance = (within * rescale / everything + share * (x - mean_x) * apart).sum(0)
-        stats += [scale * (du_target.sum(0) - centre - (share * apart).sum(0)), -scale * covariance]
-    return TokenStats(*stats, *states[0, STATE_FIELDS[1] :])
+        mean = (share * apart).sum(0)
+        variance = (spread * rescale / everything + share * (apart - mean).square()).sum(0)
+        first = dict(
+            dlogp=scale * (du_target.sum(0) - centre - mean), dentropy=-scale * covariance, fisher=scale**2 * variance
+        )
+        second = dict(zip(("d2logp", "d2entropy"), states[0, STATE_FIELDS[1] :]))
+    return TokenStats(*values, **first, **second)
 
 
 def _apply_softcap(u: Tensor, du: Tensor | None, ddu: Tensor | None, softcap: float, scratch: Tensor) -> None:

@@ -64,7 +64,7 @@ def _kernel_columns(stats: TokenStats, ends: np.ndarray) -> dict[str, np.ndarray
     from dentropy.kernels import sequence_sums as kernel  # Triton loads on first use
 
     columns = kernel.sequence_sums(*stats, cu_seqlens=torch.tensor(ends, device=stats.logp.device))
-    return dict(zip(kernel.COLUMNS, columns.cpu().numpy()))
+    return dict(zip(kernel.columns_of(*stats), columns.cpu().numpy(), strict=True))
 
 
 def plain_columns(stats: TokenStats, ends: np.ndarray) -> dict[str, np.ndarray]:

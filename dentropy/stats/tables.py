@@ -16,7 +16,7 @@ class TokenStats(NamedTuple):
 
     With p = softmax(z) over the vocabulary, y the token and a dot for d/dη, the fields are tensors of shape
     [N] in nats (derivatives: nats per unit of η), float32, or float64 where the inputs were float64. What was
-    not asked for is None: the first derivatives need ż, the second ones ż and z̈.
+    not asked for is None: the first derivatives and `fisher` need ż, the second derivatives ż and z̈.
 
     ============ ========================================================
     `logp`       z_y − lse(z)
@@ -25,6 +25,7 @@ class TokenStats(NamedTuple):
     `dentropy`   −Cov_p(z, ż)
     `d2logp`     z̈_y − E_p[z̈] − Var_p(ż)
     `d2entropy`  −(Var_p(ż) + Cov_p(z, z̈) + E_p[(z − E z)(ż − E ż)²])
+    `fisher`     Var_p(ż), the Fisher information about η in the token
     ============ ========================================================
     """
 
@@ -34,6 +35,7 @@ class TokenStats(NamedTuple):
     dentropy: Tensor | None = None
     d2logp: Tensor | None = None
     d2entropy: Tensor | None = None
+    fisher: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -42,8 +44,8 @@ class SequenceSums:
 
     The columns are NumPy float64 arrays of shape [S] (`group` and `rollout` int64), in nats. For a rollout of
     tokens k = 1..T with log-probabilities logp_k, entropies h_k and derivatives dlogp_k, dh_k, d2logp_k,
-    d2h_k, and with A_j = Σ_{k<j} dlogp_k and B_j = A_j² + Σ_{k<j} d2logp_k, the derivatives of the weight that
-    the tokens before j give it:
+    d2h_k, variances fisher_k, and with A_j = Σ_{k<j} dlogp_k and B_j = A_j² + Σ_{k<j} d2logp_k, the derivatives
+    of the weight that the tokens before j give it:
 
     =================== ============================== ===============================================
     `n_tokens`          T                              always
@@ -54,6 +56,7 @@ class SequenceSums:
     `entropy_dlogp`     Σ h_k dlogp_k                  None when the pass had no tangent
     `entropy_to_go`     Σ_k dlogp_k Σ_{j>k} h_j        None when the pass had no tangent
     `length_to_go`      Σ_k (T − k) dlogp_k            None when the pass had no tangent
+    `fisher`            Σ fisher_k                     None when the pass had no tangent
     `d2logp`            Σ d2logp_k                     None below second order
     `d2entropy`         Σ d2h_k                        None below second order
     `dentropy_to_go`    Σ_j A_j dh_j                   None below second order
@@ -87,6 +90,7 @@ class SequenceSums:
     entropy_dlogp: np.ndarray | None = None
     entropy_to_go: np.ndarray | None = None
     length_to_go: np.ndarray | None = None
+    fisher: np.ndarray | None = None
     d2logp: np.ndarray | None = None
     d2entropy: np.ndarray | None = None
     dentropy_to_go: np.ndarray | None = None

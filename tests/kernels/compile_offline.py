@@ -148,7 +148,7 @@ def all_calls():
         **of_logits(N, V),
         **of_the_head(N, V, D),
         "shards": lambda: segments.merge_states(segments.new_states(3, N, 1, torch.device("cpu"))[0], 1, 1.0),
-        "sums": lambda: sequence_sums.sequence_sums(*[torch.zeros(N)] * 6, cu_seqlens=ends),
+        "sums": lambda: sequence_sums.sequence_sums(*[torch.zeros(N)] * 7, cu_seqlens=ends),
         **of_attention(N),
     }
 

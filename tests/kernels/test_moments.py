@@ -14,6 +14,7 @@ from dentropy.kernels.moments import (
     merge,
     merge_lanes,
     n_parts,
+    n_stats,
     store_state,
     tile_state,
 )
@@ -265,10 +266,12 @@ def test_statistics_of_rows_in_segments(draw, columns, rows, order):
     room = torch.full((len(parts), n_parts(order), rows + 3), math.nan, device=states.device)
     room[..., :rows] = states
     stats = segments.stats_of_states(room[..., :rows], at_target, order, 0.7)
-    assert stats.shape == (2 + 2 * order, rows)
+    assert stats.shape == (n_stats(order), rows)
     if rows:
         u, *tangents = torch.cat(parts, 2)[: 1 + order]
-        assert_as_accurate_as_plain_pytorch(TokenStats(*stats), u, targets, *tangents, temperature=1 / 0.7)
+        assert_as_accurate_as_plain_pytorch(
+            TokenStats(*segments.fields(stats)), u, targets, *tangents, temperature=1 / 0.7
+        )
     for few in {min(rows, n) for n in (1, 5)}:
         assert torch.equal(segments.stats_of_states(states[..., :few], at_target[:, :few], order, 0.7), stats[:, :few])
 
@@ -285,7 +288,7 @@ def test_statistics_of_hard_segments_and_of_shards(draw, case, order):
     states, at_target = states_of(parts, keep.nonzero()[targets, 0], order, scale)
     shards = torch.stack([segments.merge_states(shard, order, scale) for shard in (states[:2], states[2:])])
     for merged_from in (states, shards):
-        stats = TokenStats(*segments.stats_of_states(merged_from, at_target, order, scale))
+        stats = TokenStats(*segments.fields(segments.stats_of_states(merged_from, at_target, order, scale)))
         assert_as_accurate_as_plain_pytorch(stats, u, targets, *tangents, temperature=1 / scale)
 
 

@@ -35,9 +35,10 @@ def draw(device):
     generator = torch.Generator().manual_seed(0)
 
     def draw(tokens, order=2, dtype=torch.float32):
-        values = torch.randn(2 + 2 * order, tokens, generator=generator, dtype=torch.float64)
-        values[0], values[1] = -values[0].abs(), values[1].abs()
-        return TokenStats(*values.to(device, dtype))
+        values = torch.randn(3 + 2 * order, tokens, generator=generator, dtype=torch.float64)
+        values[0], values[1], values[-1] = -values[0].abs(), values[1].abs(), values[-1].abs()
+        *values, fisher = values.to(device, dtype)
+        return TokenStats(*values, fisher=fisher if order else None)
 
     return draw
 
@@ -47,7 +48,7 @@ def run_kernel(stats, ends):
     ends = torch.as_tensor(ends, device=stats.logp.device)
     out = kernel.sequence_sums(*stats, cu_seqlens=ends)
     assert out.dtype == torch.float64 and out.device == stats.logp.device
-    return dict(zip(kernel.COLUMNS, out.cpu().numpy(), strict=False))
+    return dict(zip(kernel.columns_of(*stats), out.cpu().numpy(), strict=True))
 
 
 def exact_row(stats, start, end):
@@ -110,7 +111,7 @@ def test_every_column_at_every_length(draw, order, dtype):
     ends = ends_of(LENGTHS)
     stats = draw(ends[-1], order, dtype)
     columns = run_kernel(stats, ends)
-    assert len(columns) == {0: 3, 1: 8, 2: 13}[order]
+    assert len(columns) == {0: 3, 1: 9, 2: 14}[order]
     assert_exact(columns, stats, ends)
 
 
@@ -178,11 +179,11 @@ def test_any_strides_and_dtypes(draw):
     ends = ends_of(LENGTHS)
     stats = draw(ends[-1], 2)
     want = run_kernel(stats, ends)
-    room = torch.full((len(stats.logp), 9), math.nan, device=stats.logp.device)
-    room[:, 2:8] = torch.stack(stats, 1)
+    room = torch.full((len(stats.logp), 10), math.nan, device=stats.logp.device)
+    room[:, 2:9] = torch.stack(stats, 1)
     apart = torch.as_tensor(ends, device=stats.logp.device).to(torch.int32).repeat_interleave(3)[::3]
     forms = (
-        TokenStats(*room[:, 2:8].unbind(1)),
+        TokenStats(*room[:, 2:9].unbind(1)),
         TokenStats(*(value.double() if i % 2 else value for i, value in enumerate(stats))),
         TokenStats(*(value.clone().requires_grad_() for value in stats)),
     )
@@ -202,7 +203,7 @@ def test_expanded_values(draw):
 
 
 def test_no_sequences_and_no_tokens(draw):
-    for order, names in ((0, 3), (1, 8), (2, 13)):
+    for order, names in ((0, 3), (1, 9), (2, 14)):
         assert [len(c) for c in run_kernel(draw(0, order), np.array([0])).values()] == [0] * names
         nothing = run_kernel(draw(0, order), np.array([0, 0, 0]))
         assert [c.tolist() for c in nothing.values()] == [[0, 0]] * names
@@ -222,8 +223,8 @@ def test_lower_orders_have_the_same_bits(draw):
     ends = ends_of(LENGTHS)
     stats = draw(ends[-1], 2)
     whole = run_kernel(stats, ends)
-    for fields in (2, 4):
-        for name, column in run_kernel(TokenStats(*stats[:fields]), ends).items():
+    for fewer in (stats[:2], stats[:4], stats[:6], (*stats[:4], None, None, stats.fisher)):
+        for name, column in run_kernel(TokenStats(*fewer), ends).items():
             np.testing.assert_array_equal(column, whole[name])
 
 

@@ -63,7 +63,7 @@ def test_any_vocabulary_dtype_and_order(token_stats, draw, vocabulary, dtype, or
     stats = token_stats(*inputs)
     assert_as_accurate_as_plain_pytorch(stats, *inputs)
     assert all(field.dtype == torch.float32 and field.shape == (3,) for field in fields_of(stats))
-    assert stats[2 + 2 * order :] == (None,) * (4 - 2 * order)
+    assert stats[2 + 2 * order : 6] == (None,) * (4 - 2 * order) and (stats.fisher is None) == (order == 0)
 
 
 @needs_gpu

@@ -59,6 +59,9 @@ BAD_SUMS = {
     r"stats\.dlogp: None, expected a tensor beside stats\.d2logp": dict(
         stats=TokenStats(*token_values(4))._replace(dlogp=None, dentropy=None)
     ),
+    r"stats\.dlogp: None, expected a tensor beside stats\.fisher": dict(
+        stats=token_values(4, order=0)._replace(fisher=torch.ones(4))
+    ),
     r"cu_seqlens: shape \[1, 2\], expected \[S \+ 1\]": dict(cu_seqlens=[[0, 4]]),
     r"cu_seqlens: shape \[0\], expected \[S \+ 1\]": dict(cu_seqlens=[]),
     r"cu_seqlens: dtype float64, expected int32 or int64": dict(cu_seqlens=[0.0, 4.0]),

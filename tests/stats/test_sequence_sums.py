@@ -25,7 +25,7 @@ def test_every_column_against_its_definition(order, dtype):
         assert columns[name].dtype == (np.int64 if name in ("group", "rollout") else np.float64)
         np.testing.assert_allclose(columns[name], column, rtol=1e-13, atol=1e-13, err_msg=name)
     second = ["d2logp", "d2entropy", "dentropy_to_go", "entropy_to_go_2", "length_to_go_2"]
-    first = ["dlogp", "dentropy", "entropy_dlogp", "entropy_to_go", "length_to_go"]
+    first = ["dlogp", "dentropy", "entropy_dlogp", "entropy_to_go", "length_to_go", "fisher"]
     assert all(getattr(sums, name) is None for name in {0: first + second, 1: second, 2: []}[order])
     np.testing.assert_array_equal(sums.rollout, np.arange(8))
     assert sums.tokens is None
