@@ -16,7 +16,7 @@ assert math.isclose(results["scale"], 1 / results["n_tokens"])
 entropy = sum(float(row["entropy"]) for row in rows) / results["n_tokens"]
 assert math.isclose(results["base_entropy"], entropy, rel_tol=1e-12)
 
-assert results["schema_version"] == 2
+assert results["schema_version"] == 3
 slopes = {slope["estimator"]: slope for slope in results["slope"]}
 assert set(slopes) == {"causal", "exact", "mixed"}
 for slope in slopes.values():
@@ -25,7 +25,9 @@ for slope in slopes.values():
 assert len(results["measured"]) >= 3
 for row in results["measured"]:
     assert math.isclose(row["predicted_linear"], row["eta"] * slopes["causal"]["value"], rel_tol=1e-9)
-    assert row["stderr"] > 0 and 0 < row["ess_fraction"] <= 1 + 1e-9
+    for form in (row, row["sequence"]):
+        assert form["stderr"] > 0 and 0 < form["ess_fraction"] <= 1 + 1e-9
+    assert math.isclose(row["delta"] - row["sequence"]["delta"], row["sequence"]["difference"], rel_tol=1e-6)
 
 for name, estimator in (("by_position", "causal"), ("by_lag", "causal"), ("by_length", "exact")):
     bins = results["attribution"][name]

@@ -106,7 +106,7 @@ def demo():
     return tables, None
 
 
-def line(tables, truth, judged: int) -> dict:
+def line(tables, truth, judged: int, reach: tuple[float, ...] = REACH, prompts: str = "random") -> dict:
     """What is known of one policy; `by_eta` has an entry for each η."""
     base = tables(0.0, 2)
     scale = 1 / np.sqrt(np.mean([np.mean(sums.dlogp**2) for sums in base]))
@@ -115,12 +115,16 @@ def line(tables, truth, judged: int) -> dict:
         "batches": len(base),
         "tokens": float(np.mean([sums.n_tokens.mean() for sums in base])),
         "scale": float(scale),
-        "curvature": compared({e: [curvature(sums, estimator=e) for sums in base] for e in CURVATURES}, second),
+        "curvature": compared(
+            {e: [curvature(sums, estimator=e, prompts=prompts) for sums in base] for e in CURVATURES}, second
+        ),
         "by_eta": [],
     }
-    for eta in REACH:
+    for eta in reach:
         moved = tables(float(eta * scale), 0)
-        measured = {w: [importance(b, m, weights=w) for b, m in zip(base, moved, strict=True)] for w in WEIGHTS}
+        measured = {
+            w: [importance(b, m, weights=w, prompts=prompts) for b, m in zip(base, moved, strict=True)] for w in WEIGHTS
+        }
         change = None if truth is None else truth(eta * scale)[0] - before
         verdicts = {w: [importance_diagnostics(m).verdict for m in ms[:judged]] for w, ms in measured.items()}
         entry = {"eta": eta, **compared(measured, change)}

@@ -10,7 +10,7 @@ from dentropy.estimators.diagnostics import ImportanceDiagnostics, importance_di
 from dentropy.estimators.estimate import Estimate, Statistic
 from dentropy.estimators.groups import clustered_stderr
 from dentropy.estimators.importance_sampling import ImportanceResult, importance
-from dentropy.estimators.prediction import TrustRange, predict, prediction_error, trust_range
+from dentropy.estimators.prediction import TrustRange, difference, predict, prediction_error, trust_range
 from dentropy.estimators.sample_size import RolloutsNeeded, rollouts_needed
 from dentropy.estimators.slopes import slope
 
@@ -30,6 +30,7 @@ __all__ = [
     "by_position",
     "clustered_stderr",
     "curvature",
+    "difference",
     "importance",
     "importance_diagnostics",
     "on_policy_audit",

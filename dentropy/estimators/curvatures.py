@@ -48,7 +48,7 @@ def curvature(
 
     Returns:
         Estimate in nats per token (or per sequence) per unit of η². Its parts add up to value: score (the second
-        derivative of the weights), cross (their first), pathwise (from H'').
+        derivative of the weights), cross (their first), pathwise (from H''); part_stderrs has their errors.
 
     Raises:
         ValueError: an unknown choice, no second-order columns, no rollout or no token at all, a value that is
@@ -87,12 +87,19 @@ def curvature(
     score = score - ratio.mean * d2size
     # without R': its ratio is another one when a group is left out
     without_slope = score + cross + d2entropy
+    along = ratio.influence(cross, np.zeros_like(dsize)) - 2 * dsize.sum() / total * first.influence
+    along -= 2 * first.value * ratio.influence(dsize, np.zeros_like(dsize))
     cross = cross - 2 * first.value * dsize
     terms = score + cross + d2entropy
+    influence = {
+        "score": ratio.influence(score, d2size),
+        "cross": along,
+        "pathwise": ratio.influence(d2entropy, np.zeros_like(dsize)),
+    }
     totals = [ratio.size, ratio.centred, first.contributions * total, dsize, without_slope, d2size]
     return Estimate.of(
         terms.sum() / total,
-        ratio.influence(terms, d2size) - 2 * dsize.sum() / total * first.influence,
+        sum(influence.values()),
         leave_one_out(_ratio_curvature, totals, 1, groups),
         groups,
         doubts=ratio.doubts,
@@ -103,6 +110,7 @@ def curvature(
             "cross": float(cross.sum() / total),
             "pathwise": float(d2entropy.sum() / total),
         },
+        part_stderrs={name: groups.stderr(psi)[0] for name, psi in influence.items()},
         name="curvature",
         estimator=estimator,
     )

@@ -147,9 +147,9 @@ class Estimate(Statistic):
 
     contributions  float64 [S], one per rollout; they sum to value
     parts          the named terms of value (see `slope`, `curvature`, `predict` and `prediction_error`)
-    part_stderrs   standard errors of those of a slope, by the delta method; None where the groups allow none
-    name           "slope", "curvature", "prediction" or "prediction error"
-    estimator      which form of the slope was used
+    part_stderrs   standard errors of those of slopes and curvatures, by the delta method; None where groups allow none
+    name           "slope", "curvature", "prediction", "prediction error" or "difference"
+    estimator      which form of the slope was used; empty for a difference of two
     """
 
     contributions: np.ndarray = field(repr=False)

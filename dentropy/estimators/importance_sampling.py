@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from dentropy.stats.tables import SequenceSums
 
 WEIGHTS = ("sequence", "prefix")
+# In nats, of prefix weights per sequence, whose denominator S is not weighted: float64 does not go much further.
+LARGEST_LOG_WEIGHT = 300.0
 _QUANTILES = {"min": 0.0, "p05": 0.05, "p25": 0.25, "median": 0.5, "p75": 0.75, "p95": 0.95, "max": 1.0}
 
 
@@ -113,7 +115,7 @@ def importance(
         ValueError: an unknown choice; no rollout or no token at all; a value that is not finite, another set
             of rollouts, a rollout that occurs twice, or one whose n_tokens or group differ (each names the
             rollout); weights that vanish on every rollout that has tokens; with prefix weights, tables without
-            tokens and weights beyond e^300.
+            tokens and, for per="sequence", weights beyond e^300.
 
     Example:
         >>> import torch
@@ -136,7 +138,10 @@ def importance(
     moved_size, moved_tokens, worst = ratio.size, column(base, "n_tokens", "base"), (None, None)
     if weights == "prefix":
         log_weights, moved_entropy, moved_tokens, *worst = prefix_weights(base, moved, rows)
-        moved_size = moved_tokens if per == "token" else np.exp(-log_weights)
+        moved_size = moved_tokens
+        if per == "sequence":
+            _check_reach(log_weights, base.rollout)
+            moved_size = np.exp(-log_weights)
 
     # Ratios do not know a common factor of the weights: with 1 for the largest, none overflows.
     scaled = np.exp(log_weights - log_weights.max())
@@ -180,6 +185,15 @@ def _ratio_change(
 ) -> np.ndarray:
     """ΔH of a set of rollouts from its totals Σ w T, Σ T, Σ w (H(η) − c T), Σ (H(0) − c T), for any c."""
     return moved_entropy / moved_size - entropy / size
+
+
+def _check_reach(log_weights: np.ndarray, rollout: np.ndarray) -> None:
+    far = int(np.argmax(log_weights))
+    if log_weights[far] > LARGEST_LOG_WEIGHT:
+        raise ValueError(
+            f"moved.tokens.logp: log-weights of rollout {rollout[far]} reach {log_weights[far]:.0f} nats, "
+            f"expected at most {LARGEST_LOG_WEIGHT:g}, a move small enough to measure by importance sampling"
+        )
 
 
 def _quantiles(log_weights: np.ndarray) -> dict[str, float]:

@@ -92,6 +92,33 @@ def prediction_error(predicted: Estimate, measured: ImportanceResult) -> Estimat
     return _combine(terms, name="prediction error", estimator=predicted.estimator)
 
 
+def difference(first: Statistic, second: Statistic) -> Estimate:
+    """first − second with the standard error of the pair, for the two forms of one number on the same rollouts.
+
+    Args:
+        first, second: two slopes, two curvatures, or two measurements.
+
+    Returns:
+        Estimate in their units, named "difference"; its parts first and second (negated) add up to value.
+
+    Raises:
+        ValueError: of different rollouts, `per` or `prompts`.
+
+    Example:
+        >>> import torch
+        >>> from dentropy import sequence_sums, slope, token_stats
+        >>> seeded = torch.Generator().manual_seed(0)
+        >>> logits, dlogits = torch.randn(2, 6, 5, generator=seeded, dtype=torch.float64)
+        >>> stats = token_stats(logits, torch.tensor([1, 4, 0, 2, 2, 0]), dlogits)
+        >>> sums = sequence_sums(stats, torch.tensor([0, 3, 4, 6]))
+        >>> causal, exact = slope(sums), slope(sums, estimator="exact")
+        >>> difference(causal, exact).value == causal.value - exact.value
+        True
+    """
+    check_same_rollouts("second", second, first.groups, first.per)
+    return _combine({"first": (1.0, first), "second": (-1.0, second)}, name="difference", estimator="")
+
+
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class TrustRange(Statistic):
     """How far along the direction a prediction can be trusted. The fields of `Statistic` for η*, and:

@@ -20,8 +20,6 @@ from dentropy.stats.segments import place_in_sequence, segment_sum, sum_before
 if TYPE_CHECKING:
     from dentropy.stats.tables import SequenceSums
 
-# In nats. Squares of such a weight are still far inside the range of float64, and no measurement survives it.
-LARGEST_LOG_WEIGHT = 300.0
 # The share of the tokens whose positions are looked at for the worst one: the longest rollouts may be few, and what
 # is said of so small a part of the tokens does not decide.
 CARRIED = 0.95
@@ -49,9 +47,10 @@ class PrefixWeights(NamedTuple):
 def prefix_weights(base: SequenceSums, moved: SequenceSums, rows: np.ndarray) -> PrefixWeights:
     """The prefix weights of two tables that kept their tokens; `rows` [S] is the row of `moved` for each of `base`.
 
+    Weights are relative to the rollout's largest, or the position's: none overflows.
+
     Raises:
-        ValueError: no kept tokens, or another number of them than the rows have; a value that is not finite; a weight
-            beyond what a measurement can stand (the rollout is named).
+        ValueError: no kept tokens, or another number of them than the rows have; a value that is not finite.
     """
     lengths = column(base, "n_tokens", "base").astype(np.int64)
     ends = np.concatenate([[0], np.cumsum(lengths)])
@@ -61,21 +60,17 @@ def prefix_weights(base: SequenceSums, moved: SequenceSums, rows: np.ndarray) ->
     entropy = _kept(moved, "moved", "entropy", ends[-1])[in_moved]
     log_ratio = _kept(moved, "moved", "logp", ends[-1])[in_moved] - _kept(base, "base", "logp", ends[-1])
     log_weight, at_end = sum_before(log_ratio, ends), segment_sum(log_ratio, ends)
-    through = log_weight + log_ratio
-    if through.max() > LARGEST_LOG_WEIGHT:
-        rollout = int(np.repeat(base.rollout, lengths)[np.argmax(through)])
-        raise ValueError(
-            f"moved.tokens.logp: log-weights of rollout {rollout} reach {through.max():.0f} nats, "
-            f"expected at most {LARGEST_LOG_WEIGHT:g}, a move small enough to measure by importance sampling"
-        )
-
-    weight, have = np.exp(log_weight), np.bincount(place)
+    have = np.bincount(place)
     from_here = 1.0 - np.concatenate([[0], np.cumsum(have)]) / ends[-1]  # share of the tokens at or behind a position
-    mean = segment_sum((have / ends[-1])[place] * weight, ends) + from_here[lengths] * np.exp(at_end)
-    fractions = _ess_fractions(weight, place, have)[from_here[:-1] > 1 - CARRIED]
+    behind = from_here[lengths]  # 0 for the longest rollouts, whose last weight counts nowhere
+    largest = np.where(behind > 0, at_end, 0.0)
+    np.maximum.at(largest, np.repeat(np.arange(lengths.size), lengths), log_weight)
+    weight = np.exp(log_weight - np.repeat(largest, lengths))
+    mean = segment_sum((have / ends[-1])[place] * weight, ends) + behind * np.exp(np.minimum(at_end - largest, 0.0))
+    fractions = _ess_fractions(log_weight, place, have)[from_here[:-1] > 1 - CARRIED]
     worst = int(np.argmin(fractions))
     return PrefixWeights(
-        log_weights=np.log(mean),
+        log_weights=np.log(mean) + largest,
         entropy=segment_sum(weight * entropy, ends) / mean,
         size=segment_sum(weight, ends) / mean,
         worst_position=worst + 1,
@@ -83,10 +78,12 @@ def prefix_weights(base: SequenceSums, moved: SequenceSums, rows: np.ndarray) ->
     )
 
 
-def _ess_fractions(weight: np.ndarray, place: np.ndarray, have: np.ndarray) -> np.ndarray:
-    """(Σ w)² / Σ w² at each position over the number of rollouts that have it; 0 where all weights vanish."""
-    total, squares = np.bincount(place, weight), np.bincount(place, weight**2)
-    return np.divide(total**2, squares * have, out=np.zeros_like(total), where=squares > 0)
+def _ess_fractions(log_weight: np.ndarray, place: np.ndarray, have: np.ndarray) -> np.ndarray:
+    """(Σ w)² / Σ w² at each position over the number of rollouts that have it."""
+    largest = np.full(have.size, -np.inf)
+    np.maximum.at(largest, place, log_weight)
+    weight = np.exp(log_weight - largest[place])
+    return np.bincount(place, weight) ** 2 / (np.bincount(place, weight**2) * have)
 
 
 def _kept(sums: SequenceSums, argument: str, name: str, expected: int) -> np.ndarray:

@@ -8,29 +8,42 @@ from dentropy.estimators import Estimate, ImportanceDiagnostics, ImportanceResul
 from dentropy.stats.tables import SequenceSums
 
 
-@dataclass(frozen=True, eq=False)
-class Change:
-    """The change of entropy at one η: predicted, measured, and how far to believe either. In nats per token.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Form:
+    """Measurement and prediction that belong together: on these rollouts the slope is the measurement's derivative.
 
     Attributes:
-        eta: The η.
-        moved: The table there; its rows pair with those of the base table by `rollout`.
-        measured: ΔH by importance sampling.
+        measured: ΔH by importance sampling, with prefix or with sequence weights.
         diagnostics: What the weights say about it: k̂, verdict.
-        linear: The prediction η R', with the causal slope.
-        quadratic: The prediction η R' + η² R''/2; None without R''.
+        linear: The prediction η R', with the causal slope for prefix weights, with the exact one for sequence weights.
+        quadratic: The prediction η R' + η² R''/2, R'' of the same form; None without R''.
         error: linear − measured, with the standard error of the pair.
-        noise_floor: What the rounding in `measured` stays below in 95% of cases.
     """
 
-    eta: float
-    moved: SequenceSums
     measured: ImportanceResult
     diagnostics: ImportanceDiagnostics
     linear: Estimate
     quadratic: Estimate | None
     error: Estimate
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Change(Form):
+    """The change of entropy at one η: predicted, measured, and how far to believe either. In nats per token.
+
+    The attributes of `Form`, with prefix weights, and:
+
+    Attributes:
+        eta: The η.
+        moved: The table there, with its tokens; its rows pair with those of the base table by `rollout`.
+        noise_floor: What the rounding in `measured` stays below in 95% of cases.
+        sequence: The same with sequence weights.
+    """
+
+    eta: float
+    moved: SequenceSums
     noise_floor: float
+    sequence: Form
 
     @property
     def below_noise(self) -> bool:

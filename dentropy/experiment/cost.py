@@ -31,7 +31,9 @@ def cost_text(content: dict) -> str | None:
     passes = found["forward"] + found["tangent"] + found["reverse"]
     sample = found["noise_floor"] / content["n_tokens"]
     forwards = found["forward"] + TANGENT * found["tangent"] + REVERSE * found["reverse"] + sample
+    share = sample / len(content["measured"])
     return (
-        f"{passes} passes over the rollouts and noise floors on a sample, {found['tokens']:,} tokens in all, "
+        f"{passes} passes over the rollouts and noise floors on {share:.0%} of the tokens at each η, "
+        f"{found['tokens']:,} tokens in all, "
         f"about {forwards:.0f} plain forward passes"
     )

@@ -6,9 +6,9 @@ import math
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
-from dentropy.estimators import Bins, Estimate, Statistic, TrustRange, by_lag, by_length, by_position
+from dentropy.estimators import Bins, Estimate, Statistic, TrustRange, by_lag, by_length, by_position, difference
 from dentropy.estimators.slopes import slope as slope_of
-from dentropy.experiment.changes import Change
+from dentropy.experiment.changes import Change, Form
 from dentropy.passes.parameter_attribution import by_kind, by_layer
 from dentropy.stats.tables import SequenceSums
 
@@ -41,15 +41,25 @@ def horizon(base: SequenceSums, prompts: str) -> dict | None:
     }
 
 
-def curvature(estimate: Estimate, base: SequenceSums) -> dict:
+def curvature(causal: Estimate, exact: Estimate, base: SequenceSums) -> dict:
     """`curvature`, with the step of the differences that the base table's second derivatives came from."""
     step = base.second_order_step
     return {
-        "value": estimate.value,
-        **_errors(estimate),
-        **estimate.parts,
+        **_curvature(causal),
         "step": None if step is None else float(step[0]),
+        "exact": {**_curvature(exact), **_difference(causal, exact)},
     }
+
+
+def _curvature(estimate: Estimate) -> dict:
+    parts = {**estimate.parts, "part_stderrs": dict(estimate.part_stderrs)}
+    return {"estimator": estimate.estimator, "value": estimate.value, **_errors(estimate), **parts}
+
+
+def _difference(first: Statistic, second: Statistic) -> dict:
+    """What lies between two forms of one number, `difference` and its error."""
+    found = difference(first, second)
+    return {"difference": found.value, "difference_stderr": found.stderr}
 
 
 def trust(found: TrustRange) -> dict:
@@ -59,24 +69,34 @@ def trust(found: TrustRange) -> dict:
 
 def measured(change: Change, causal: Estimate) -> dict:
     """An entry of `measured`; the causal slope knows the uncorrected prediction too."""
-    result, found, quadratic = change.measured, change.diagnostics, change.quadratic
     return {
         "eta": change.eta,
+        **_form(change),
+        "noise_floor": change.noise_floor,
+        "below_noise_floor": change.below_noise,
+        "predicted_uncorrected": change.eta * causal.parts["uncorrected"],
+        "worst_position": change.measured.worst_position,
+        "worst_ess_fraction": change.measured.worst_ess_fraction,
+        "sequence": {**_form(change.sequence), **_difference(change.measured, change.sequence.measured)},
+    }
+
+
+def _form(form: Form) -> dict:
+    result, found, quadratic = form.measured, form.diagnostics, form.quadratic
+    return {
+        "weights": result.weights,
         "delta": result.delta,
         **_errors(result),
         "smoothed_delta": found.smoothed_delta,
-        "noise_floor": change.noise_floor,
-        "below_noise_floor": change.below_noise,
         "verdict": found.verdict,
         "verdict_reason": found.reason,
         "moved_entropy": result.moved_value,
-        "predicted_linear": change.linear.value,
-        "predicted_linear_stderr": change.linear.stderr,
+        "predicted_linear": form.linear.value,
+        "predicted_linear_stderr": form.linear.stderr,
         "predicted_quadratic": None if quadratic is None else quadratic.value,
         "predicted_quadratic_stderr": None if quadratic is None else quadratic.stderr,
-        "predicted_uncorrected": change.eta * causal.parts["uncorrected"],
-        "prediction_error": change.error.value,
-        "prediction_error_stderr": change.error.stderr,
+        "prediction_error": form.error.value,
+        "prediction_error_stderr": form.error.stderr,
         "ess": result.ess,
         "ess_fraction": result.ess_fraction,
         "ess_tokens": result.ess_tokens,

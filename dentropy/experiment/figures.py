@@ -85,14 +85,14 @@ def delta_entropy(content: dict):
 def contributions(content: dict, columns: dict[str, np.ndarray]):
     """Histograms of what each rollout adds to ΔH at the measured η nearest to one step, on one scale.
 
-    "Corrected" is the exact slope here: its contributions are the derivatives of the measured ones.
+    Measured with prefix weights: the contributions of the causal slope are the derivatives of these.
     """
     entry = _at_step(content)
     eta, index = entry["eta"], content["measured"].index(entry)
     measured = columns[f"delta_contribution_{index}"]
     panels = [
         ("predicted, uncorrected slope", eta * columns["slope_uncorrected"], UNCORRECTED),
-        ("predicted, corrected slope (exact)", eta * columns["slope_exact"], CORRECTED),
+        ("predicted, corrected slope (causal)", eta * columns["slope_causal"], CORRECTED),
         ("measured", measured, MEASURED),
     ]
     pooled = np.concatenate([values for _, values, _ in panels])
@@ -111,11 +111,11 @@ def contributions(content: dict, columns: dict[str, np.ndarray]):
             note += f", correlation with measured {_correlation(values, measured):.2f}"
         axes.set_title(_signed(note), fontsize=9, loc="left")
     rows[-1].set_xlabel(f"contribution of one rollout to ΔH ({unit}nats per token); end bars hold what lies beyond")
-    exact, plain = (_correlation(values, measured) for values in (panels[1][1], panels[0][1]))
+    corrected, plain = (_correlation(values, measured) for values in (panels[1][1], panels[0][1]))
     finding = f"Rollout by rollout at η = {eta:g}"
-    if math.isfinite(exact) and math.isfinite(plain):
+    if math.isfinite(corrected) and math.isfinite(plain):
         finding += (
-            f": the corrected slope correlates {exact:.2f}\nwith the measurement, the uncorrected one {plain:.2f}"
+            f": the corrected slope correlates {corrected:.2f}\nwith the measurement, the uncorrected one {plain:.2f}"
         )
     figure.suptitle(_signed(finding), fontsize=11, x=0.01, ha="left")
     return figure

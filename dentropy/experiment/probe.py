@@ -23,14 +23,14 @@ from dentropy.estimators import (
 )
 from dentropy.estimators.columns import entropy_ratio
 from dentropy.estimators.groups import Groups
-from dentropy.experiment.changes import Change, FreshCheck
+from dentropy.experiment.changes import Change, Form, FreshCheck
 from dentropy.experiment.cost import cost
 from dentropy.experiment.results import ProbeResult
 from dentropy.model.direction import Direction
 from dentropy.model.policy import Policy
 from dentropy.passes.measure import measure
 from dentropy.passes.microbatches import AUTO
-from dentropy.passes.noise_floor import noise_floor
+from dentropy.passes.noise_floor import DERIVATIVE, noise_floor
 from dentropy.passes.parameter_attribution import parameter_attribution
 from dentropy.passes.second_order import bend, difference_step, doubt, with_second_order
 from dentropy.rollouts.batch import PackedBatch
@@ -59,7 +59,8 @@ def probe(
     """Slope and curvature of the entropy along `direction`, and the measured ΔH(η) at each of `etas`.
 
     A pass with tangents at the base weights gives the slope; a plain pass at θ + η·v per η gives the measurement
-    (importance sampling on the same rollouts) and one over a fifth of the rollouts its noise floor; one reverse pass
+    (importance sampling on the same rollouts, with prefix weights and beside it with sequence weights: see "Which form"
+    in mathematics.md) and one over a fifth of the rollouts, 16 at least, its noise floor; one reverse pass
     gives each parameter's share, unless `parameters` is False (it needs a gradient's memory). Second derivatives, for
     the curvature, are second differences of values: of those at ±η where two of the `etas` are such a pair and a good
     step for it, else of two plain passes more. `prompts` says what the standard errors are for: prompts drawn at
@@ -86,20 +87,22 @@ def probe(
     settings = {"token_budget": token_budget, "progress": progress}
     base = measure(policy, batch, direction, keep_tokens=True, **settings)
     second_order = _has_second_order(policy)
-    moved = {
-        eta: measure(policy, batch, direction, eta=eta, order=0, keep_tokens=second_order and -eta in etas, **settings)
-        for eta in etas
-    }
+    moved = {eta: measure(policy, batch, direction, eta=eta, order=0, keep_tokens=True, **settings) for eta in etas}
     own_steps, no_curvature = 0, f"weights in {policy.dtype}, in which a small step vanishes"
     if second_order:
         base, own_steps, no_curvature = _with_second_order(policy, batch, direction, base, moved, **settings)
     slopes = {name: slope(base, estimator=name, prompts=prompts) for name in ESTIMATORS}
-    second = curvature(base, prompts=prompts, first=slopes["exact"]) if no_curvature is None else None
+    seconds = dict.fromkeys(DERIVATIVE.values())
+    if no_curvature is None:
+        seconds = {name: curvature(base, estimator=name, prompts=prompts, first=slopes[name]) for name in seconds}
     changes = []
     for eta in etas:
-        measured = importance(base, moved[eta], prompts=prompts)
-        floor = noise_floor(policy, batch, direction, base, measured, slopes["exact"], eta, **settings)
-        changes.append(change(moved[eta], measured, eta, slopes["causal"], second, floor))
+        prefix, sequence = (
+            _form(importance(base, moved[eta], weights=weights, prompts=prompts), eta, slopes[name], seconds[name])
+            for weights, name in DERIVATIVE.items()
+        )
+        floor = noise_floor(policy, batch, direction, base, prefix.measured, slopes["causal"], eta, **settings)
+        changes.append(_change(prefix, sequence, moved[eta], eta, floor))
     shares = parameter_attribution(policy, batch, direction, base, **settings) if parameters else None
     base_entropy, base_influence = entropy_per_token(base)
     return ProbeResult(
@@ -107,9 +110,10 @@ def probe(
         base_entropy=base_entropy,
         base_stderr=slopes["causal"].groups.stderr(base_influence)[0],
         slopes=slopes,
-        curvature=second,
+        curvature=seconds["causal"],
+        exact_curvature=seconds["exact"],
         no_curvature=no_curvature,
-        trust=None if second is None else trust_range(slopes["causal"], second),
+        trust=None if seconds["causal"] is None else trust_range(slopes["causal"], seconds["causal"]),
         changes=tuple(changes),
         parameters=shares,
         audit=on_policy_audit(base),
@@ -162,29 +166,24 @@ def _with_second_order(
     return sums, passes, None
 
 
-def change(
-    moved: SequenceSums,
-    measured: ImportanceResult,
-    eta: float,
-    first: Estimate,
-    second: Estimate | None,
-    noise_floor: float,
-) -> Change:
+def _form(measured: ImportanceResult, eta: float, first: Estimate, second: Estimate | None) -> Form:
     """Prediction from slope and curvature against the measurement at one η."""
     linear = predict(first, eta)
-    found = Change(
-        eta=eta,
-        moved=moved,
+    return Form(
         measured=measured,
         diagnostics=importance_diagnostics(measured),
         linear=linear,
         quadratic=None if second is None else predict(first, eta, second),
         error=prediction_error(linear, measured),
-        noise_floor=noise_floor,
     )
+
+
+def _change(prefix: Form, sequence: Form, moved: SequenceSums, eta: float, noise_floor: float) -> Change:
+    """Both forms at one η; a measurement below the noise floor is none, whatever its weights say."""
+    found = Change(**vars(prefix), eta=eta, moved=moved, noise_floor=noise_floor, sequence=sequence)
     if not found.below_noise:
         return found
-    reason = f"|ΔH| is {abs(measured.delta):.1e}, below the noise floor of the arithmetic, {noise_floor:.1e}"
+    reason = f"|ΔH| is {abs(found.measured.delta):.1e}, below the noise floor of the arithmetic, {noise_floor:.1e}"
     return replace(found, diagnostics=replace(found.diagnostics, verdict="unusable", reason=reason))
 
 

@@ -36,7 +36,7 @@ def disagreement(measured: list[dict]) -> str | None:
     apart = []
     for row in measured:
         error, stderr = row.get("prediction_error"), row.get("prediction_error_stderr")
-        if row.get("verdict") != "unusable" and stderr and error is not None and abs(error) > 2 * stderr:
+        if row.get("verdict") != "unusable" and _beyond_two(error, stderr):
             apart.append(f"{row['eta']:.3g} ({abs(error) / stderr:.1f})")
     if not apart:
         return None
@@ -44,6 +44,35 @@ def disagreement(measured: list[dict]) -> str | None:
         "Linear prediction and measurement disagree, by more than 2 standard errors of their paired difference, at "
         f"η = {', '.join(apart)}"
     )
+
+
+def forms_apart(measured: list[dict]) -> str | None:
+    """A sentence on the η at which the measurements with prefix and with sequence weights part, where both count."""
+    apart = []
+    for row in measured:
+        other = row.get("sequence") or {}
+        usable = "unusable" not in (row.get("verdict"), other.get("verdict"))
+        if usable and _beyond_two(other.get("difference"), other.get("difference_stderr")):
+            apart.append(f"{row['eta']:.3g} ({abs(other['difference']) / other['difference_stderr']:.1f})")
+    if not apart:
+        return None
+    return (
+        "Measurements with prefix and with sequence weights differ, by more than 2 standard errors of their paired "
+        f"difference, at η = {', '.join(apart)}"
+    )
+
+
+def curvatures_apart(curvature: dict) -> str | None:
+    """A sentence where the causal and the exact curvature part."""
+    exact = curvature.get("exact") or {}
+    if not _beyond_two(exact.get("difference"), exact.get("difference_stderr")):
+        return None
+    distance = abs(exact["difference"]) / exact["difference_stderr"]
+    return f"The causal and the exact curvature differ by {distance:.1f} standard errors of their paired difference"
+
+
+def _beyond_two(value: float | None, stderr: float | None) -> bool:
+    return value is not None and bool(stderr) and abs(value) > 2 * stderr
 
 
 def cut_short(audit: dict) -> str | None:

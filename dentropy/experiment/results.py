@@ -25,7 +25,9 @@ class ProbeResult:
         base_entropy: H̄.
         base_stderr: Its standard error; None where the groups do not allow one.
         slopes: The slope by each of the three estimators: "causal", "exact", "mixed".
-        curvature: R''; None with no_curvature, the reason: half precision, or values that jump within a step.
+        curvature: R'', the causal one; None with no_curvature, the reason: half precision, or values that jump within
+            a step.
+        exact_curvature: The exact one; None where `curvature` is.
         trust: How far predictions reach; None without a curvature.
         changes: Prediction and measurement at each η, in the order given.
         parameters: Contribution of every parameter that moves to the causal slope, by name; None if not asked for.
@@ -47,6 +49,7 @@ class ProbeResult:
     base_stderr: float | None
     slopes: dict[str, Estimate]
     curvature: Estimate | None
+    exact_curvature: Estimate | None
     no_curvature: str | None
     trust: TrustRange | None
     changes: tuple[Change, ...]
@@ -96,7 +99,7 @@ class ProbeResult:
             "scale": 1 / n_tokens,
             "slope": [entries.slope(estimate) for estimate in self.slopes.values()],
             "horizon": entries.horizon(self.base, self.prompts),
-            "curvature": None if self.curvature is None else entries.curvature(self.curvature, self.base),
+            "curvature": self._curvature(),
             "no_curvature": self.no_curvature,
             "trust": None if self.trust is None else entries.trust(self.trust),
             "measured": [entries.measured(change, causal) for change in self.changes],
@@ -111,7 +114,7 @@ class ProbeResult:
         """The columns of rollouts.csv, [S] each: one row per rollout, in the batch's order; see results.md."""
         estimates = {f"slope_{name}": estimate for name, estimate in self.slopes.items()}
         if self.curvature is not None:
-            estimates["curvature"] = self.curvature
+            estimates |= {"curvature": self.curvature, "curvature_exact": self.exact_curvature}
         return rollout_rows.columns(self.base, self.batch.reward, estimates, self.changes)
 
     def save(self, out: str | Path, tokenizer=None) -> Path:
@@ -139,6 +142,11 @@ class ProbeResult:
     def summary(self) -> str:
         """The result as a text to read."""
         return summary(self.content)
+
+    def _curvature(self) -> dict | None:
+        if self.curvature is None:
+            return None
+        return entries.curvature(self.curvature, self.exact_curvature, self.base)
 
     def _audit(self) -> dict:
         """What was used of the batch, what adds up, and whether the rollouts are this policy's own."""

@@ -39,9 +39,13 @@ def columns(
     for name, estimate in estimates.items():
         found[name] = estimate.contributions[order]
     for index, change in enumerate(changes):
-        found[f"log_weight_{index}"] = change.measured.log_weights[order]
-        found[f"moved_entropy_{index}"] = change.moved.entropy[np.argsort(change.moved.rollout)]
         found[f"delta_contribution_{index}"] = change.measured.contributions[order]
+        found[f"prefix_log_weight_{index}"] = change.measured.log_weights[order]
+        found[f"prefix_entropy_{index}"] = change.measured.moved_entropy[order]
+        found[f"prefix_tokens_{index}"] = change.measured.size[order]
+        found[f"log_weight_{index}"] = change.sequence.measured.log_weights[order]
+        found[f"moved_entropy_{index}"] = change.moved.entropy[np.argsort(change.moved.rollout)]
+        found[f"delta_contribution_sequence_{index}"] = change.sequence.measured.contributions[order]
     return found
 
 

@@ -21,7 +21,7 @@ from dentropy.experiment.report import page
 from dentropy.experiment.results_schema import check
 from dentropy.experiment.unfinished import remove_left_behind, temporary
 
-SCHEMA_VERSION, KNOWN_VERSIONS = 2, (1, 2)
+SCHEMA_VERSION, KNOWN_VERSIONS = 3, (1, 2, 3)
 RESULTS, ROLLOUTS, REPORT = "results.json", "rollouts.csv", "report.html"
 
 
@@ -100,7 +100,7 @@ def load(folder: str | Path) -> dict:
     content = json_value(path.read_bytes(), str(path))
     found = content.get("schema_version") if isinstance(content, dict) else None
     if found not in KNOWN_VERSIONS or isinstance(found, bool):
-        known = " and ".join(map(str, KNOWN_VERSIONS))
+        known = f"{KNOWN_VERSIONS[0]} to {KNOWN_VERSIONS[-1]}"
         raise ValueError(f"{path}: schema_version is {found!r:.40}, this version reads {known}")
     check(content, str(path))
     return content

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dentropy.experiment.cost import cost_text
-from dentropy.experiment.readings import cut_short, disagreement, entry_told_apart, part
+from dentropy.experiment.readings import curvatures_apart, cut_short, disagreement, entry_told_apart, forms_apart, part
 
 
 def summary(content: dict) -> str:
@@ -71,10 +71,12 @@ def _reach(content: dict) -> list[str]:
         return [] if reason is None else [f"no curvature: {reason}"]
     curvature, trust = content["curvature"], content["trust"]
     value = _with_error(curvature["value"], curvature["stderr"]).strip()
+    apart = curvatures_apart(curvature)
+    more = [apart] if apart else []
     if not entry_told_apart(curvature):
-        return [f"curvature {value} per unit of η²: not told apart from 0"]
+        return [f"curvature {value} per unit of η²: not told apart from 0", *more]
     limit = "at no η" if trust["linear_until"] is None else f"beyond η = {trust['linear_until']:.2g}"
-    return [f"curvature {value} per unit of η²; it changes the linear prediction by a tenth {limit}"]
+    return [f"curvature {value} per unit of η²; it changes the linear prediction by a tenth {limit}", *more]
 
 
 def _verdicts(content: dict) -> str:
@@ -110,12 +112,14 @@ def _changes(content: dict) -> str:
         for m in content["measured"]
     ]
     head = ("η", "steps", "uncorrected", "predicted ± SE", "quadratic", "measured ± SE", "ESS")
+    measured = content["measured"]
+    how = ", prefix weights" if measured[0].get("weights") == "prefix" else ""
     title = (
         f"Change of the entropy ΔH(η), in nats per token; one step is η = {step:g}\n"
-        "predicted = η · causal slope, quadratic with η²/2 · curvature; measured by importance sampling"
+        f"predicted = η · causal slope, quadratic with η²/2 · curvature; measured by importance sampling{how}"
     )
-    measured, apart = content["measured"], disagreement(content["measured"])
-    return "\n".join([title, *_aligned(head, rows), *([apart] if apart else []), *_reasons(measured)])
+    apart = [text for text in (disagreement(measured), forms_apart(measured)) if text]
+    return "\n".join([title, *_aligned(head, rows), *apart, *_reasons(measured)])
 
 
 def _fresh(fresh: dict, measured: list[dict]) -> str:

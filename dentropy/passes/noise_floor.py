@@ -7,13 +7,15 @@ changes, so the curvature of ΔH, however large, does not enter.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from math import ceil
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dentropy.estimators import Estimate, ImportanceResult
+from dentropy.estimators import Estimate, ImportanceResult, importance
+from dentropy.estimators.estimate import check_estimate
 from dentropy.model.direction import Direction
 from dentropy.model.policy import Policy
 from dentropy.passes.forward_mode import in_place_of_parameters, moved_weights
@@ -26,6 +28,8 @@ BLOCKS = 8  # other roundings
 T_QUANTILE = 2.306  # Student's t, 95%, for a standard deviation that is known from BLOCKS of them
 SHARE = 0.2  # of the rollouts that are scored again, so that five η cost one plain pass
 SEED = 0
+# By the weights of a measurement, the slope that is its derivative.
+DERIVATIVE = {"prefix": "causal", "sequence": "exact"}
 
 
 def noise_floor(
@@ -34,7 +38,7 @@ def noise_floor(
     direction: Direction,
     base: SequenceSums,
     measured: ImportanceResult,
-    exact: Estimate,
+    first: Estimate,
     eta: float,
     *,
     token_budget: int | str = AUTO,
@@ -48,13 +52,14 @@ def noise_floor(
 
         d_i = [w*_i (H*_i − R T_i) − w_i (H_i − R T_i)] / Σ_j w_j T_j ,
 
-    R, w and H of the measurement, a star for the other rounding. With a and c the means over the sample of d_i² and of
+    R, w and H of the measurement, a star for the other rounding (with prefix weights w_i H_i is Σ_j w_{<j} h_j, and
+    w_i T_i is Σ_j w_{<j}). With a and c the means over the sample of d_i² and of
     d_i d_j, i ≠ j within a block, the floor is 2.306 σ (Student's t, σ being known from eight roundings),
 
         σ² = S a + S (S − 1) max(0, c) + [(1 − φ) η R']² ,      φ = ⟨fl(θ + ηv) − θ, ηv⟩ / ‖ηv‖² .
 
     c is what the rollouts share, which no number of them averages out. φ is the share of the update that is left in
-    weights of this precision and R' the "exact" slope, so that an update that is rounded away is seen as such.
+    weights of this precision and R' the slope, so that an update that is rounded away is seen as such.
 
     The rollouts are drawn at random from the S of this batch with a response: the sample stands for them, whatever
     the prompts have in common, while few heavy weights w_i may hide in the rest. Few rollouts cost more than a fifth:
@@ -62,9 +67,9 @@ def noise_floor(
 
     Args:
         policy, batch, direction: as measured.
-        base: the table at η = 0.
+        base: the table at η = 0, for prefix weights with its tokens.
         measured: `importance` of the table at `eta`.
-        exact: the "exact" slope of `base`.
+        first: the slope of `base` that is the measurement's derivative: "exact", with prefix weights "causal".
         eta: where ΔH was measured.
         token_budget, progress: as in `measure`; progress sees the tokens of the sample.
 
@@ -72,7 +77,7 @@ def noise_floor(
         2.306 σ. The same for the same input: random numbers come from a generator of a fixed seed.
 
     Raises:
-        ValueError: as `measure`.
+        ValueError: another slope; and as `measure`.
 
     Example:
         >>> from dentropy import importance, slope
@@ -88,6 +93,7 @@ def noise_floor(
         >>> 0 < floor < 0.01 * abs(measured.delta)
         True
     """
+    check_estimate("first", first, "slope", DERIVATIVE[measured.weights])
     name_of = {id(p): name for name, p in policy.model.named_parameters()}
     moving = [(name_of[id(p)], p.detach(), v) for p, v in policy.moving(direction)]
     generator = torch.Generator(policy.device).manual_seed(SEED)
@@ -96,14 +102,15 @@ def noise_floor(
         lost = _lost(moving, dict(policy.model.named_parameters(remove_duplicate=False)), eta)
         for rollouts in sampled_rollouts(batch):
             with in_place_of_parameters(policy.model, _rounded_otherwise(policy.model, generator)):
-                table = measure(policy, batch.take(rollouts), token_budget=token_budget, progress=progress)
+                settings = dict(keep_tokens=True, token_budget=token_budget, progress=progress)
+                table = measure(policy, batch.take(rollouts), **settings)
             others.append((rollouts, table))
     differences = _differences(base, measured, others)
     square = np.mean(differences**2)
     size = differences.shape[1]
     product = np.mean(differences.sum(1) ** 2 - np.sum(differences**2, 1)) / max(1, size * (size - 1))
     n = np.count_nonzero(batch.response_lens)
-    rounded_away = lost * exact.value
+    rounded_away = lost * first.value
     return T_QUANTILE * float(np.sqrt(n * square + n * (n - 1) * max(0.0, product) + rounded_away**2))
 
 
@@ -121,15 +128,18 @@ def _differences(
     base: SequenceSums, measured: ImportanceResult, others: list[tuple[np.ndarray, SequenceSums]]
 ) -> np.ndarray:
     """d_i of `noise_floor`, one row per block: float64 [blocks, rollouts of a block]."""
-    weights = np.exp(measured.log_weights - measured.log_weights.max())
-    centred = measured.moved_entropy - measured.moved_value * measured.size
-    logp, row_of = base.logp + measured.log_weights, np.argsort(base.rollout)
-    differences = []
+    largest, row_of = measured.log_weights.max(), np.argsort(base.rollout)
+
+    def centred(result: ImportanceResult) -> np.ndarray:
+        terms = result.moved_entropy - measured.moved_value * result.size
+        return np.exp(result.log_weights - largest) * terms
+
+    here, differences = centred(measured), []
     for rollouts, other in others:
         rows = row_of[rollouts]
-        other_centred = other.entropy - measured.moved_value * other.n_tokens
-        differences.append(weights[rows] * (np.exp(other.logp - logp[rows]) * other_centred - centred[rows]))
-    return np.array(differences) / np.sum(weights * measured.size)
+        again = importance(replace(base.take(rows), rollout=other.rollout), other, weights=measured.weights)
+        differences.append(centred(again) - here[rows])
+    return np.array(differences) / np.sum(np.exp(measured.log_weights - largest) * measured.size)
 
 
 @torch.no_grad()

@@ -123,6 +123,16 @@ class SequenceSums:
         present = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "tokens"}
         return {name: column for name, column in present.items() if column is not None}
 
+    def take(self, rows) -> SequenceSums:
+        """The rows `rows`, with their tokens where these were kept, in that order."""
+        rows, tokens = np.asarray(rows, dtype=np.int64), self.tokens
+        if tokens is not None:
+            lengths = self.n_tokens.astype(np.int64)
+            starts = np.cumsum(lengths) - lengths
+            index = torch.from_numpy(np.concatenate([np.arange(starts[i], starts[i] + lengths[i]) for i in rows]))
+            tokens = TokenStats(*(None if x is None else x[index] for x in tokens))
+        return SequenceSums(**{name: column[rows] for name, column in self.columns().items()}, tokens=tokens)
+
     @classmethod
     def concatenate(cls, parts: Sequence[SequenceSums]) -> SequenceSums:
         """The rows of all `parts`, in order; `group` and `rollout` are kept as they are.

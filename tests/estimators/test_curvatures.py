@@ -19,7 +19,7 @@ from tables import (
     with_value,
 )
 
-from dentropy.estimators import curvature, importance, predict, slope, trust_range
+from dentropy.estimators import clustered_stderr, curvature, importance, predict, slope, trust_range
 
 estimator_both = pytest.mark.parametrize("estimator", ["exact", "causal"])
 WEIGHTS = {"exact": "sequence", "causal": "prefix"}
@@ -82,6 +82,20 @@ def test_influence_is_the_derivative_with_respect_to_a_rollout_s_weight(per, est
     )
     np.testing.assert_allclose(estimate.influence, numeric, atol=1e-5 * np.abs(numeric).max())
     assert abs(estimate.influence.sum()) < 1e-14 * np.abs(estimate.influence).sum()
+
+
+@per_both
+@estimator_both
+def test_errors_of_the_parts_come_from_their_derivatives_with_respect_to_a_rollout_s_weight(per, estimator):
+    sums = one_table(3, n_groups=6, per_group=2)
+    found = curvature(sums, estimator=estimator, per=per)
+    assert found.part_stderrs.keys() == found.parts.keys()
+    for name, stderr in found.part_stderrs.items():
+        psi = influence_by_repetition(
+            lambda counts, n=name: curvature(repeat_rows(sums, counts), estimator=estimator, per=per).parts[n],
+            len(sums),
+        )
+        assert stderr == pytest.approx(clustered_stderr(psi, sums.group)[0], rel=1e-4), name
 
 
 @per_both

@@ -241,12 +241,14 @@ def test_far_moves():
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for per in ("token", "sequence"):
-            assert np.isfinite([prefix(base, by(nats), per=per).delta for nats in (-5000, 290)]).all()
-            with pytest.raises(
-                ValueError, match="moved.tokens.logp: log-weights of rollout .* reach 3.. nats, expected"
-            ):
-                prefix(base, by(310), per=per)
+        for nats in (-5000, 290, 3000):
+            far = by(nats)
+            weighted = [(w[:-1], h) for h, w in token_by_token(base, far)]
+            moved_value = sum((w * h).sum() for w, h in weighted) / sum(w.sum() for w, _ in weighted)
+            assert prefix(base, far).moved_value == pytest.approx(float(moved_value), rel=1e-11)
+        assert np.isfinite([prefix(base, by(nats), per="sequence").delta for nats in (-5000, 290)]).all()
+        with pytest.raises(ValueError, match="moved.tokens.logp: log-weights of rollout .* reach 3.. nats, expected"):
+            prefix(base, by(400), per="sequence")
     assert importance_diagnostics(prefix(base, by(-5000))).verdict != "reliable"
 
 

@@ -78,7 +78,9 @@ def test_passes_are_as_few_as_said(single, passes, name):
     skipped = 2 * single.batch.n_tokens if serves else 0
     assert found.content["cost"] == {**passes, "tokens": tokens - skipped}
     assert found.base.second_order_step[0] == pytest.approx(single.own * (serves or 1), rel=1e-4)
-    said = f"this run: {7 if serves else 9} passes over the rollouts and noise floors on a sample, {tokens - skipped:,}"
+    share = passes["noise_floor"] / (len(etas) * single.batch.n_tokens)
+    said = f"this run: {7 if serves else 9} passes over the rollouts and noise floors on {share:.0%} of the tokens at "
+    said += f"each η, {tokens - skipped:,} tokens in all"
     assert said in found.summary() and f"about {12 if serves else 14} plain forward passes" in found.summary()
 
 
@@ -102,7 +104,7 @@ def test_slopes_and_measurements_do_not_depend_on_it(single):
         assert estimate.value == slope(base, estimator=name).value
     for change in found.changes:
         moved = measure(single.policy, single.batch, single.direction, eta=change.eta)
-        assert change.measured.delta == importance(base, moved).delta
+        assert change.sequence.measured.delta == importance(base, moved).delta
 
 
 def test_half_precision_pays_for_no_second_order():

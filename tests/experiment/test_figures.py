@@ -14,11 +14,11 @@ QUANTILES = {"min": -3, "p05": -1.5, "p25": -0.6, "median": 0.0, "p75": 0.6, "p9
 def run(etas=(-1e-6, 0.5e-6, 1e-6, 2e-6), *, slope=-3e3, uncorrected=1e3, stderr=2e-4, fresh=True):
     """(content of results.json, columns of rollouts.csv) of a made-up run: only what the figures read."""
     rng = np.random.default_rng(0)
-    exact = rng.normal(slope / S, abs(slope) / S, S)
-    columns = {"slope_exact": exact, "slope_uncorrected": rng.normal(uncorrected / S, 5 * abs(uncorrected) / S, S)}
+    causal = rng.normal(slope / S, abs(slope) / S, S)
+    columns = {"slope_causal": causal, "slope_uncorrected": rng.normal(uncorrected / S, 5 * abs(uncorrected) / S, S)}
     measured = []
     for k, eta in enumerate(etas):
-        columns[f"delta_contribution_{k}"] = eta * exact + rng.normal(0, 1e-8, S)
+        columns[f"delta_contribution_{k}"] = eta * causal + rng.normal(0, 1e-8, S)
         spread = abs(eta) / STEP
         measured.append(
             {
@@ -109,7 +109,7 @@ def test_histograms_share_bins_and_hold_every_rollout():
     for axes in figure.axes:
         assert sum(bar.get_height() for bar in axes.patches) == S
     measured = columns["delta_contribution_2"]  # η = 1e-6, the step
-    for axes, name in zip(figure.axes[:2], ("slope_uncorrected", "slope_exact"), strict=True):
+    for axes, name in zip(figure.axes[:2], ("slope_uncorrected", "slope_causal"), strict=True):
         note = axes.get_title(loc="left").replace("−", "-")
         assert f"sum {1e-6 * columns[name].sum():.3g} nats per token" in note
         assert f"correlation with measured {np.corrcoef(columns[name], measured)[0, 1]:.2f}" in note

@@ -50,14 +50,17 @@ def result(policy, batch, direction):
     return probe(policy, batch, direction, ETAS)
 
 
-def test_the_exact_slope_is_the_derivative_of_the_measurement():
+def test_each_slope_is_the_derivative_of_its_measurement():
     with InFloat64():
         policy = Policy(random_model("llama").double())
         direction = random_direction(policy.model)
         batch = sample(policy, PROMPTS, per_prompt=4, max_new_tokens=8)
         found = probe(policy, batch, direction, [-1e-6, 1e-6])
-    down, up = (change.measured.delta for change in found.changes)
-    assert (up - down) / 2e-6 == pytest.approx(found.slopes["exact"].value, rel=1e-6)
+    for name, forms in (("causal", found.changes), ("exact", [change.sequence for change in found.changes])):
+        down, up = (form.measured.delta for form in forms)
+        assert (up - down) / 2e-6 == pytest.approx(found.slopes[name].value, rel=1e-6)
+        for eta, form in zip((-1e-6, 1e-6), forms, strict=True):
+            assert form.linear.value == pytest.approx(eta * found.slopes[name].value)
     assert set(found.slopes) == {"causal", "exact", "mixed"}
 
 
@@ -65,8 +68,9 @@ def test_every_eta_is_measured_at_its_own_weights(policy, batch, direction, resu
     for eta, change in zip(ETAS, result.changes, strict=True):
         measured, moved = change.measured, change.moved
         with moved_weights(policy, direction, eta):
-            by_hand = measure(policy, batch)
-        assert measured.delta == pytest.approx(importance(result.base, by_hand).delta, abs=1e-9)
+            by_hand = measure(policy, batch, keep_tokens=True)
+        for weights, found in (("prefix", measured), ("sequence", change.sequence.measured)):
+            assert found.delta == pytest.approx(importance(result.base, by_hand, weights=weights).delta, abs=1e-9)
         np.testing.assert_allclose(moved.entropy, by_hand.entropy, rtol=1e-6)
     assert result.etas == ETAS and result.step_size == STEP
 
@@ -94,7 +98,7 @@ def test_a_change_below_the_noise_floor_is_no_measurement(policy, batch, directi
     assert [entry["noise_floor"] for entry in written["measured"]] == [tiny.noise_floor, step.noise_floor]
     assert written["noise_floor"] == max(tiny.noise_floor, step.noise_floor) and tiny.noise_floor != step.noise_floor
     assert step.noise_floor == noise_floor(
-        policy, batch, direction, found.base, step.measured, found.slopes["exact"], STEP
+        policy, batch, direction, found.base, step.measured, found.slopes["causal"], STEP
     )
 
 
@@ -108,11 +112,13 @@ def test_progress_counts_every_pass(policy, batch, direction, parameters):
 
 def test_curvature_predictions_and_shares_belong_to_the_slope(result):
     second = result.curvature
+    assert (second.estimator, result.exact_curvature.estimator) == ("causal", "exact")
     for change in result.changes:
-        linear = change.eta * result.slopes["causal"].value
-        assert change.linear.value == pytest.approx(linear)
-        assert change.quadratic.value == pytest.approx(linear + change.eta**2 / 2 * second.value)
-        assert change.error.value == pytest.approx(linear - change.measured.delta)
+        for form, bent in ((change, second), (change.sequence, result.exact_curvature)):
+            linear = change.eta * result.slopes[bent.estimator].value
+            assert form.linear.value == pytest.approx(linear)
+            assert form.quadratic.value == pytest.approx(linear + change.eta**2 / 2 * bent.value)
+            assert form.error.value == pytest.approx(linear - form.measured.delta)
     assert result.trust.eta_star == pytest.approx(2 * abs(result.slopes["causal"].value / second.value))
     scale = sum(map(abs, result.parameters.values()))
     assert sum(result.parameters.values()) == pytest.approx(result.slopes["causal"].value, abs=1e-5 * scale)
@@ -142,13 +148,13 @@ def test_every_statistic_is_computed_once(policy, batch, direction, monkeypatch)
     n = len(ETAS)
     assert calls == {
         "probe.slope": 3,
-        "probe.curvature": 1,
+        "probe.curvature": 2,
         "probe.trust_range": 1,
-        "probe.importance": n,
-        "probe.prediction_error": n,
+        "probe.importance": 2 * n,
+        "probe.prediction_error": 2 * n,
         "slopes.leave_one_out": 3,
-        "curvatures.leave_one_out": 1,
-        "importance_sampling.leave_one_out": n,
+        "curvatures.leave_one_out": 2,
+        "importance_sampling.leave_one_out": 2 * n + 8 * n,  # eight blocks of the noise floor
     }
 
 
@@ -235,6 +241,22 @@ def test_the_summary_says_what_the_numbers_cannot_tell(result):
     assert sentence in summary(content | {"measured": [entry | apart]})
     for changes in ({"prediction_error": 1.9}, {"verdict": "unusable"}, {"prediction_error_stderr": None}):
         assert "paired difference" not in summary(content | {"measured": [entry | apart | changes]})
+
+
+def test_the_summary_says_where_the_two_forms_part(result):
+    content = copy.deepcopy(result.content)
+    entry, curvature = content["measured"][-1], content["curvature"]
+    apart = {"difference": 2.5, "difference_stderr": 1.0, "verdict": "strained"}
+    sentence = "prefix and with sequence weights differ, by more than 2 standard errors of their paired difference, "
+    sentence += f"at η = {entry['eta']:.3g} (2.5)\n"
+    assert "importance sampling, prefix weights\n" in summary(content)
+    for changes, said in (({}, True), ({"difference": 1.9}, False), ({"verdict": "unusable"}, False)):
+        one = entry | {"verdict": "reliable", "sequence": entry["sequence"] | apart | changes}
+        assert (sentence in summary(content | {"measured": [one]})) == said
+    for difference in (2.5, -2.5, 1.9):
+        exact = curvature["exact"] | {"difference": difference, "difference_stderr": 1.0}
+        text = summary(content | {"curvature": curvature | {"exact": exact}})
+        assert ("the exact curvature differ by 2.5 standard errors" in text) == (abs(difference) > 2)
 
 
 class TestFreshCheck:

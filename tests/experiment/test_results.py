@@ -25,7 +25,7 @@ def rows(run):
 
 
 def test_every_number_about_the_batch(content, rows, result):
-    assert content["schema_version"] == 2
+    assert content["schema_version"] == 3
     assert content["n_sequences"] == len(rows) == 32
     assert content["n_tokens"] == rows.n_tokens.sum() == result.batch.n_tokens
     assert content["n_groups"] == rows.group.nunique() == 4
@@ -74,36 +74,57 @@ def test_measurements_follow_from_the_columns(content, rows):
     D, mean = rows.n_tokens.sum(), rows.entropy.sum() / rows.n_tokens.sum()
     causal = next(entry for entry in content["slope"] if entry["estimator"] == "causal")
     assert [entry["eta"] for entry in content["measured"]] == list(ETAS)
-    for k, entry in enumerate(content["measured"]):
-        w, moved = np.exp(rows[f"log_weight_{k}"]), rows[f"moved_entropy_{k}"]
-        R = (w * moved).sum() / (w * rows.n_tokens).sum()
+    exact = next(entry for entry in content["slope"] if entry["estimator"] == "exact")
+    both = [(k, entry, name) for k, entry in enumerate(content["measured"]) for name in ("prefix", "sequence")]
+    for k, change, weights in both:
+        entry, slope = (change, causal) if weights == "prefix" else (change["sequence"], exact)
+        assert entry["weights"] == weights
+        log_weight, moved_column, size_column, contribution = COLUMNS[weights]
+        w, moved, size = (np.exp(rows[f"{log_weight}_{k}"]), rows[f"{moved_column}_{k}"], size_of(rows, size_column, k))
+        R = (w * moved).sum() / (w * size).sum()
         assert entry["moved_entropy"] == pytest.approx(R, rel=1e-12)
         assert entry["delta"] == pytest.approx(R - mean, rel=1e-9)
         base = (rows.entropy - mean * rows.n_tokens) / D
         np.testing.assert_allclose(
-            rows[f"delta_contribution_{k}"],
-            w * (moved - mean * rows.n_tokens) / (w * rows.n_tokens).sum() - base,
-            atol=1e-15,
+            rows[f"{contribution}_{k}"], w * (moved - mean * size) / (w * size).sum() - base, atol=1e-15
         )
-        assert rows[f"delta_contribution_{k}"].sum() == pytest.approx(entry["delta"], rel=1e-9)
-        by_hand = jackknife(rows, lambda r, k=k: change_of_entropy(r, k))
+        assert rows[f"{contribution}_{k}"].sum() == pytest.approx(entry["delta"], rel=1e-9)
+        by_hand = jackknife(rows, lambda r, k=k, weights=weights: change_of_entropy(r, k, weights))
         assert entry["stderr"] == entry["jackknife_stderr"] == pytest.approx(by_hand, rel=1e-9)
-        assert entry["predicted_linear"] == pytest.approx(entry["eta"] * causal["value"])
-        assert entry["predicted_linear_stderr"] == pytest.approx(abs(entry["eta"]) * causal["stderr"])
-        assert entry["predicted_uncorrected"] == pytest.approx(entry["eta"] * causal["uncorrected"])
+        assert entry["predicted_linear"] == pytest.approx(change["eta"] * slope["value"])
+        assert entry["predicted_linear_stderr"] == pytest.approx(abs(change["eta"]) * slope["stderr"])
+        assert change["predicted_uncorrected"] == pytest.approx(change["eta"] * causal["uncorrected"])
+        both_ways = jackknife(
+            rows, lambda r, k=k: change_of_entropy(r, k, "prefix") - change_of_entropy(r, k, "sequence")
+        )
+        between = change["delta"] - change["sequence"]["delta"]
+        assert change["sequence"]["difference"] == pytest.approx(between, rel=1e-6)
+        assert change["sequence"]["difference_stderr"] == pytest.approx(both_ways, rel=1e-6)
         assert entry["ess"] == pytest.approx(w.sum() ** 2 / (w**2).sum())
         assert entry["ess_fraction"] == pytest.approx(entry["ess"] / len(rows))
-        wT = w * rows.n_tokens
+        wT = w * size
         assert entry["ess_tokens"] == pytest.approx(wT.sum() ** 2 / (wT**2).sum())
         assert entry["max_weight"] == pytest.approx(w.max() / w.sum()) and entry["mean_weight"] == pytest.approx(
             w.mean()
         )
-        assert entry["log_weight_quantiles"]["p25"] == pytest.approx(rows[f"log_weight_{k}"].quantile(0.25))
+        assert entry["log_weight_quantiles"]["p25"] == pytest.approx(rows[f"{log_weight}_{k}"].quantile(0.25))
 
 
-def change_of_entropy(rows, k):
-    w = np.exp(rows[f"log_weight_{k}"])
-    moved = (w * rows[f"moved_entropy_{k}"]).sum() / (w * rows.n_tokens).sum()
+# Of log-weights, entropies, sizes and contributions.
+COLUMNS = {
+    "prefix": ("prefix_log_weight", "prefix_entropy", "prefix_tokens", "delta_contribution"),
+    "sequence": ("log_weight", "moved_entropy", None, "delta_contribution_sequence"),
+}
+
+
+def size_of(rows, name, k):
+    return rows.n_tokens if name is None else rows[f"{name}_{k}"]
+
+
+def change_of_entropy(rows, k, weights):
+    log_weight, moved, size, _ = COLUMNS[weights]
+    w = np.exp(rows[f"{log_weight}_{k}"])
+    moved = (w * rows[f"{moved}_{k}"]).sum() / (w * size_of(rows, size, k)).sum()
     return moved - rows.entropy.sum() / rows.n_tokens.sum()
 
 
@@ -149,19 +170,20 @@ def test_rows_are_those_of_the_batch_whatever_the_order_of_the_table(result, row
         name: dataclasses.replace(estimate, contributions=estimate.contributions[order])
         for name, estimate in result.slopes.items()
     }
-    changes = [
-        dataclasses.replace(
-            change,
-            measured=dataclasses.replace(
-                change.measured,
-                log_weights=change.measured.log_weights[order],
-                contributions=change.measured.contributions[order],
-            ),
-        )
-        for change in result.changes
-    ]
-    second = dataclasses.replace(result.curvature, contributions=result.curvature.contributions[order])
-    shuffled = dataclasses.replace(result, base=base, slopes=estimates, curvature=second, changes=changes)
+
+    def shuffled_form(form, **more):
+        names = ("log_weights", "contributions", "moved_entropy", "size")
+        columns = {name: getattr(form.measured, name)[order] for name in names}
+        return dataclasses.replace(form, measured=dataclasses.replace(form.measured, **columns), **more)
+
+    changes = [shuffled_form(change, sequence=shuffled_form(change.sequence)) for change in result.changes]
+    second, exact = (
+        dataclasses.replace(found, contributions=found.contributions[order])
+        for found in (result.curvature, result.exact_curvature)
+    )
+    shuffled = dataclasses.replace(
+        result, base=base, slopes=estimates, curvature=second, exact_curvature=exact, changes=changes
+    )
     columns = shuffled.columns()
     assert list(columns) == list(rows.columns)
     for name, column in columns.items():
@@ -196,14 +218,21 @@ def test_the_horizon_and_what_it_leaves_out_make_the_slope(content, result, monk
 
 def test_the_curvature_follows_from_the_columns(content, rows):
     d, mean = rows.n_tokens.sum(), content["base_entropy"]
-    exact = next(entry["value"] for entry in content["slope"] if entry["estimator"] == "exact")
+    causal, exact = (entry["value"] for entry in content["slope"][:2])
     terms = (
         (rows.entropy - mean * rows.n_tokens) * (rows.dlogp**2 + rows.d2logp)
         + 2 * rows.dlogp * (rows.dentropy - exact * rows.n_tokens)
         + rows.d2entropy
     )
-    assert content["curvature"]["value"] == pytest.approx(terms.sum() / d, rel=1e-9)
+    assert content["curvature"]["exact"]["value"] == pytest.approx(terms.sum() / d, rel=1e-9)
+    np.testing.assert_allclose(rows.curvature_exact, terms / d, rtol=1e-9, atol=1e-12)
+    terms = rows.entropy_to_go_2 - mean * rows.length_to_go_2 + rows.d2entropy
+    terms += 2 * (rows.dentropy_to_go - causal * rows.length_to_go)
+    found = content["curvature"]
+    assert found["value"] == pytest.approx(terms.sum() / d, rel=1e-9)
     np.testing.assert_allclose(rows.curvature, terms / d, rtol=1e-9, atol=1e-12)
+    assert found["exact"]["difference"] == pytest.approx(found["value"] - found["exact"]["value"])
+    assert found["part_stderrs"].keys() == {"score", "cross", "pathwise"} and found["exact"]["difference_stderr"] > 0
     assert content["trust"]["linear_until"] == pytest.approx(content["trust"]["eta_star"] / 10)
 
 
@@ -213,6 +242,7 @@ def test_every_field_is_documented(content, rows):
     fields = set(content) | set(content["slope"][0]) | set(content["measured"][0]) | set(content["audit"])
     fields |= set(content["fresh_check"]) | set(content["audit"]["on_policy"]) | set(content["attribution"])
     fields |= set(content["curvature"]) | set(content["trust"]) | {"tokens", "left_out", "left_out_stderr"}
+    fields |= set(content["measured"][0]["sequence"]) | set(content["curvature"]["exact"])
     fields |= {re.sub(r"_\d+$", "", column) for column in rows.columns}
     assert fields - documented == set()
 
@@ -225,7 +255,9 @@ def test_the_recipe_for_the_contributions_works_as_written(run, rows, monkeypatc
     for name in ("causal", "exact", "mixed", "uncorrected"):
         np.testing.assert_allclose(names[name], rows[f"slope_{name}"], rtol=1e-10, atol=1e-16)
     np.testing.assert_allclose(names["curvature"], rows.curvature, rtol=1e-9, atol=1e-12)
-    np.testing.assert_allclose(names["delta"], rows.delta_contribution_0, rtol=1e-10, atol=1e-16)
+    np.testing.assert_allclose(names["curvature_exact"], rows.curvature_exact, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(names["delta"], rows.delta_contribution_0, rtol=1e-10, atol=1e-15)
+    np.testing.assert_allclose(names["delta_sequence"], rows.delta_contribution_sequence_0, rtol=1e-10, atol=1e-15)
 
 
 def test_the_fresh_check_is_written(content, result):

@@ -20,7 +20,7 @@ def content():
 def test_what_was_saved_before_and_now_is_read(content, run):
     check(content, "results.json")
     assert load(SAVED) == content
-    assert load(run)["schema_version"] == 2
+    assert load(run)["schema_version"] == 3
 
 
 def test_fields_of_later_versions_are_left_alone(content):

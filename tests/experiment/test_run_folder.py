@@ -44,8 +44,8 @@ def test_load_reads_what_was_saved(run, result):
     [
         (None, "not a run folder, it holds no results.json"),
         ("{", "results.json: broken JSON"),
-        ("[]", "schema_version is None, this version reads 1 and 2"),
-        ('{"schema_version": 3}', "schema_version is 3, this version reads 1 and 2"),
+        ("[]", "schema_version is None, this version reads 1 to 3"),
+        ('{"schema_version": 4}', "schema_version is 4, this version reads 1 to 3"),
     ],
 )
 def test_other_folders_are_refused(tmp_path, text, message):

@@ -156,20 +156,33 @@ def test_in_float64_it_is_far_below_float32():
     assert 0 < double < 1e-5 * single
 
 
-def test_the_differences_sum_to_the_change_of_the_measurement():
+@pytest.mark.parametrize("weights", ["sequence", "prefix"])
+def test_the_differences_sum_to_the_change_of_the_measurement(weights):
     """With all rollouts in a block, against the measurement made again at the other weights, in float64."""
     model = random_model("llama")
     batch = random_batch(rollouts=12)
     wide = {name: v.double() for name, v in random_direction(model).tensors.items()}
     with InFloat64():
         policy, direction = Policy(model.double()), Direction(wide)
-        base, moved, other = (measure(policy, batch, direction, eta=eta, order=0) for eta in (0.0, 0.02, 0.02 + 1e-7))
-    rows = np.random.default_rng(0).permutation(len(batch))
-    shuffled = type(base)(**{name: column[rows] for name, column in base.columns().items()})
-    measured = importance(shuffled, moved)
-    change = importance(base, other).delta - measured.delta
+        base, moved, other = (
+            measure(policy, batch, direction, eta=eta, order=0, keep_tokens=True) for eta in (0.0, 0.02, 0.02 + 1e-7)
+        )
+    shuffled = base.take(np.random.default_rng(0).permutation(len(batch)))
+    measured = importance(shuffled, moved, weights=weights)
+    change = importance(base, other, weights=weights).delta - measured.delta
     summed = module._differences(shuffled, measured, [(np.arange(len(batch)), other)]).sum()
     assert summed == pytest.approx(change, rel=1e-5) and change != 0
+
+
+def test_the_slope_has_to_be_the_derivative_of_the_measurement():
+    model = random_model("llama")
+    batch, direction, policy = random_batch(rollouts=12), random_direction(model), Policy(model)
+    base, moved = (measure(policy, batch, direction, eta=eta, keep_tokens=True) for eta in (0.0, 1e-3))
+    for weights, right, wrong in (("prefix", "causal", "exact"), ("sequence", "exact", "causal")):
+        measured = importance(base, moved, weights=weights)
+        assert noise_floor(policy, batch, direction, base, measured, slope(base, estimator=right), 1e-3) > 0
+        with pytest.raises(ValueError, match=f"first: the {wrong} slope, expected the {right} one"):
+            noise_floor(policy, batch, direction, base, measured, slope(base, estimator=wrong), 1e-3)
 
 
 def test_a_sample_says_what_all_rollouts_say(monkeypatch):

@@ -19,7 +19,8 @@ BINS = {
 }
 NOTE = (
     "What each adds to the predicted change of the update itself, with a whisker of 2 standard errors where there is "
-    "an error bar: one gradient gives the shares of parameters, and none for them. Grey is not told apart from 0. "
+    "an error bar. The shares of parameters have none: one gradient gives them all, summed over rollouts, and an error "
+    "bar would cost a pass with tangents per layer. Grey is not told apart from 0. "
     "Every list adds up to the whole; that by length to the exact slope's prediction, which alone can be split so."
 )
 UNCLEAR = "The predicted change as a whole {}, so where it comes from is not known either: all its parts are grey."

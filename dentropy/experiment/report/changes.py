@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dentropy.experiment.readings import disagreement, entry_told_apart, part
+from dentropy.experiment.readings import disagreement, entry_told_apart, forms_apart, part
 from dentropy.experiment.report.answer import causal, times
 from dentropy.experiment.report.chart import change_chart
 from dentropy.experiment.report.numbers import (
@@ -28,10 +28,10 @@ KHATS = {"w": "w", "wT": "w·T", "wH": "w·H"}
 def changes(content: dict) -> Markup:
     """Predicted and measured ΔH at every η: figure, table, trust."""
     rows = content["measured"]
-    unit, apart = unit_for([row["delta"] for row in rows], NATS), disagreement(rows)
+    unit = unit_for([row["delta"] for row in rows], NATS)
 
     def pair(name: str, error: str | None = None):
-        return lambda row: with_error(row.get(name), row.get(error or f"{name}_stderr"), unit)
+        return _pair(unit, name, error)
 
     def uncorrected_error(row: dict) -> float | None:
         return times(part(causal(content), "uncorrected")[1], abs(row["eta"]))
@@ -52,10 +52,41 @@ def changes(content: dict) -> Markup:
         "Change of entropy",
         change_chart(content),
         table(f"ΔH(η) in {unit.name}", rows, columns),
-        apart and tag("p", f"{apart}."),
+        [tag("p", f"{apart}.") for apart in (disagreement(rows), forms_apart(rows)) if apart],
         reasons(rows),
+        _sequence(content, unit),
         _fresh(content.get("fresh_check"), unit),
     )
+
+
+def _sequence(content: dict, unit: Unit) -> Markup | None:
+    """The same with sequence weights, folded away; None for a run that measured with these alone."""
+    rows = [{"eta": row["eta"], **row["sequence"]} for row in content["measured"] if row.get("sequence")]
+    if not rows:
+        return None
+    columns = [
+        ("η", "", lambda row: number(row["eta"], step_text(row["eta"]))),
+        ("Measured ΔH", "± SE", _pair(unit, "delta", "stderr")),
+        ("95% interval", "", lambda row: interval(row.get("interval"), unit, row["stderr"])),
+        ("Weights", "verdict and why", _reasoned_verdict),
+        ("ESS", "of all", lambda row: percent(row.get("ess_fraction"))),
+        ("Predicted", "linear, exact slope ± SE", _pair(unit, "predicted_linear")),
+        ("Predicted", "with exact curvature ± SE", _pair(unit, "predicted_quadratic")),
+        ("Linear − measured", "± SE", _pair(unit, "prediction_error")),
+        ("Prefix − sequence", "ΔH ± SE", _pair(unit, "difference")),
+    ]
+    note = (
+        "Above, a token is weighed by what came before it alone (prefix weights), beside predictions by the causal "
+        "slope and curvature. Here every token has the weight of its whole rollout, beside predictions by the exact "
+        "ones. Both have the same limit."
+    )
+    shown = table(f"ΔH(η) with sequence weights in {unit.name}", rows, columns)
+    return tag("details", tag("summary", "The same with sequence weights"), shown, tag("p", note, class_="note"))
+
+
+def _pair(unit: Unit, name: str, error: str | None = None):
+    """The cell of a number and its standard error."""
+    return lambda row: with_error(row.get(name), row.get(error or f"{name}_stderr"), unit)
 
 
 def reliability(content: dict) -> Markup:
@@ -69,6 +100,8 @@ def reliability(content: dict) -> Markup:
         ("ESS", "of all", lambda row: percent(row.get("ess_fraction"))),
         ("ESS of w·T", "rollouts", lambda row: _count(row.get("ess_tokens"))),
         *[(f"k̂ of {label}", "", lambda row, k=key: _khat(row, k)) for key, label in KHATS.items()],
+        ("ESS at the worst position", "of those that have it", lambda row: percent(row.get("worst_ess_fraction"))),
+        ("Worst position", "token", lambda row: _count(row.get("worst_position"))),
         ("Mean weight", "expected 1", lambda row: _fixed(row.get("mean_weight"), 3)),
         ("Largest weight", "of the total", lambda row: percent(row.get("max_weight"), 2)),
         ("Smoothed ΔH", unit.name, lambda row: quantity(row.get("smoothed_delta"), unit, row["stderr"])),
@@ -78,6 +111,8 @@ def reliability(content: dict) -> Markup:
     if floor is not None:
         noise = tag("p", "Noise floor of the arithmetic: at most ", number(floor, plain(floor)), f" {NATS}.")
     note = "ESS is the effective sample size of the importance weights w."
+    if any(row.get("weights") == "prefix" for row in rows):
+        note += " w is a rollout's mean over positions of the weight that the tokens before one give it."
     if any(row.get("verdict") for row in rows):
         note = f"A verdict is about the weights alone: whether ΔH differs from 0 is for its error bar to say. {note}"
     if any(row.get("khat") for row in rows):

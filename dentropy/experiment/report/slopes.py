@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dentropy.experiment.readings import entry_told_apart, part
+from dentropy.experiment.readings import curvatures_apart, entry_told_apart, part
 from dentropy.experiment.report.numbers import Unit, interval, number, plain, quantity, unit_for, with_error
 from dentropy.experiment.report.sections import NATS, PER_ETA, eta, reasons, section
 from dentropy.experiment.report.tables import table
@@ -48,20 +48,41 @@ def _curvature(content: dict) -> Markup | None:
     found, reason = content.get("curvature"), content.get("no_curvature")
     if found is None:
         return None if reason is None else tag("p", f"No curvature: {reason}.", class_="note")
-    parts = ("score", "cross", "pathwise")
+    note = "Curvature = score + cross + pathwise"
+    note += "." if "part_stderrs" in found else ", parts without error bars of their own."
+    if found["stderr"] is not None and not entry_told_apart(found):
+        note += " It is not told apart from 0: η* may be far larger than what follows."
+    return join([_curvature_table("Curvature", found), tag("p", note, class_="note"), reasons([found]), _exact(found)])
+
+
+def _exact(causal: dict) -> Markup | None:
+    """The other form, folded away, and a sentence where it says something else."""
+    exact, apart = causal.get("exact"), curvatures_apart(causal)
+    if exact is None:
+        return None
+    shown = _curvature_table("Exact curvature, the second derivative of ΔH with sequence weights,", exact)
+    folded = tag("details", tag("summary", "The same by the exact curvature"), shown)
+    return join([apart and tag("p", f"{apart}."), folded])
+
+
+def _curvature_table(caption: str, found: dict) -> Markup:
+    parts, errors = ("score", "cross", "pathwise"), found.get("part_stderrs") or {}
     unit = unit_for([found[name] for name in ("value", *parts)], f"{NATS} per unit of η²")
+
+    def of_part(name: str):
+        if name in errors:
+            return lambda row: with_error(row[name], errors[name], unit)
+        return lambda row: quantity(row[name], unit, row["stderr"])
+
     columns = [
         ("Curvature", "± SE", lambda row: with_error(row["value"], row["stderr"], unit)),
         ("95% interval", "", lambda row: interval(row.get("interval"), unit, row["stderr"])),
         ("Jackknife SE", "", lambda row: _error(row.get("jackknife_stderr"), unit)),
-        *[(name.capitalize(), "", lambda row, n=name: quantity(row[n], unit, row["stderr"])) for name in parts],
+        *[(name.capitalize(), "± SE" if name in errors else "", of_part(name)) for name in parts],
         ("Differences over", "± η", lambda row: eta(row.get("step"))),
+        ("Causal − exact", "± SE", lambda row: with_error(row.get("difference"), row.get("difference_stderr"), unit)),
     ]
-    note = "Curvature = score + cross + pathwise, parts without error bars of their own."
-    if found["stderr"] is not None and not entry_told_apart(found):
-        note += " It is not told apart from 0: η* may be far larger than what follows."
-    shown = table(f"Curvature in {unit.name}", [found], columns)
-    return join([shown, tag("p", note, class_="note"), reasons([found])])
+    return table(f"{caption} in {unit.name}", [found], columns)
 
 
 def _trust(trust: dict | None) -> Markup | None:

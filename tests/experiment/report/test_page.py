@@ -49,6 +49,7 @@ def test_what_a_run_does_not_have_is_left_out():
     new = {"interval", "jackknife_stderr", "warnings", "khat", "smoothed_delta", "below_noise_floor", "verdict"}
     new |= {"verdict_reason", "predicted_quadratic", "predicted_quadratic_stderr"}
     new |= {"prediction_error", "prediction_error_stderr"}
+    new |= {"sequence", "weights", "worst_position", "worst_ess_fraction"}
     for entry in [*run["slope"], *run["measured"]]:
         for name in new & set(entry):
             del entry[name]
