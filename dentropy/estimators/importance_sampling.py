@@ -130,7 +130,7 @@ def importance(
     check_choice("weights", weights, WEIGHTS)
     ratio = entropy_ratio(base, per, "base")
     groups = Groups.of(base.group, prompts, ratio.size)
-    rows = _pair(base, moved)
+    rows = paired_rows(base, moved)
     moved_entropy = column(moved, "entropy", "moved")[rows]
     log_weights = column(moved, "logp", "moved")[rows] - column(base, "logp", "base")
     moved_size, moved_tokens, worst = ratio.size, column(base, "n_tokens", "base"), (None, None)
@@ -198,7 +198,7 @@ def _effective_sample_size(weights: np.ndarray) -> float:
     return float(scaled.sum() ** 2 / np.sum(scaled**2))
 
 
-def _pair(base: SequenceSums, moved: SequenceSums) -> np.ndarray:
+def paired_rows(base: SequenceSums, moved: SequenceSums) -> np.ndarray:
     """Row of `moved` for each row of `base`, int64 [S]; ValueError where these are not the same rollouts."""
     for argument, sums in (("base", base), ("moved", moved)):
         labels, counts = np.unique(sums.rollout, return_counts=True)

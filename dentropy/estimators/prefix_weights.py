@@ -53,21 +53,12 @@ def prefix_weights(base: SequenceSums, moved: SequenceSums, rows: np.ndarray) ->
         ValueError: no kept tokens, or another number of them than the rows have; a value that is not finite; a weight
             beyond what a measurement can stand (the rollout is named).
     """
-    lengths = column(base, "n_tokens", "base").astype(np.int64)
-    ends = np.concatenate([[0], np.cumsum(lengths)])
-    place = place_in_sequence(ends)
-    moved_lengths = column(moved, "n_tokens", "moved").astype(np.int64)
-    in_moved = np.repeat((np.cumsum(moved_lengths) - moved_lengths)[rows], lengths) + place
-    entropy = _kept(moved, "moved", "entropy", ends[-1])[in_moved]
-    log_ratio = _kept(moved, "moved", "logp", ends[-1])[in_moved] - _kept(base, "base", "logp", ends[-1])
-    log_weight, at_end = sum_before(log_ratio, ends), segment_sum(log_ratio, ends)
-    through = log_weight + log_ratio
-    if through.max() > LARGEST_LOG_WEIGHT:
-        rollout = int(np.repeat(base.rollout, lengths)[np.argmax(through)])
-        raise ValueError(
-            f"moved.tokens.logp: log-weights of rollout {rollout} reach {through.max():.0f} nats, "
-            f"expected at most {LARGEST_LOG_WEIGHT:g}, a move small enough to measure by importance sampling"
-        )
+    moved_entropy = _kept(moved, "moved", "entropy", int(column(base, "n_tokens", "base").sum()))
+    ratios = token_ratios(base, moved, rows)
+    check_reach(ratios, base)
+    ends, log_weight, log_ratio = ratios.ends, ratios.before, ratios.log_ratio
+    lengths, place, at_end = np.diff(ends), place_in_sequence(ends), segment_sum(log_ratio, ends)
+    entropy = moved_entropy[ratios.in_moved]
 
     weight, have = np.exp(log_weight), np.bincount(place)
     from_here = 1.0 - np.concatenate([[0], np.cumsum(have)]) / ends[-1]  # share of the tokens at or behind a position
@@ -81,6 +72,47 @@ def prefix_weights(base: SequenceSums, moved: SequenceSums, rows: np.ndarray) ->
         worst_position=worst + 1,
         worst_ess_fraction=float(fractions[worst]),
     )
+
+
+class TokenRatios(NamedTuple):
+    """How much likelier the moved policy makes each token, packed in the row order of the base table.
+
+    ends       int64 [S + 1], where each rollout's tokens start, and N at the end
+    in_moved   int64 [N], the place of each token among those of the moved table
+    log_ratio  float64 [N], log ρ_k = logp_k(η) − logp_k(0)
+    before     float64 [N], log w_{<k}: the sum of those before it in its rollout
+    """
+
+    ends: np.ndarray
+    in_moved: np.ndarray
+    log_ratio: np.ndarray
+    before: np.ndarray
+
+    @property
+    def largest(self) -> float:
+        """The largest log-weight of a rollout's first tokens, in nats."""
+        return float((self.before + self.log_ratio).max())
+
+
+def token_ratios(base: SequenceSums, moved: SequenceSums, rows: np.ndarray) -> TokenRatios:
+    """Those of two tables that kept their tokens; see `prefix_weights` for `rows` and for what is refused."""
+    lengths = column(base, "n_tokens", "base").astype(np.int64)
+    ends = np.concatenate([[0], np.cumsum(lengths)])
+    moved_lengths = column(moved, "n_tokens", "moved").astype(np.int64)
+    in_moved = np.repeat((np.cumsum(moved_lengths) - moved_lengths)[rows], lengths) + place_in_sequence(ends)
+    log_ratio = _kept(moved, "moved", "logp", ends[-1])[in_moved] - _kept(base, "base", "logp", ends[-1])
+    return TokenRatios(ends, in_moved, log_ratio, sum_before(log_ratio, ends))
+
+
+def check_reach(ratios: TokenRatios, base: SequenceSums) -> None:
+    """ValueError for a weight beyond what a measurement can stand; the rollout is named."""
+    if ratios.largest > LARGEST_LOG_WEIGHT:
+        place = int(np.argmax(ratios.before + ratios.log_ratio))
+        rollout = int(base.rollout[np.searchsorted(ratios.ends, place, side="right") - 1])
+        raise ValueError(
+            f"moved.tokens.logp: log-weights of rollout {rollout} reach {ratios.largest:.0f} nats, "
+            f"expected at most {LARGEST_LOG_WEIGHT:g}, a move small enough to measure by importance sampling"
+        )
 
 
 def _ess_fractions(weight: np.ndarray, place: np.ndarray, have: np.ndarray) -> np.ndarray:

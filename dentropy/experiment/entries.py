@@ -21,7 +21,7 @@ def slope(estimate: Estimate) -> dict:
     return {
         "estimator": estimate.estimator,
         "value": estimate.value,
-        **_errors(estimate),
+        **errors(estimate),
         **estimate.parts,
         "part_stderrs": dict(estimate.part_stderrs),
     }
@@ -35,7 +35,7 @@ def horizon(base: SequenceSums, prompts: str) -> dict | None:
     return {
         "tokens": HORIZON,
         "value": estimate.value,
-        **_errors(estimate),
+        **errors(estimate),
         "left_out": estimate.parts["left_out"],
         "left_out_stderr": estimate.part_stderrs["left_out"],
     }
@@ -46,7 +46,7 @@ def curvature(estimate: Estimate, base: SequenceSums) -> dict:
     step = base.second_order_step
     return {
         "value": estimate.value,
-        **_errors(estimate),
+        **errors(estimate),
         **estimate.parts,
         "step": None if step is None else float(step[0]),
     }
@@ -54,7 +54,7 @@ def curvature(estimate: Estimate, base: SequenceSums) -> dict:
 
 def trust(found: TrustRange) -> dict:
     """`trust`."""
-    return {"eta_star": found.eta_star, **_errors(found), "linear_until": found.linear_limit}
+    return {"eta_star": found.eta_star, **errors(found), "linear_until": found.linear_limit}
 
 
 def measured(change: Change, causal: Estimate) -> dict:
@@ -63,7 +63,7 @@ def measured(change: Change, causal: Estimate) -> dict:
     return {
         "eta": change.eta,
         "delta": result.delta,
-        **_errors(result),
+        **errors(result),
         "smoothed_delta": found.smoothed_delta,
         "noise_floor": change.noise_floor,
         "below_noise_floor": change.below_noise,
@@ -154,7 +154,7 @@ def _text(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def _errors(statistic: Statistic) -> dict:
+def errors(statistic: Statistic) -> dict:
     """What every statistic says of its error."""
     interval = statistic.interval()
     return {

@@ -59,6 +59,7 @@ class SequenceSums:
     `dentropy_to_go`    Σ_j A_j dh_j                   None below second order
     `entropy_to_go_2`   Σ_j B_j h_j                    None below second order
     `length_to_go_2`    Σ_j B_j                        None below second order
+    `fisher`            Σ Var_p(ż_k)                   None when the pass had no tangent
     `second_order_step` step in η of the differences   None unless d2logp and d2entropy are differences
     `group`             the prompt the rollout is for  always
     `rollout`           its index in the batch         always
@@ -92,6 +93,7 @@ class SequenceSums:
     dentropy_to_go: np.ndarray | None = None
     entropy_to_go_2: np.ndarray | None = None
     length_to_go_2: np.ndarray | None = None
+    fisher: np.ndarray | None = None
     second_order_step: np.ndarray | None = None
     group: np.ndarray
     rollout: np.ndarray
