@@ -14,6 +14,9 @@ LEFT_OUT = ("dentropy/estimators/slopes.py", "tests/estimators/test_jackknife.py
 CURVATURES = ("dentropy/estimators/curvatures.py", "tests/estimators/test_curvatures.py")
 IMPORTANCE = ("dentropy/estimators/importance_sampling.py", "tests/estimators/test_importance_sampling.py")
 PREDICTION = ("dentropy/estimators/prediction.py", "tests/estimators/test_prediction.py")
+MEANS = ("dentropy/estimators/mean_change.py", "tests/estimators/test_forecasts.py")
+PASS_AT_K = ("dentropy/estimators/pass_at_k.py", "tests/estimators/test_forecasts.py")
+RATES = ("dentropy/estimators/exchange_rates.py", "tests/estimators/test_forecasts.py")
 GROUPS = ("dentropy/estimators/groups.py", "tests/estimators/test_groups.py tests/estimators/test_jackknife.py")
 HEAD = ("dentropy/model/head.py", "tests/passes/test_forward_mode.py tests/model/test_exact_pass.py")
 ATTENTION = ("dentropy/model/attention_ops.py", "tests/model/test_attention.py")
@@ -50,6 +53,12 @@ _CHANGES = [
     (SUMS, "- 1.0 - np.arange", "- np.arange"),
     (SUMS, '"entropy_to_go": entropy * first', '"entropy_to_go": entropy * (first + dlogp)'),
     (SUMS, "second = first**2 + sum_before", "second = first**2 - sum_before"),
+    # the forecast
+    (MEANS, "others = np.where(alone, of_all, of_group) - own", "others = np.where(alone, of_all, of_group)"),
+    (MEANS, "np.exp(found.before) * np.expm1", "np.expm1"),
+    (PASS_AT_K, "comb(wrong, k - j)", "comb(wrong, k - 1)"),
+    (PASS_AT_K, "wrong - 1, n - 1, k", "wrong, n - 1, k"),
+    (RATES, "- t**2 * covariance", "+ t**2 * covariance"),
     # the estimators
     (SLOPES, "(-ratio.mean * dsize, dsize)", "(ratio.mean * dsize, dsize)"),
     (LEFT_OUT, "return (terms - entropy / size * dsize) / size", "return (terms + entropy / size * dsize) / size"),
@@ -61,7 +70,7 @@ _CHANGES = [
         'column(moved, "logp", "moved")[rows] - column(base, "logp", "base")',
         'column(base, "logp", "base") - column(moved, "logp", "moved")[rows]',
     ),
-    (IMPORTANCE, "rows = _pair(base, moved)", "rows = _pair(base, moved) * 0 + np.arange(len(base.rollout))"),
+    (IMPORTANCE, "rows = paired_rows(base, moved)", "rows = _pair(base, moved) * 0 + np.arange(len(base.rollout))"),
     (
         IMPORTANCE,
         "scaled * (moved_entropy - moved_value * moved_size)",

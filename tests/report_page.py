@@ -46,6 +46,11 @@ def content():
         put(entry, predicted_quadratic_stderr=5.2 * abs(eta), predicted_uncorrected=uncorrected * eta)
         put(entry, prediction_error=slope * eta - delta, prediction_error_stderr=2.1 * abs(eta))
     put(run["fresh_check"], eta=4 * STEP, delta=-0.0228, stderr=2.7e-3, difference=1.8e-3, difference_stderr=4.2e-3)
+    for change in changes_of(run["forecast"]):
+        for entry, eta in zip(change, (-STEP, STEP / 2, STEP, 4 * STEP)):
+            put(entry, eta=eta)
+    for entry in run["forecast"]["reward"]["changes"]:
+        put(entry, value=120 * entry["eta"], **errors(120 * entry["eta"], 3e-3))
     for name in ("by_position", "by_length", "by_lag", "by_layer", "by_kind"):
         rows = list(zip(run["attribution"][name], (-90.0, 24.5, -10.5)))
         run["attribution"][name] = [put(row, contribution=share) for row, share in rows]
@@ -54,6 +59,14 @@ def content():
                 put(row, stderr=stderr)
     put(run["audit"], warnings=[])
     return run
+
+
+def changes_of(forecast):
+    """The lists with an entry for each η."""
+    means = [forecast[name] for name in ("entropy", "reward", "length", "exchange_rate")] + (
+        forecast["pass_at_k"] or []
+    )
+    return [entry["changes"] for entry in (*means, *forecast["kl"].values())]
 
 
 def put(entry, **values):

@@ -83,6 +83,14 @@ def add(commands) -> None:
         action="store_true",
         help="leave out the parameters' shares, which need a gradient's memory",
     )
+    command.add_argument(
+        "--pass-at-k",
+        type=int,
+        nargs="+",
+        default=(),
+        metavar="K",
+        help="forecast pass@K too: needs rewards of 0 and 1 and K rollouts or more for every prompt",
+    )
     command.add_argument("--out", required=True, metavar="DIR", help="run folder, new or empty")
     add_model_options(command)
     command.set_defaults(run=run)
@@ -139,6 +147,7 @@ def run(options) -> None:
             token_budget=options.token_budget,
             prompts=options.prompt_set,
             parameters=parameters,
+            pass_at_k=options.pass_at_k,
             progress=progress,
         )
     named = {name: getattr(options, name) for name in ("policy", "rollouts", "after", "direction", "update_rollouts")}

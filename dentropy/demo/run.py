@@ -31,6 +31,7 @@ STEPS = (-1.0, 0.25, 0.5, 1.0, 2.0, 4.0)
 PROMPTS, PER_PROMPT = 512, 8
 UPDATE_PROMPTS, UPDATE_PER_PROMPT = 512, 8
 BATCH_SIZE = 256
+PASS_AT_K = (1, 4)
 
 
 def run(seed: int = 0) -> ProbeResult:
@@ -61,7 +62,7 @@ def _run(seed: int) -> ProbeResult:
         direction = policy_gradient_direction(policy, update, step_size=STEP_SIZE, progress=progress)
     etas = [step * STEP_SIZE for step in STEPS]
     with token_bar("3/4 predict and measure", tokens_to_run(policy, batch, etas)) as progress:
-        result = probe(policy, batch, direction, etas, progress=progress)
+        result = probe(policy, batch, direction, etas, pass_at_k=PASS_AT_K, progress=progress)
 
     with moved_weights(policy, direction, etas[-1]):
         prompts = [batch.prompt(i) for i in range(0, len(batch), PER_PROMPT)]

@@ -8,8 +8,12 @@ from dentropy.estimators.audit import AuditCheck, OnPolicyAudit, on_policy_audit
 from dentropy.estimators.curvatures import curvature
 from dentropy.estimators.diagnostics import ImportanceDiagnostics, importance_diagnostics
 from dentropy.estimators.estimate import Estimate, Statistic
+from dentropy.estimators.exchange_rates import ExchangeRate, exchange_rate
+from dentropy.estimators.forecasts import Forecast, forecast
 from dentropy.estimators.groups import clustered_stderr
 from dentropy.estimators.importance_sampling import ImportanceResult, importance
+from dentropy.estimators.kl import Divergence
+from dentropy.estimators.mean_change import MeanChange
 from dentropy.estimators.prediction import TrustRange, difference, predict, prediction_error, trust_range
 from dentropy.estimators.sample_size import RolloutsNeeded, rollouts_needed
 from dentropy.estimators.slopes import slope
@@ -17,9 +21,13 @@ from dentropy.estimators.slopes import slope
 __all__ = [
     "AuditCheck",
     "Bins",
+    "Divergence",
     "Estimate",
+    "ExchangeRate",
+    "Forecast",
     "ImportanceDiagnostics",
     "ImportanceResult",
+    "MeanChange",
     "OnPolicyAudit",
     "RolloutsNeeded",
     "Statistic",
@@ -31,6 +39,8 @@ __all__ = [
     "clustered_stderr",
     "curvature",
     "difference",
+    "exchange_rate",
+    "forecast",
     "importance",
     "importance_diagnostics",
     "on_policy_audit",

@@ -11,14 +11,12 @@ from dentropy.estimators.columns import check_choice, column, entropy_ratio
 from dentropy.estimators.estimate import Statistic
 from dentropy.estimators.groups import Groups
 from dentropy.estimators.jackknife import leave_one_out
-from dentropy.estimators.prefix_weights import prefix_weights
+from dentropy.estimators.prefix_weights import check_reach, prefix_weights
 
 if TYPE_CHECKING:
     from dentropy.stats.tables import SequenceSums
 
 WEIGHTS = ("sequence", "prefix")
-# In nats, of prefix weights per sequence, whose denominator S is not weighted: float64 does not go much further.
-LARGEST_LOG_WEIGHT = 300.0
 _QUANTILES = {"min": 0.0, "p05": 0.05, "p25": 0.25, "median": 0.5, "p75": 0.75, "p95": 0.95, "max": 1.0}
 
 
@@ -132,7 +130,7 @@ def importance(
     check_choice("weights", weights, WEIGHTS)
     ratio = entropy_ratio(base, per, "base")
     groups = Groups.of(base.group, prompts, ratio.size)
-    rows = _pair(base, moved)
+    rows = paired_rows(base, moved)
     moved_entropy = column(moved, "entropy", "moved")[rows]
     log_weights = column(moved, "logp", "moved")[rows] - column(base, "logp", "base")
     moved_size, moved_tokens, worst = ratio.size, column(base, "n_tokens", "base"), (None, None)
@@ -140,7 +138,7 @@ def importance(
         log_weights, moved_entropy, moved_tokens, *worst = prefix_weights(base, moved, rows)
         moved_size = moved_tokens
         if per == "sequence":
-            _check_reach(log_weights, base.rollout)
+            check_reach(log_weights, base.rollout)
             moved_size = np.exp(-log_weights)
 
     # Ratios do not know a common factor of the weights: with 1 for the largest, none overflows.
@@ -187,15 +185,6 @@ def _ratio_change(
     return moved_entropy / moved_size - entropy / size
 
 
-def _check_reach(log_weights: np.ndarray, rollout: np.ndarray) -> None:
-    far = int(np.argmax(log_weights))
-    if log_weights[far] > LARGEST_LOG_WEIGHT:
-        raise ValueError(
-            f"moved.tokens.logp: log-weights of rollout {rollout[far]} reach {log_weights[far]:.0f} nats, "
-            f"expected at most {LARGEST_LOG_WEIGHT:g}, a move small enough to measure by importance sampling"
-        )
-
-
 def _quantiles(log_weights: np.ndarray) -> dict[str, float]:
     values = np.quantile(log_weights, list(_QUANTILES.values()))
     return dict(zip(_QUANTILES, values.tolist(), strict=True))
@@ -212,7 +201,7 @@ def _effective_sample_size(weights: np.ndarray) -> float:
     return float(scaled.sum() ** 2 / np.sum(scaled**2))
 
 
-def _pair(base: SequenceSums, moved: SequenceSums) -> np.ndarray:
+def paired_rows(base: SequenceSums, moved: SequenceSums) -> np.ndarray:
     """Row of `moved` for each row of `base`, int64 [S]; ValueError where these are not the same rollouts."""
     for argument, sums in (("base", base), ("moved", moved)):
         labels, counts = np.unique(sums.rollout, return_counts=True)

@@ -20,6 +20,8 @@ from dentropy.stats.segments import place_in_sequence, segment_sum, sum_before
 if TYPE_CHECKING:
     from dentropy.stats.tables import SequenceSums
 
+# In nats. Squares of such a weight are still far inside the range of float64, and no measurement survives it.
+LARGEST_LOG_WEIGHT = 300.0
 # The share of the tokens whose positions are looked at for the worst one: the longest rollouts may be few, and what
 # is said of so small a part of the tokens does not decide.
 CARRIED = 0.95
@@ -52,14 +54,11 @@ def prefix_weights(base: SequenceSums, moved: SequenceSums, rows: np.ndarray) ->
     Raises:
         ValueError: no kept tokens, or another number of them than the rows have; a value that is not finite.
     """
-    lengths = column(base, "n_tokens", "base").astype(np.int64)
-    ends = np.concatenate([[0], np.cumsum(lengths)])
-    place = place_in_sequence(ends)
-    moved_lengths = column(moved, "n_tokens", "moved").astype(np.int64)
-    in_moved = np.repeat((np.cumsum(moved_lengths) - moved_lengths)[rows], lengths) + place
-    entropy = _kept(moved, "moved", "entropy", ends[-1])[in_moved]
-    log_ratio = _kept(moved, "moved", "logp", ends[-1])[in_moved] - _kept(base, "base", "logp", ends[-1])
-    log_weight, at_end = sum_before(log_ratio, ends), segment_sum(log_ratio, ends)
+    moved_entropy = _kept(moved, "moved", "entropy", int(column(base, "n_tokens", "base").sum()))
+    ratios = token_ratios(base, moved, rows)
+    ends, log_weight, log_ratio = ratios.ends, ratios.before, ratios.log_ratio
+    lengths, place, at_end = np.diff(ends), place_in_sequence(ends), segment_sum(log_ratio, ends)
+    entropy = moved_entropy[ratios.in_moved]
     have = np.bincount(place)
     from_here = 1.0 - np.concatenate([[0], np.cumsum(have)]) / ends[-1]  # share of the tokens at or behind a position
     behind = from_here[lengths]  # 0 for the longest rollouts, whose last weight counts nowhere
@@ -76,6 +75,48 @@ def prefix_weights(base: SequenceSums, moved: SequenceSums, rows: np.ndarray) ->
         worst_position=worst + 1,
         worst_ess_fraction=float(fractions[worst]),
     )
+
+
+class TokenRatios(NamedTuple):
+    """How much likelier the moved policy makes each token, packed in the row order of the base table.
+
+    ends       int64 [S + 1], where each rollout's tokens start, and N at the end
+    in_moved   int64 [N], the place of each token among those of the moved table
+    log_ratio  float64 [N], log ρ_k = logp_k(η) − logp_k(0)
+    before     float64 [N], log w_{<k}: the sum of those before it in its rollout
+    """
+
+    ends: np.ndarray
+    in_moved: np.ndarray
+    log_ratio: np.ndarray
+    before: np.ndarray
+
+    @property
+    def reach(self) -> np.ndarray:
+        """float64 [S], the largest log-weight of each rollout's first tokens, in nats; 0 where it has none."""
+        largest = np.zeros(len(self.ends) - 1)
+        np.maximum.at(largest, np.repeat(np.arange(largest.size), np.diff(self.ends)), self.before + self.log_ratio)
+        return largest
+
+
+def token_ratios(base: SequenceSums, moved: SequenceSums, rows: np.ndarray) -> TokenRatios:
+    """Those of two tables that kept their tokens; see `prefix_weights` for `rows` and for what is refused."""
+    lengths = column(base, "n_tokens", "base").astype(np.int64)
+    ends = np.concatenate([[0], np.cumsum(lengths)])
+    moved_lengths = column(moved, "n_tokens", "moved").astype(np.int64)
+    in_moved = np.repeat((np.cumsum(moved_lengths) - moved_lengths)[rows], lengths) + place_in_sequence(ends)
+    log_ratio = _kept(moved, "moved", "logp", ends[-1])[in_moved] - _kept(base, "base", "logp", ends[-1])
+    return TokenRatios(ends, in_moved, log_ratio, sum_before(log_ratio, ends))
+
+
+def check_reach(log_weights: np.ndarray, rollout: np.ndarray) -> None:
+    """ValueError for a weight [S] beyond what a measurement can stand; the rollout is named."""
+    far = int(np.argmax(log_weights))
+    if log_weights[far] > LARGEST_LOG_WEIGHT:
+        raise ValueError(
+            f"moved.tokens.logp: log-weights of rollout {rollout[far]} reach {log_weights[far]:.0f} nats, "
+            f"expected at most {LARGEST_LOG_WEIGHT:g}, a move small enough to measure by importance sampling"
+        )
 
 
 def _ess_fractions(log_weight: np.ndarray, place: np.ndarray, have: np.ndarray) -> np.ndarray:

@@ -21,7 +21,7 @@ def slope(estimate: Estimate) -> dict:
     return {
         "estimator": estimate.estimator,
         "value": estimate.value,
-        **_errors(estimate),
+        **errors(estimate),
         **estimate.parts,
         "part_stderrs": dict(estimate.part_stderrs),
     }
@@ -35,7 +35,7 @@ def horizon(base: SequenceSums, prompts: str) -> dict | None:
     return {
         "tokens": HORIZON,
         "value": estimate.value,
-        **_errors(estimate),
+        **errors(estimate),
         "left_out": estimate.parts["left_out"],
         "left_out_stderr": estimate.part_stderrs["left_out"],
     }
@@ -53,7 +53,7 @@ def curvature(causal: Estimate, exact: Estimate, base: SequenceSums) -> dict:
 
 def _curvature(estimate: Estimate) -> dict:
     parts = {**estimate.parts, "part_stderrs": dict(estimate.part_stderrs)}
-    return {"estimator": estimate.estimator, "value": estimate.value, **_errors(estimate), **parts}
+    return {"estimator": estimate.estimator, "value": estimate.value, **errors(estimate), **parts}
 
 
 def _difference(first: Statistic, second: Statistic) -> dict:
@@ -64,7 +64,7 @@ def _difference(first: Statistic, second: Statistic) -> dict:
 
 def trust(found: TrustRange) -> dict:
     """`trust`."""
-    return {"eta_star": found.eta_star, **_errors(found), "linear_until": found.linear_limit}
+    return {"eta_star": found.eta_star, **errors(found), "linear_until": found.linear_limit}
 
 
 def measured(change: Change, causal: Estimate) -> dict:
@@ -86,7 +86,7 @@ def _form(form: Form) -> dict:
     return {
         "weights": result.weights,
         "delta": result.delta,
-        **_errors(result),
+        **errors(result),
         "smoothed_delta": found.smoothed_delta,
         "verdict": found.verdict,
         "verdict_reason": found.reason,
@@ -174,7 +174,7 @@ def _text(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def _errors(statistic: Statistic) -> dict:
+def errors(statistic: Statistic) -> dict:
     """What every statistic says of its error."""
     interval = statistic.interval()
     return {

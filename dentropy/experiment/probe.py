@@ -11,8 +11,11 @@ import torch
 
 from dentropy.estimators import (
     Estimate,
+    Forecast,
     ImportanceResult,
+    MeanChange,
     curvature,
+    forecast,
     importance,
     importance_diagnostics,
     on_policy_audit,
@@ -23,6 +26,9 @@ from dentropy.estimators import (
 )
 from dentropy.estimators.columns import entropy_ratio
 from dentropy.estimators.groups import Groups
+from dentropy.estimators.importance_sampling import paired_rows
+from dentropy.estimators.pass_at_k import check_pass_at_k
+from dentropy.estimators.prefix_weights import LARGEST_LOG_WEIGHT, token_ratios
 from dentropy.experiment.changes import Change, Form, FreshCheck
 from dentropy.experiment.cost import cost
 from dentropy.experiment.results import ProbeResult
@@ -54,6 +60,7 @@ def probe(
     token_budget: int | str = AUTO,
     prompts: str = "random",
     parameters: bool = True,
+    pass_at_k: Sequence[int] = (),
     progress: Callable[[int], None] | None = None,
 ) -> ProbeResult:
     """Slope and curvature of the entropy along `direction`, and the measured ΔH(η) at each of `etas`.
@@ -64,12 +71,12 @@ def probe(
     gives each parameter's share, unless `parameters` is False (it needs a gradient's memory). Second derivatives, for
     the curvature, are second differences of values: of those at ±η where two of the `etas` are such a pair and a good
     step for it, else of two plain passes more. `prompts` says what the standard errors are for: prompts drawn at
-    "random", or this "fixed" set. `token_budget` is that of `measure`, for every pass by itself: they differ in what a
-    token needs. `progress` is called with the number of tokens just finished, `tokens_to_run` in all: what turns out
-    not to be needed counts as finished.
+    "random", or this "fixed" set. `pass_at_k` are the k whose pass@k the forecast has too. `token_budget` is that of
+    `measure`, for every pass by itself: they differ in what a token needs. `progress` is called with the number of
+    tokens just finished, `tokens_to_run` in all: what turns out not to be needed counts as finished.
 
-    Raises ValueError, before any work, for etas that are empty, not finite, repeated, or 0 only; see `measure` for
-    what it refuses.
+    Raises ValueError, before any work, for etas that are empty, not finite, repeated, or 0 only, and for `pass_at_k`
+    that the rewards or the groups do not allow (see `forecast`); see `measure` for what it refuses.
 
     Example:
         >>> from dentropy.demo.run import load_policy, draw_rollouts
@@ -84,6 +91,7 @@ def probe(
         True
     """
     etas = check_etas(etas)
+    check_pass_at_k(pass_at_k, batch.reward, Groups.of(batch.group, prompts))
     settings = {"token_budget": token_budget, "progress": progress}
     base = measure(policy, batch, direction, keep_tokens=True, **settings)
     second_order = _has_second_order(policy)
@@ -115,6 +123,7 @@ def probe(
         no_curvature=no_curvature,
         trust=None if seconds["causal"] is None else trust_range(slopes["causal"], seconds["causal"]),
         changes=tuple(changes),
+        forecast=_forecast(base, changes, slopes["causal"], batch.reward, base_entropy, pass_at_k),
         parameters=shares,
         audit=on_policy_audit(base),
         without_end=without_end(batch, end_tokens(policy)),
@@ -164,6 +173,31 @@ def _with_second_order(
     sums = sequence_sums(tokens, batch.response_offsets, group=batch.group)
     sums = replace(sums, tokens=tokens, second_order_step=np.full(len(sums), step))
     return sums, passes, None
+
+
+def _forecast(
+    base: SequenceSums,
+    changes: Sequence[Change],
+    first: Estimate,
+    reward: np.ndarray | None,
+    base_entropy: float,
+    pass_at_k: Sequence[int],
+) -> Forecast:
+    """What the step buys and costs, at every η that is not too far away to be measured."""
+    near = {
+        change.eta: change
+        for change in changes
+        if token_ratios(base, change.moved, paired_rows(base, change.moved)).reach.max() <= LARGEST_LOG_WEIGHT
+    }
+    measured = {eta: change.measured for eta, change in near.items()}
+    return forecast(
+        base,
+        {eta: change.moved for eta, change in near.items()},
+        None if reward is None else reward[base.rollout],
+        pass_at_k=pass_at_k,
+        entropy=MeanChange(base=base_entropy, slope=first, changes=measured),
+        prompts=first.prompts,
+    )
 
 
 def _form(measured: ImportanceResult, eta: float, first: Estimate, second: Estimate | None) -> Form:

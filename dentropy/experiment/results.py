@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dentropy.estimators import Estimate, OnPolicyAudit, TrustRange
-from dentropy.experiment import entries, rollout_rows, run_folder
+from dentropy.estimators import Estimate, Forecast, OnPolicyAudit, TrustRange
+from dentropy.experiment import entries, forecast_entry, rollout_rows, run_folder
 from dentropy.experiment.changes import Change, FreshCheck
 from dentropy.experiment.summary import summary
 from dentropy.rollouts.batch import PackedBatch
@@ -30,6 +30,7 @@ class ProbeResult:
         exact_curvature: The exact one; None where `curvature` is.
         trust: How far predictions reach; None without a curvature.
         changes: Prediction and measurement at each η, in the order given.
+        forecast: What the step buys and costs: entropy, reward, length, pass@k, KL divergence.
         parameters: Contribution of every parameter that moves to the causal slope, by name; None if not asked for.
         audit: Do the rollouts look like samples of this policy?
         without_end: Rollouts that do not end with an end token of the policy; None where it has none.
@@ -53,6 +54,7 @@ class ProbeResult:
     no_curvature: str | None
     trust: TrustRange | None
     changes: tuple[Change, ...]
+    forecast: Forecast
     parameters: dict[str, float] | None
     audit: OnPolicyAudit
     without_end: int | None
@@ -104,6 +106,7 @@ class ProbeResult:
             "trust": None if self.trust is None else entries.trust(self.trust),
             "measured": [entries.measured(change, causal) for change in self.changes],
             "noise_floor": self.noise_floor,
+            "forecast": forecast_entry.forecast(self.forecast, self.etas),
             "attribution": entries.attribution(self.base, self.prompts, self.parameters),
             "fresh_check": None if self.fresh is None else dict(vars(self.fresh)),
             "audit": self._audit(),

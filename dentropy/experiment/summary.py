@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dentropy.experiment.cost import cost_text
 from dentropy.experiment.readings import curvatures_apart, cut_short, disagreement, entry_told_apart, forms_apart, part
+from dentropy.experiment.trade import trade
 
 
 def summary(content: dict) -> str:
     """The summary of a run from the content of its results.json, without a final newline."""
-    parts = [_head(content), _slopes(content), _changes(content), _verdicts(content)]
+    parts = [*filter(None, [trade(content)]), _head(content), _slopes(content), _changes(content), _verdicts(content)]
     if content["fresh_check"] is not None:
         parts.append(_fresh(content["fresh_check"], content["measured"]))
     parts.append(_audit(content["audit"]))
@@ -23,6 +24,8 @@ def warnings(content: dict) -> list[str]:
     named = [(f"{row['estimator']} slope", row) for row in content["slope"]]
     named += [("curvature", content.get("curvature")), ("η*", content.get("trust"))]
     named += [(f"ΔH at η = {row['eta']:.3g}", row) for row in content["measured"]]
+    for entry in (content.get("forecast") or {}).get("pass_at_k") or []:
+        named.append((f"slope of pass@{entry['k']}", entry["slope"]))
     for name, row in named:
         found += [f"{name}: {text}" for text in (row or {}).get("warnings") or []]
     found += [f"{path} is {value}" for path, value in (content.get("not_finite") or {}).items()]

@@ -25,16 +25,16 @@ def causal(content: dict) -> dict:
 def answer(content: dict) -> str:
     """One sentence: the measured change at the step size; the predicted one where no measurement stands."""
     entry, slope, step = at_step(content), causal(content), content["step_size"]
-    doubt = _doubt(entry)
-    if doubt is None:
+    unusable = doubt(entry)
+    if unusable is None:
         value, stderr, reason = entry["delta"], entry["stderr"], entry.get("stderr_reason")
         interval, source = entry.get("interval"), "measured"
     else:
         value, stderr, reason = times(slope["value"], step), times(slope["stderr"], abs(step)), None
-        interval, source = None, f"predicted; {doubt}"
+        interval, source = None, f"predicted; {unusable}"
     where = f"at step size {step_text(step)}"
     if value is None:
-        return f"What this update does to entropy {where} is not known: {doubt}, and no finite prediction."
+        return f"What this update does to entropy {where} is not known: {unusable}, and no finite prediction."
     if stderr is None:
         missing = f", no error bar: {reason}" if reason else ", no error bar"
         return f"This update {_verb(value)} entropy by {plain(abs(value))} {UNIT} {where} ({source}{missing})."
@@ -90,7 +90,7 @@ def ways(content: dict) -> str | None:
     )
 
 
-def _doubt(entry: dict | None) -> str | None:
+def doubt(entry: dict | None) -> str | None:
     """Why the measurement at the step size cannot be the answer, or None."""
     if entry is None:
         return "not measured there"

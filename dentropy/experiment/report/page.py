@@ -7,11 +7,13 @@ from importlib.resources import files
 from dentropy.experiment.report.answer import answer, comparison, ways
 from dentropy.experiment.report.attribution import attribution
 from dentropy.experiment.report.changes import changes, reliability
+from dentropy.experiment.report.forecast import forecast
 from dentropy.experiment.report.provenance import audit, provenance
 from dentropy.experiment.report.rollouts import rollouts as token_by_token
 from dentropy.experiment.report.slopes import slopes
 from dentropy.experiment.report.tags import Markup, tag
 from dentropy.experiment.summary import warnings
+from dentropy.experiment.trade import trade
 
 # The browser itself refuses whatever the page does not bring along.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
@@ -32,6 +34,7 @@ def html(content: dict, rollouts: list[dict]) -> str:
     shown = [
         section
         for section in (
+            forecast(content),
             changes(content),
             reliability(content),
             slopes(content),
@@ -61,7 +64,7 @@ def _metadata(content: dict) -> Markup:
 
 def _head(content: dict) -> Markup:
     explained, warned = ways(content), len(warnings(content))
-    link = None
+    link, bought = None, trade(content)
     if warned:
         text = f"{warned} warning{'s' if warned > 1 else ''}: read before use"
         link = tag("p", tag("a", text, href="#audit"), class_="warned")
@@ -69,6 +72,7 @@ def _head(content: dict) -> Markup:
         "header",
         tag("p", "dentropy report", class_="label"),
         tag("h1", answer(content)),
+        None if bought is None else tag("p", bought, class_="trade"),
         link,
         tag("dl", comparison(content), class_="comparison"),
         None if explained is None else tag("p", explained),

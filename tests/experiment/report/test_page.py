@@ -53,10 +53,20 @@ def test_what_a_run_does_not_have_is_left_out():
     for entry in [*run["slope"], *run["measured"]]:
         for name in new & set(entry):
             del entry[name]
-    for name in ("curvature", "trust", "noise_floor", "attribution", "horizon", "fresh_check", "not_finite"):
+    for name in (
+        "curvature",
+        "trust",
+        "noise_floor",
+        "attribution",
+        "horizon",
+        "forecast",
+        "fresh_check",
+        "not_finite",
+    ):
         del run[name]
     found = page(run, [])
     assert headings(page()) == [
+        "What the step buys and costs",
         "Change of entropy",
         "Can the measurement be trusted?",
         "Slope and curvature at η = 0",
@@ -65,7 +75,7 @@ def test_what_a_run_does_not_have_is_left_out():
         "Audit and warnings",
         "How it was run",
     ]
-    kept = [h for h in headings(page()) if not h.startswith("Rollouts")]
+    kept = [h for h in headings(page()) if not h.startswith(("Rollouts", "What the step"))]
     assert headings(found) == [h.replace("Slope and curvature", "Slope") for h in kept]
     for word in (
         "Curvature",
@@ -113,7 +123,7 @@ def test_poor_runs_have_a_page_too(change):
     run = content()
     change(run)
     found = page(run)
-    assert len(headings(found)) == 7 and "nan" not in found.text and "None" not in found.text
+    assert len(headings(found)) == 8 and "nan" not in found.text and "None" not in found.text
     assert bool(found.all("figure")) == (change is not _nothing_measured)
     for element in found.elements:
         assert not any(re.search(r"\b(nan|inf)\b", str(value)) for value in element["attrs"].values())

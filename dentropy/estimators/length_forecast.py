@@ -1,0 +1,40 @@
+"""The change of the mean length: a token cannot change how many came before it, only how many follow."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dentropy.estimators.mean_change import MeanChange, Rollouts, Scores, mean_of_others, ratio_of_sums
+
+
+def length_forecast(rollouts: Rollouts) -> MeanChange:
+    """Slope and change of the mean number of generated tokens, in tokens per rollout.
+
+    Both are means of x_i = Σ_k s_k (T_i − k − b_k), with the score s_k = dlogp_k, or w_{<k}(ρ_k − 1) at η. The baseline
+    b_k is what the other rollouts of the prompt have left at k on average, 0 for those that have ended.
+    """
+    tokens = rollouts.tokens
+    left = _tokens_left(rollouts)
+    lengths = tokens.n_tokens.astype(np.float64)
+
+    def of(scores: Scores):
+        return ratio_of_sums(tokens.per_rollout(scores.token * left), np.ones_like(lengths), rollouts)
+
+    changes = {eta: of(scores) for eta, scores in rollouts.at.items()}
+    return MeanChange(base=float(lengths.mean()), slope=of(rollouts.first), changes=changes)
+
+
+def _tokens_left(rollouts: Rollouts) -> np.ndarray:
+    """T_i − k − b_k of every token, float64 [N]."""
+    tokens, groups = rollouts.tokens, rollouts.groups()
+    own = tokens.n_tokens[tokens.row] - tokens.position
+    of_group = _beyond(groups.row[tokens.row], tokens.position)
+    of_all = _beyond(np.zeros_like(tokens.row), tokens.position)
+    return own - mean_of_others(own, of_group, of_all, groups.members[groups.row][tokens.row], tokens.n_tokens.size)
+
+
+def _beyond(label: np.ndarray, position: np.ndarray) -> np.ndarray:
+    """For each token, how many of its label are at a later position: Σ_j (T_j − k)₊ over the rollouts of the label."""
+    width = position.max() + 1
+    ordered = np.sort(label * width + position)
+    return np.searchsorted(ordered, (label + 1) * width) - np.searchsorted(ordered, label * width + position, "right")
