@@ -168,6 +168,25 @@ def random_batch(seed: int = 0, *, rollouts: int = 9, temperature: float = 1.0, 
     )
 
 
+def random_rows(seed: int = 0, *, rollouts: int = 10, n_temperatures: int = 1, **columns) -> PackedBatch:
+    """Masked rows, two to a group: generated tokens alternate with given ones, start and end anywhere; in one row none
+    is generated, in one all but the first, in one the last only, and one ends with many given ones."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(6, 14, rollouts)
+    masks = [np.arange(n) > rng.integers(0, n) - 1 if i % 2 else rng.random(n) < 0.5 for i, n in enumerate(lengths)]
+    masks[0][:], masks[1][:], masks[2][:-1], masks[2][-1:], masks[3][1:2], masks[3][2:] = 0, 1, 0, 1, 1, 0
+    for mask in masks:
+        mask[0] = False
+    return PackedBatch.from_rows(
+        [rng.integers(2, VOCAB, n).tolist() for n in lengths],
+        masks,
+        group=np.arange(rollouts) // 2,
+        temperature=rng.permutation(np.resize([0.7, 1.0, 1.4][:n_temperatures], rollouts)),
+        reward=rng.random(rollouts),
+        **columns,
+    )
+
+
 def random_direction(model, seed: int = 1, names=lambda name: True) -> Direction:
     """Every chosen parameter moves, by noise of the size of its own values."""
     generator = torch.Generator().manual_seed(seed)

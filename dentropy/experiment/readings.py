@@ -31,6 +31,18 @@ def part(slope: dict, name: str) -> tuple[float | None, float | None]:
     return slope[name], slope.get("part_stderrs", {}).get(name)
 
 
+def temperature_text(temperature: float | list[float]) -> str:
+    """That of results.json: one, or the lowest and the highest of several.
+
+    Example:
+        >>> temperature_text(1.0), temperature_text([0.6, 0.8, 1.0])
+        ('1', '0.6 to 1')
+    """
+    if not isinstance(temperature, list):
+        return f"{temperature:g}"
+    return f"{min(temperature):g} to {max(temperature):g}"
+
+
 def disagreement(measured: list[dict]) -> str | None:
     """A sentence on the η at which prediction and measurement part, where the measurement can be used."""
     apart = []

@@ -93,7 +93,7 @@ class ProbeResult:
             "n_sequences": len(self.base),
             "n_tokens": n_tokens,
             "n_groups": int(np.unique(self.base.group).size),
-            "temperature": float(self.batch.temperature),
+            "temperature": self._temperature(),
             "step_size": float(self.step_size),
             "prompts": self.prompts,
             "base_entropy": self.base_entropy,
@@ -170,6 +170,10 @@ class ProbeResult:
             "rollouts_without_end": self.without_end,
             "warnings": [*self.audit.warnings, *self._no_ends()],
         }
+
+    def _temperature(self) -> float | list[float]:
+        found = np.unique(self.batch.temperatures).tolist()
+        return found[0] if len(found) == 1 else found
 
     def _no_ends(self) -> list[str]:
         """A warning where not one rollout has an end token: so they were written down, not sampled."""

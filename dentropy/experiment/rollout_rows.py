@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 
 import numpy as np
 
@@ -60,7 +61,7 @@ def largest(base: SequenceSums, batch: PackedBatch, contributions: np.ndarray, t
 
     Returns:
         At most SHOWN_ROLLOUTS dicts with rollout, group, reward (or None), prompt, contribution and tokens, a list
-        of [text, contribution].
+        of [text, contribution]; what was given between generated tokens is one of [text, None].
     """
     by_token = np.split(token_attribution(base, estimator="exact"), np.cumsum(base.n_tokens).astype(int)[:-1])
 
@@ -70,7 +71,12 @@ def largest(base: SequenceSums, batch: PackedBatch, contributions: np.ndarray, t
     found = []
     for row in np.argsort(-np.abs(contributions), kind="stable")[:SHOWN_ROLLOUTS].tolist():
         i = int(base.rollout[row])
-        shares = zip(batch.response(i), by_token[row].tolist(), strict=True)
+        shares = iter(by_token[row].tolist())
+        parts = groupby(list(zip(*batch.row(i), strict=True))[batch.prompt_lens[i] :], key=lambda token: token[1])
+        tokens = []
+        for generated, part in parts:
+            ids = [token for token, _ in part]
+            tokens += [[text([token]), next(shares)] for token in ids] if generated else [[text(ids), None]]
         found.append(
             {
                 "rollout": i,
@@ -78,7 +84,7 @@ def largest(base: SequenceSums, batch: PackedBatch, contributions: np.ndarray, t
                 "reward": None if batch.reward is None else float(batch.reward[i]),
                 "prompt": text(batch.prompt(i)),
                 "contribution": float(contributions[row]),
-                "tokens": [[text([token]), share] for token, share in shares],
+                "tokens": tokens,
             }
         )
     return found

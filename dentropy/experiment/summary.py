@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from dentropy.experiment.cost import cost_text
-from dentropy.experiment.readings import curvatures_apart, cut_short, disagreement, entry_told_apart, forms_apart, part
+from dentropy.experiment.readings import (
+    curvatures_apart,
+    cut_short,
+    disagreement,
+    entry_told_apart,
+    forms_apart,
+    part,
+    temperature_text,
+)
 from dentropy.experiment.trade import trade
 
 
@@ -36,7 +44,7 @@ def _head(content: dict) -> str:
     lines = [f"{name}: {value}" for name, value in content["source"].items()]
     lines.append(
         f"{content['n_sequences']:,} rollouts of {content['n_groups']:,} prompts, "
-        f"{content['n_tokens']:,} tokens, temperature {content['temperature']:g}, "
+        f"{content['n_tokens']:,} tokens, temperature {temperature_text(content['temperature'])}, "
         f"{content['dtype']} on {content['device']}"
     )
     entropy = _with_error(content["base_entropy"], content["base_entropy_stderr"], "{:.4f}", "{:.4f}")

@@ -6,7 +6,7 @@ from dentropy.model.policy import Policy
 from dentropy.rollouts.batch import PackedBatch
 
 # Enough to go from prompt to response, few enough to cost next to nothing.
-ROLLOUTS, TOKENS, OF_THE_RESPONSE = 3, 64, 32
+ROLLOUTS, TOKENS, BEHIND_THE_PROMPT = 3, 64, 32
 
 
 def check_on_first(policy: Policy, batch: PackedBatch) -> None:
@@ -17,6 +17,6 @@ def check_on_first(policy: Policy, batch: PackedBatch) -> None:
 def _some(batch: PackedBatch) -> list[np.ndarray]:
     windows = []
     for i in np.unique(np.linspace(0, len(batch) - 1, ROLLOUTS).astype(int)).tolist():
-        prompt, response = batch.prompt(i), batch.response(i)[:OF_THE_RESPONSE]
-        windows.append(np.array((prompt + response)[-TOKENS:]))
+        tokens, _ = batch.row(i)
+        windows.append(np.array(tokens[: batch.prompt_lens[i] + BEHIND_THE_PROMPT][-TOKENS:]))
     return windows

@@ -1,4 +1,4 @@
-"""The forward-mode pass: rollouts through the policy, with or without tangents, to statistics of every response token.
+"""The forward-mode pass: rollouts through the policy, with or without tangents, to statistics of every generated token.
 
 Weights are moved to θ + η·v by putting other tensors in the parameters' places; with a tangent those are dual tensors
 whose tangent is v, and every operation of the model carries d/dη along. The parameters themselves are never written.
@@ -29,10 +29,10 @@ def response_stats(
     budget: TokenBudget,
     progress: Callable[[int], None] | None,
 ) -> TokenStats:
-    """Statistics of every response token, in rollout order, in one walk over the batch."""
+    """Statistics of every generated token, in rollout order, in one walk over the batch."""
 
     def score(microbatch: Microbatch) -> TokenStats:
-        return policy.score(microbatch.row, batch.temperature, tangent=tangent)
+        return policy.score(microbatch.row, microbatch.temperature, tangent=tangent)
 
     with policy.ready(), moved_weights(policy, direction, eta, tangent=tangent), torch.no_grad():
         return in_rollout_order(walk(batch, budget, score), progress)

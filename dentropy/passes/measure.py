@@ -37,6 +37,7 @@ def measure(
 ) -> SequenceSums:
     """One row per rollout: log-probability, entropy and their derivatives along `direction`, summed over tokens.
 
+    The tokens are those that the policy generated; given ones, before or between them, are context.
     The policy is taken at θ + eta·v, v the direction; sums are in nats, derivatives in nats per unit of η.
 
     Args:
@@ -46,7 +47,7 @@ def measure(
         eta: the step along v.
         order: 0 for logp and entropy only, 1 for their derivatives too, 2 for the second ones as well; None means 1
             with a direction at eta = 0, else 0.
-        token_budget: prompt and response tokens run at a time (a longer rollout runs alone). Memory follows it;
+        token_budget: tokens, given and generated, run at a time (a longer rollout runs alone). Memory follows it;
             results do not, beyond rounding. "auto" is 4096 on a CPU, where more is no faster; on CUDA it measures the
             memory of a first microbatch of that size, which resets PyTorch's peak statistics, and then fills a safe
             share of what is free. Where memory runs out the budget is halved, with a warning, and what is done is
@@ -56,7 +57,7 @@ def measure(
             tangents; the column `second_order_step` says how far from `eta`), a few percent off at worst where the
             policy is smooth; "nested" takes forward mode through forward mode, exact and some times slower, in
             plain PyTorch.
-        progress: called after every microbatch with the number of response tokens it held.
+        progress: called after every microbatch with the number of generated tokens it held.
 
     Raises:
         ValueError: for token ids outside the vocabulary, rollouts longer than the policy's positions, a direction
@@ -124,7 +125,7 @@ def _check_request(policy, batch, direction, eta, order, second_order) -> None:
 def check_batch(policy: Policy, batch: PackedBatch) -> None:
     """ValueError naming the first rollout with a token, or with positions, that the policy does not have."""
     batch.check_vocabulary(policy.vocab_size)
-    longest = int(np.argmax(batch.prompt_lens + batch.response_lens))
-    length = int(batch.prompt_lens[longest] + batch.response_lens[longest])
+    longest = int(np.argmax(batch.row_lens))
+    length = int(batch.row_lens[longest])
     if policy.max_positions is not None and length > policy.max_positions:
         raise ValueError(f"rollout {longest}: {length} tokens, expected at most {policy.max_positions} positions")

@@ -4,8 +4,8 @@ Rollouts are packed end to end, so nothing is padded: the longest that is left, 
 still fits. That is first-fit decreasing, one microbatch at a time, so that the budget may change on the way. Lengths
 within a microbatch are much alike, and a rollout that is too long for the machine fails first, not after hours.
 
-Memory follows the prompt and response tokens together: activations are linear in them (attention takes its queries in
-blocks), and logits, which only response tokens need, exist a few rows at a time.
+Memory follows given and generated tokens together: activations are linear in them (attention takes its queries in
+blocks), and logits, which only generated tokens need, exist a few rows at a time. A microbatch has one temperature.
 """
 
 import gc
@@ -36,7 +36,7 @@ Result = TypeVar("Result")
 
 
 class TokenBudget:
-    """How many prompt and response tokens run at a time, `tokens`; it learns from the microbatches that ran.
+    """How many tokens, given and generated, run at a time, `tokens`; it learns from the microbatches that ran.
 
     request: a number of at least 1, kept until memory runs out, or "auto": AUTO_START tokens and, on CUDA, from the
     second microbatch on what fits into SAFE_SHARE of the free memory at the bytes per token of the first. Measuring
@@ -74,43 +74,40 @@ class TokenBudget:
 
 @dataclass(frozen=True, eq=False)
 class Microbatch:
-    """Rollouts that run together, int64 [M], and where their response tokens stand among all of the batch's, int64 [N];
-    in `row` these are the targets, in the same order."""
+    """Rollouts that run together, int64 [M], sampled at one temperature, and where their generated tokens stand among
+    all of the batch's, int64 [N]; in `row` these are the targets, in the same order."""
 
     rollouts: np.ndarray
     places: np.ndarray
     row: PackedRow
+    temperature: float
 
     @classmethod
     def of(cls, batch: PackedBatch, rollouts: np.ndarray, device: torch.device) -> "Microbatch":
-        """Everything is made on the host and then copied. The last token of a response predicts nothing and is left
-        out; `rollouts` have responses."""
-        prompts, responses, starts = batch.prompt_lens[rollouts], batch.response_lens[rollouts], batch.offsets[rollouts]
-        lengths, tokens = prompts + responses - 1, batch.tokens.numpy()
-        firsts = np.cumsum(lengths) - lengths + prompts - 1  # the positions that predict the first tokens of responses
-        row = PackedRow.of(
-            tokens[_ranges(starts, lengths)],
-            lengths,
-            _ranges(firsts, responses),
-            tokens[_ranges(starts + prompts, responses)],
-            device,
-        )
-        return cls(rollouts, _ranges(batch.response_offsets[rollouts], responses), row)
+        """Everything is made on the host and then copied. The last token of a rollout predicts nothing and is left
+        out; `rollouts` have generated tokens, of one temperature."""
+        lengths, tokens = batch.row_lens[rollouts] - 1, batch.tokens.numpy()
+        places = _ranges(batch.offsets[rollouts], lengths)  # of what runs; the next token is what each one predicts
+        predicts = batch.generated[places + 1]
+        row = PackedRow.of(tokens[places], lengths, np.flatnonzero(predicts), tokens[places[predicts] + 1], device)
+        among_generated = _ranges(batch.response_offsets[rollouts], batch.response_lens[rollouts])
+        return cls(rollouts, among_generated, row, float(batch.temperatures[rollouts[0]]))
 
 
 def walk(
     batch: PackedBatch, budget: TokenBudget, run: Callable[[Microbatch], Result]
 ) -> Iterator[tuple[Microbatch, Result]]:
-    """(microbatch, run(microbatch)), for microbatches that hold every rollout with a response once.
+    """(microbatch, run(microbatch)), for microbatches that hold every rollout with generated tokens once.
 
     Where `run` runs out of memory the budget is halved and its rollouts wait for another microbatch, so `run` must
     leave nothing behind but what it returns; that is not held on to.
 
     Raises MemoryError, naming the rollout and its length, where a rollout does not fit alone.
     """
-    lengths = batch.prompt_lens + batch.response_lens
-    waiting = sorted((int(lengths[i]), i) for i in np.flatnonzero(batch.response_lens).tolist())
-    while waiting:
+    queues = _by_temperature(batch)
+    while queues:
+        temperature = max(queues, key=lambda key: queues[key][-1])
+        waiting = queues[temperature]
         taken = _take(waiting, budget.tokens)
         rollouts, size = np.array([i for _, i in taken]), sum(length for length, _ in taken)
         microbatch, results = Microbatch.of(batch, rollouts, budget.device), []
@@ -119,12 +116,24 @@ def walk(
             yield microbatch, results.pop()
         elif len(taken) > 1:
             budget.lower(size)
-            waiting = sorted(waiting + taken)
+            waiting[:] = sorted(waiting + taken)
         else:
             raise MemoryError(
                 f"rollout {rollouts[0]}: its {size:,} tokens do not fit into memory even alone; "
                 f"expected shorter rollouts, a smaller dtype or more memory ({shortage})"
             )
+        if not waiting:
+            del queues[temperature]
+
+
+def _by_temperature(batch: PackedBatch) -> dict[float, list[tuple[int, int]]]:
+    """(length, rollout) of those with generated tokens, ascending, by temperature."""
+    rollouts = np.flatnonzero(batch.response_lens)
+    columns = (batch.row_lens[rollouts].tolist(), rollouts.tolist())
+    queues: dict[float, list[tuple[int, int]]] = {}
+    for temperature, length, i in sorted(zip(batch.temperatures[rollouts].tolist(), *columns, strict=True)):
+        queues.setdefault(temperature, []).append((length, i))
+    return queues
 
 
 def _take(waiting: list[tuple[int, int]], budget: int) -> list[tuple[int, int]]:

@@ -18,11 +18,11 @@ from dentropy.stats.tables import TokenStats
 
 
 def nested_response_stats(policy, batch, direction, eta, *, budget, progress) -> TokenStats:
-    """Statistics of every response token with both derivatives along `direction`, in rollout order."""
+    """Statistics of every generated token with both derivatives along `direction`, in rollout order."""
     moving = policy.moving(direction)
 
     def score(microbatch: Microbatch) -> TokenStats:
-        return _score(policy, microbatch.row, moving, eta, batch.temperature)
+        return _score(policy, microbatch.row, moving, eta, microbatch.temperature)
 
     # Some derivatives (silu's) are differentiable again only while gradients are enabled; no weight asks for one.
     with policy.ready(attention.NESTABLE), torch.enable_grad(), _NestableLayerNorm():

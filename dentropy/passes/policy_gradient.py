@@ -5,7 +5,7 @@ is 1 and clipping does nothing:
 
     loss = −(1/D) Σ_i A_i Σ_k logp_k ,      A_i = (r_i − mean_g) / (std_g + 1e-4) over the rollouts of a prompt group,
 
-or the batch's own advantages where it has them.
+k over the tokens that the policy generated, D of them, or with the batch's own advantages where it has them.
 """
 
 import numpy as np
@@ -87,7 +87,7 @@ def policy_gradient_direction(
         batch,
         list(named.values()),
         np.zeros(batch.n_tokens),
-        np.repeat(advantage / scale, batch.response_lens),
+        by_token(batch, advantage / scale),
         token_budget=token_budget,
         progress=progress,
     )
@@ -109,9 +109,14 @@ def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return trained
 
 
+def by_token(batch: PackedBatch, advantage: np.ndarray) -> np.ndarray:
+    """Advantages [S] or [n_tokens] as one for each generated token, [n_tokens]."""
+    return np.repeat(advantage, batch.response_lens) if len(advantage) == len(batch) else advantage
+
+
 def group_normalized_advantages(batch: PackedBatch) -> np.ndarray:
-    """A_i, float64 [S]: the batch's advantages as they are, else (r − mean)/(std + 1e-4) within each prompt group, 0 in
-    groups of rewards that are equal up to rounding."""
+    """A_i, float64 [S]: the batch's advantages as they are (also [n_tokens], one for each generated token), else
+    (r − mean)/(std + 1e-4) within each prompt group, 0 in groups of rewards that are equal up to rounding."""
     if batch.advantage is not None:
         if not batch.advantage.any():
             raise ValueError("batch: every advantage is 0, expected some that are not")

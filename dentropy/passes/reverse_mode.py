@@ -2,8 +2,8 @@
 
     f(θ) = Σ_k (a_k h_k + b_k logp_k) ,     ∂f/∂z_k = b_k (e_y − p) − a_k p ∘ (log p + h_k) ,
 
-summed over response tokens with constants a, b. A policy-gradient step is a = 0 with advantages for b; the slope of the
-entropy along v is ∇f·v with the estimator's coefficients. Logits exist a few rows at a time, forward and backward.
+summed over generated tokens with constants a, b. A policy-gradient step is a = 0 with advantages for b; the slope of
+the entropy along v is ∇f·v with the estimator's coefficients. Logits exist a few rows at a time, forward and backward.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,7 +35,7 @@ def gradient(
     token_budget: int | str = AUTO,
     progress: Callable[[int], None] | None = None,
 ) -> list[Tensor]:
-    """∂/∂θ of Σ_k (a_k h_k + b_k logp_k) over the batch's response tokens, one tensor per parameter.
+    """∂/∂θ of Σ_k (a_k h_k + b_k logp_k) over the batch's generated tokens, one tensor per parameter.
 
     The model and its .grad are left as found.
 
@@ -53,7 +53,7 @@ def gradient(
     frozen = [p for p in parameters if not p.requires_grad]
 
     def run(microbatch: Microbatch) -> tuple[Tensor | None, ...]:
-        value = _weighted_sum(policy, batch, microbatch, entropy_weight, logp_weight)
+        value = _weighted_sum(policy, microbatch, entropy_weight, logp_weight)
         return torch.autograd.grad(value, parameters, allow_unused=True)
 
     try:
@@ -77,17 +77,17 @@ def _add(total: list[Tensor], parts: Sequence[Tensor | None]) -> None:
             sum_ += part
 
 
-def _weighted_sum(policy, batch, microbatch, entropy_weight, logp_weight) -> Tensor:
-    """Σ (a h + b logp) over the response tokens of a microbatch, differentiable in the weights."""
+def _weighted_sum(policy, microbatch, entropy_weight, logp_weight) -> Tensor:
+    """Σ (a h + b logp) over the generated tokens of a microbatch, differentiable in the weights."""
     row = microbatch.row
     x, head = policy.outputs(row)
     dtype = torch.promote_types(x.dtype, torch.float32)
     a, b = (to_device(w[microbatch.places], x.device).to(dtype) for w in (entropy_weight, logp_weight))
     if head is None:
-        logp = torch.log_softmax(x.to(dtype) / batch.temperature, -1)
+        logp = torch.log_softmax(x.to(dtype) / microbatch.temperature, -1)
         entropy = -(logp.exp() * logp.masked_fill(logp == -torch.inf, 0.0)).sum(-1)  # masked vocabulary: no 0 · inf
         return (a * entropy + b * logp.gather(-1, row.targets[:, None])[:, 0]).sum()
-    transform = head.transform(batch.temperature)
+    transform = head.transform(microbatch.temperature)
     return weighted_token_sum(x, head.weight, row.targets, a, b, bias=head.bias, **transform)
 
 

@@ -158,7 +158,9 @@ def test_the_audit_accounts_for_every_token_and_contribution(content, rows, resu
 
 
 def test_a_token_lost_on_the_way_shows_in_the_audit(result):
-    longer = dataclasses.replace(result.batch, response_lens=result.batch.response_lens + np.eye(32, dtype=int)[5])
+    generated = result.batch.generated.copy()
+    generated[result.batch.offsets[6] - result.batch.response_lens[5] - 1] = True  # the last token of a prompt
+    longer = dataclasses.replace(result.batch, generated=generated)
     audit = dataclasses.replace(result, batch=longer).content["audit"]
     assert audit["tokens_used"] == audit["tokens_expected"] - 1
 

@@ -13,6 +13,11 @@ ROWS = [
     {"prompt_ids": [3, 4], "response_ids": [6, 7, 1], "group": 0, "temperature": 1.0, "reward": 1, "note": "x"},
     {"prompt_ids": [8], "completion_ids": [9], "group": 1, "temperature": 1.0, "reward": -2},
 ]
+MASKED = [
+    {"token_ids": [3, 4, 5, 6, 1], "loss_mask": [0, 1, 0, 0, 1], "advantage": [0.5, -1], "sampler_logp": [-0.5, 0.0]},
+    {"token_ids": [3, 5, 1, 9], "loss_mask": [0, 1, 1, 0], "advantage": [2, 0.0], "sampler_logp": [-3, -0.1]},
+    {"prompt_ids": [8], "response_ids": [9], "temperature": 0.7, "advantage": [1], "sampler_logp": [-2]},
+]
 TEXT = [
     {"prompt": "17=", "response": "9+8", "score": 1.0},
     {"prompt": [{"role": "user", "content": "3="}], "response": "3", "score": 0.0},
@@ -59,6 +64,34 @@ def number(value):
     return type(value) in (int, float) and abs(value) <= 1.7976931348623157e308
 
 
+def masked(row):
+    """(tokens, mask) of a row with a mask; None where it holds what it may not."""
+    ids, mask = tokens(row, ("token_ids",), ()), row["loss_mask"]
+    if not ids or not isinstance(mask, list) or len(mask) != len(ids):
+        return None
+    return (ids, mask) if all(type(x) in (bool, int, float) and x in (0, 1) for x in mask) and not mask[0] else None
+
+
+def parts(row):
+    """(what comes before the first generated token, the generated tokens), either None where it is not allowed."""
+    if not ("token_ids" in row and "loss_mask" in row):
+        prompt = tokens(row, ("prompt_ids",), ("prompt", "input"))
+        return prompt, tokens(row, ("response_ids", "completion_ids"), ("response", "completion", "output"))
+    if masked(row) is None:
+        return None, None
+    ids, mask = masked(row)
+    first = mask.index(1) if 1 in mask else len(ids)
+    return ids[:first], [token for token, flag in zip(ids, mask, strict=True) if flag]
+
+
+def for_each_token(rows, name, answers):
+    """Whether all lines have as many numbers in a column as generated tokens."""
+    values = [row.get(name) for row in rows]
+    if not all(isinstance(x, list) and len(x) == len(a) for x, a in zip(values, answers, strict=True)):
+        return False
+    return all(number(x) for line in values for x in line)
+
+
 def tokens(row, ids, texts):
     """Of the first column there is; None where it holds what it may not."""
     for name in ids:
@@ -96,16 +129,23 @@ def allowed(data):
     rows = rows_of(data)
     if rows is None:
         return False
-    prompts = [tokens(row, ("prompt_ids",), ("prompt", "input")) for row in rows]
-    answers = [tokens(r, ("response_ids", "completion_ids"), ("response", "completion", "output")) for r in rows]
+    prompts, answers = zip(*map(parts, rows), strict=True)
     if not all(prompts) or any(a is None for a in answers) or not any(answers):
         return False
-    temperatures = [row.get("temperature", 1.0) for row in rows]
-    if not all(number(t) and 1e-6 <= t <= 1e6 and t == temperatures[0] for t in temperatures):
+    if not all(number(t) and 1e-6 <= t <= 1e6 for t in (row.get("temperature", 1.0) for row in rows)):
         return False
-    rewards = next((n for n in ("reward", "score", "advantage") if any(n in row for row in rows)), None)
+    rewards = next((n for n in ("reward", "score") if any(n in row for row in rows)), None)
     if rewards and not all(isinstance(row.get(rewards), bool) or number(row.get(rewards)) for row in rows):
         return False
+    if any("advantage" in row for row in rows) and not all(number(row.get("advantage")) for row in rows):
+        as_many = sum(map(len, answers)) == len(rows) and not all(len(a) == 1 for a in answers)
+        if as_many or not for_each_token(rows, "advantage", answers):
+            return False
+    if any("sampler_logp" in row for row in rows):
+        if not for_each_token(rows, "sampler_logp", answers):
+            return False
+        if not all(x <= 1e-3 for row in rows for x in row["sampler_logp"]):
+            return False
     if any("group" in row for row in rows):
         labels = [row.get("group") for row in rows]
         return all(isinstance(x, str) or type(x) is int or (type(x) is float and math.isfinite(x)) for x in labels)
@@ -116,7 +156,9 @@ def forbidden(path, batch):
     if not allowed(path.read_bytes()):
         return f"the format forbids it: {path.read_bytes()[:300]!r}"
     rows = rows_of(path.read_bytes())
-    prompts = [tokens(row, ("prompt_ids",), ("prompt", "input")) for row in rows]
+    prompts, answers = map(list, zip(*map(parts, rows), strict=True))
+    if [batch.response(i) for i in range(len(batch))] != answers:
+        return "its generated tokens are others"
     if [batch.prompt(i) for i in range(len(batch))] != prompts:
         return "its prompts are others"
     labels = [row.get("group", tuple(prompt)) for row, prompt in zip(rows, prompts, strict=True)]
@@ -129,6 +171,11 @@ def permitted(path):
 
 def test_token_ids(folder):
     counts = run(Format(2000, make(ROWS), read, forbidden, permitted), folder)
+    assert min(counts["read"], counts["refused"]) > 100
+
+
+def test_masked_rows(folder):
+    counts = run(Format(1500, make(MASKED), read, forbidden, permitted), folder)
     assert min(counts["read"], counts["refused"]) > 100
 
 

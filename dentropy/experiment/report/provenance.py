@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dentropy.experiment.cost import cost_text
-from dentropy.experiment.readings import cut_short
+from dentropy.experiment.readings import cut_short, temperature_text
 from dentropy.experiment.report.numbers import Unit, step_text, with_error
 from dentropy.experiment.report.sections import NATS, PER_ETA, digits, section
 from dentropy.experiment.report.tables import table
@@ -60,7 +60,7 @@ def provenance(content: dict) -> Markup:
         ("Rollouts", f"{content['n_sequences']:,} of {content['n_groups']:,} prompts, {content['n_tokens']:,} tokens"),
         ("Entropy before the update", _said(entropy, f" {NATS}")),
         ("Step size", step_text(content["step_size"])),
-        ("Temperature", f"{content['temperature']:g}"),
+        ("Temperature", temperature_text(content["temperature"])),
         ("Standard errors for", {"random": "prompts drawn at random"}.get(content["prompts"], "this set of prompts")),
         ("Run in", f"{content['dtype']} on {content['device']}"),
         ("This run", cost_text(content)),

@@ -14,6 +14,8 @@ FULL_COLOUR_QUANTILE = 0.97
 SHOWN_TOKENS = 600
 LISTED_TOKENS = 8
 
+Token = tuple[str, float | None]  # its text and contribution; None for text that was given between generated tokens
+
 
 def rollouts(content: dict, shown: list[dict]) -> Markup | None:
     """The rollouts with the largest contributions, token by token."""
@@ -28,8 +30,11 @@ def rollouts(content: dict, shown: list[dict]) -> Markup | None:
 
 def _coloured(rollouts: list[dict], step_size: float) -> Markup:
     """All rollouts on one colour scale; contributions per unit of η are shown for the update itself."""
-    tokens = [[(text, value * step_size) for text, value in rollout["tokens"]] for rollout in rollouts]
-    sizes = sorted(abs(value) for row in tokens for _, value in row)
+    tokens = [
+        [(text, None if value is None else value * step_size) for text, value in rollout["tokens"]]
+        for rollout in rollouts
+    ]
+    sizes = sorted(abs(value) for row in tokens for _, value in _generated(row))
     full = sizes[min(int(FULL_COLOUR_QUANTILE * len(sizes)), len(sizes) - 1)] if sizes else 0.0
     unit = unit_for([full], "nats per token")
     shown = [_rollout(rollout, row, full, unit, step_size) for rollout, row in zip(rollouts, tokens, strict=True)]
@@ -49,7 +54,12 @@ def _scale(full: float, unit: Unit) -> Markup:
     )
 
 
-def _rollout(rollout: dict, tokens: list[tuple[str, float]], full: float, unit: Unit, step_size: float) -> Markup:
+def _generated(tokens: list[Token]) -> list[tuple[str, float]]:
+    """Without what was given between them, which contributes nothing."""
+    return [(text, value) for text, value in tokens if value is not None]
+
+
+def _rollout(rollout: dict, tokens: list[Token], full: float, unit: Unit, step_size: float) -> Markup:
     reward = rollout.get("reward")
     total = rollout["contribution"] * step_size
     head = tag(
@@ -59,20 +69,23 @@ def _rollout(rollout: dict, tokens: list[tuple[str, float]], full: float, unit: 
         None if reward is None else tag("small", f"reward {reward:g}"),
         tag("small", "contributes ", quantity(total, unit), f" ({unit.name})"),
     )
-    rest = tokens[SHOWN_TOKENS:]
+    rest = _generated(tokens[SHOWN_TOKENS:])
     more = None
     if rest:
         left_out = rounded(sum(value for _, value in rest), factor=unit.factor)
         more = tag("p", f"… and {len(rest):,} more tokens, together {left_out} ({unit.name})", class_="note")
     text = tag("p", [_token(*token, full, unit) for token in tokens[:SHOWN_TOKENS]], class_="tokens")
-    return tag("li", head, tag("p", rollout["prompt"], class_="prompt"), text, more, _largest(tokens, unit))
+    return tag("li", head, tag("p", rollout["prompt"], class_="prompt"), text, more, _largest(_generated(tokens), unit))
 
 
-def _token(text: str, value: float, full: float, unit: Unit) -> Markup:
+def _token(text: str, value: float | None, full: float, unit: Unit) -> Markup:
+    text = text.replace("\n", "⏎\n")
+    if value is None:
+        return tag("span", text, class_="token given", title="given, not generated")
     level = min(round(SHADES * abs(value) / full), SHADES) if full > 0 else 0
     shade = f" {'raises' if value > 0 else 'lowers'}-{level}" if level else ""
     said = f"{rounded(value, factor=unit.factor)} ({unit.name})"
-    return tag("span", text.replace("\n", "⏎\n"), class_=f"token{shade}", title=said)
+    return tag("span", text, class_=f"token{shade}", title=said)
 
 
 def _largest(tokens: list[tuple[str, float]], unit: Unit) -> Markup:

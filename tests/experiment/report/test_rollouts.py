@@ -13,6 +13,16 @@ def test_tokens_are_all_there_in_order_with_their_numbers():
     assert said[0] == "40.0 (10⁻⁶ nats per token)" and said[1] == "−10.0 (10⁻⁶ nats per token)"
 
 
+def test_what_was_given_between_generated_tokens_is_shown_and_has_no_number():
+    tokens = [["1", 0.4], ["tool: 7", None], ["7", -0.1]]
+    found = page(shown=[rollouts()[0] | {"tokens": tokens, "contribution": 0.3}])
+    (text,) = found.all("p", class_="tokens")
+    assert text["text"] == "1tool: 77"
+    (given,) = found.all("span", class_="given")
+    assert given["text"] == "tool: 7" and given["attrs"]["title"] == "given, not generated"
+    assert [e["text"] for e in found.all("code") if any(t["tag"] == "table" for t in e["inside"])][:2] == ["1", "7"]
+
+
 def test_a_long_rollout_is_cut_and_says_by_how_much():
     tokens = [["a", 0.001]] * SHOWN_TOKENS + [["z", 0.2], ["z", 0.3]]
     total = sum(value for _, value in tokens)
