@@ -1,12 +1,13 @@
 """Rollouts, packed: what every pass reads.
 
-A `PackedBatch` holds the tokens of all rollouts one after the other, without padding, with the lengths of prompts and
-responses, the prompt group of each rollout, the temperature they were sampled at and, where known, their rewards.
+A `PackedBatch` holds the tokens of all rollouts one after the other, without padding, and which of them the policy
+generated, with the prompt group of each rollout, the temperature it was sampled at and, where known, its reward. A
+prompt and its response are the simplest case; with several turns, or tools, given tokens stand between generated ones.
 """
 
 import json
 import warnings
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,34 +16,38 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dentropy.doors import third_party
+from dentropy.rollouts import columns
 from dentropy.rollouts.readers import (
-    LARGEST_ID,
+    advantages_of,
     check_label,
     check_number,
     check_reward,
     column_of,
-    is_number,
     json_lines,
-    prompts_and_responses,
+    sampler_logps_of,
+    token_rows,
 )
-
-TEMPERATURES = (1e-6, 1e6)  # logits divided by less could leave float32
 
 
 @dataclass(frozen=True, eq=False)
 class PackedBatch:
-    """Rollouts of one policy at one sampling temperature. Not to be changed once made.
+    """Rollouts of one policy. Not to be changed once made.
 
-    Build one with `from_lists`, `from_padded` or `from_jsonl`; they check what they are given (ValueError).
+    Build one with `from_lists`, `from_rows`, `from_padded` or `from_jsonl`; they check what they are given
+    (ValueError). A rollout is a row of tokens, some of which the policy generated; the others are context. The first
+    token of a row is given, and the last one generated, unless none of the row is.
 
     Attributes:
-        tokens: int64 [total], CPU: prompt then response of every rollout, the sampled end token included.
-        prompt_lens, response_lens: int64 [S].
+        tokens: int64 [total], CPU: the rows end to end, sampled end tokens included.
+        generated: bool [total]: the policy generated it.
+        row_lens: int64 [S].
         group: int64 [S], equal for rollouts of one prompt.
-        temperature: the sampling temperature (> 0).
+        temperature: the sampling temperature (> 0) of all rollouts; float64 [S] where they differ.
         reward: float64 [S] or None.
-        advantage: float64 [S] or None: what an update multiplies each rollout's score with, as it is.
+        advantage: float64 [S], what an update multiplies each rollout's score with, as it is, or [n_tokens], each
+            generated token's; or None.
+        sampler_logp: float64 [n_tokens] or None: the log-probability of each generated token, in nats, that the
+            sampler reported.
 
     Example:
         >>> batch = PackedBatch.from_lists([[5, 6], [5, 6]], [[7, 2], [8]], group=[0, 0])
@@ -51,20 +56,21 @@ class PackedBatch:
     """
 
     tokens: Tensor
-    prompt_lens: np.ndarray
-    response_lens: np.ndarray
+    generated: np.ndarray
+    row_lens: np.ndarray
     group: np.ndarray
-    temperature: float = 1.0
+    temperature: float | np.ndarray = 1.0
     reward: np.ndarray | None = None
     advantage: np.ndarray | None = None
+    sampler_logp: np.ndarray | None = None
 
     def __len__(self) -> int:
-        return len(self.prompt_lens)
+        return len(self.row_lens)
 
     @property
     def n_tokens(self) -> int:
-        """Response tokens, summed over rollouts."""
-        return int(self.response_lens.sum())
+        """Generated tokens, summed over rollouts."""
+        return int(self.response_offsets[-1])
 
     @property
     def n_groups(self) -> int:
@@ -73,40 +79,63 @@ class PackedBatch:
     @cached_property
     def offsets(self) -> np.ndarray:
         """int64 [S + 1]: rollout i is tokens[offsets[i]:offsets[i + 1]]."""
-        return np.concatenate([[0], np.cumsum(self.prompt_lens + self.response_lens)])
+        return np.concatenate([[0], np.cumsum(self.row_lens)])
 
     @cached_property
     def response_offsets(self) -> np.ndarray:
-        """int64 [S + 1]: the response of rollout i is [response_offsets[i], response_offsets[i + 1]) of all responses'
-        tokens, end to end."""
-        return np.concatenate([[0], np.cumsum(self.response_lens)])
+        """int64 [S + 1]: the generated tokens of rollout i are [response_offsets[i], response_offsets[i + 1]) of all
+        generated tokens, end to end."""
+        return np.concatenate([[0], np.cumsum(self.generated)])[self.offsets]
+
+    @cached_property
+    def response_lens(self) -> np.ndarray:
+        """int64 [S]: T_i, the generated tokens of each rollout."""
+        return np.diff(self.response_offsets)
+
+    @cached_property
+    def prompt_lens(self) -> np.ndarray:
+        """int64 [S]: the tokens before the first generated one."""
+        before = self.row_lens.copy()
+        first = np.flatnonzero(self.generated)[self.response_offsets[:-1][self.response_lens > 0]]
+        before[self.response_lens > 0] = first - self.offsets[:-1][self.response_lens > 0]
+        return before
+
+    @property
+    def temperatures(self) -> np.ndarray:
+        """float64 [S]: that of each rollout."""
+        return np.broadcast_to(np.asarray(self.temperature, dtype=np.float64), len(self))
+
+    def row(self, i: int) -> tuple[list[int], list[bool]]:
+        """The tokens of rollout i, and which of them were generated."""
+        of_row = slice(self.offsets[i], self.offsets[i + 1])
+        return self.tokens[of_row].tolist(), self.generated[of_row].tolist()
 
     def prompt(self, i: int) -> list[int]:
+        """The tokens before the first generated one."""
         start = self.offsets[i]
         return self.tokens[start : start + self.prompt_lens[i]].tolist()
 
     def response(self, i: int) -> list[int]:
-        stop = self.offsets[i + 1]
-        return self.tokens[stop - self.response_lens[i] : stop].tolist()
+        """The generated tokens, without what was given between them."""
+        of_row = slice(self.offsets[i], self.offsets[i + 1])
+        return self.tokens[of_row][torch.from_numpy(self.generated[of_row])].tolist()
 
     @classmethod
-    def from_lists(cls, prompts, responses, group=None, reward=None, temperature=1.0, advantage=None) -> "PackedBatch":
+    def from_lists(
+        cls, prompts, responses, group=None, reward=None, temperature=1.0, advantage=None, sampler_logp=None
+    ) -> "PackedBatch":
         """From lists of token ids, one prompt and one response per rollout.
 
         Args:
             prompts, responses: S sequences of ints each. A prompt needs at least one token (its last position
                 predicts the first response token); a response may be empty, but not all of them.
-            group: S labels (ints are kept, others are numbered in order of appearance); None makes each rollout its
-                own.
-            reward: S finite numbers or None.
-            temperature: the one they were sampled at.
-            advantage: S finite numbers or None.
+            group, reward, advantage, temperature, sampler_logp: as in `from_rows`.
 
         Raises:
             ValueError: naming the argument and the rollout.
         """
-        prompts = [token_ids(ids, "prompts", i) for i, ids in enumerate(prompts)]
-        responses = [token_ids(ids, "responses", i) for i, ids in enumerate(responses)]
+        prompts = [columns.token_ids(ids, "prompts", i) for i, ids in enumerate(prompts)]
+        responses = [columns.token_ids(ids, "responses", i) for i, ids in enumerate(responses)]
         n = len(prompts)
         if n == 0:
             raise ValueError("prompts: empty, expected at least one rollout")
@@ -120,14 +149,81 @@ class PackedBatch:
                 )
         if not any(len(ids) for ids in responses):
             raise ValueError("responses: all are empty, expected at least one response token")
+        return cls._of(
+            [np.concatenate(pair) for pair in zip(prompts, responses, strict=True)],
+            [np.arange(len(p) + len(r)) >= len(p) for p, r in zip(prompts, responses, strict=True)],
+            group=group,
+            reward=reward,
+            advantage=advantage,
+            temperature=temperature,
+            sampler_logp=sampler_logp,
+        )
+
+    @classmethod
+    def from_rows(
+        cls, token_ids, loss_mask, *, group=None, reward=None, advantage=None, temperature=1.0, sampler_logp=None
+    ) -> "PackedBatch":
+        """From rows of token ids with a mask of the tokens that the policy generated: several turns, tools.
+
+        Given tokens between generated ones are context. Those after the last generated one of a row change nothing and
+        are left out.
+
+        Args:
+            token_ids: S sequences of ints, each of at least one token.
+            loss_mask: S sequences of as many 0s and 1s, 1 at generated tokens: not at the first of a row, which no
+                position predicts. A row may have none, but not all rows.
+            group: S labels (ints are kept, others are numbered in order of appearance); None makes each rollout its
+                own.
+            reward: S finite numbers or None.
+            advantage: S finite numbers, or one for each generated token (packed, or a sequence for each rollout); or
+                None.
+            temperature: the one they were sampled at, or S of them.
+            sampler_logp: the sampler's log-probability of each generated token, in nats (packed, or a sequence for
+                each rollout); or None.
+
+        Raises:
+            ValueError: naming the argument and the rollout.
+
+        Example:
+            >>> batch = PackedBatch.from_rows([[5, 6, 7, 8, 9, 2]], [[0, 0, 1, 0, 1, 1]])
+            >>> batch.prompt(0), batch.response(0), batch.n_tokens
+            ([5, 6], [7, 9, 2], 3)
+        """
+        rows = [columns.token_ids(ids, "token_ids", i) for i, ids in enumerate(token_ids)]
+        if not rows:
+            raise ValueError("token_ids: empty, expected at least one rollout")
+        if len(loss_mask) != len(rows):
+            raise ValueError(f"loss_mask: {len(loss_mask)} masks for {len(rows)} rows, expected one per row")
+        for i, ids in enumerate(rows):
+            if not len(ids):
+                raise ValueError(f"token_ids[{i}]: empty, expected at least one token (a start token will do)")
+        masks = [columns.loss_mask(mask, i, len(rows[i])) for i, mask in enumerate(loss_mask)]
+        if not any(mask.any() for mask in masks):
+            raise ValueError("loss_mask: no token of any row is generated, expected at least one")
+        ends = [int(np.flatnonzero(mask)[-1]) + 1 if mask.any() else len(mask) for mask in masks]
+        return cls._of(
+            [ids[:end] for ids, end in zip(rows, ends, strict=True)],
+            [mask[:end] for mask, end in zip(masks, ends, strict=True)],
+            group=group,
+            reward=reward,
+            advantage=advantage,
+            temperature=temperature,
+            sampler_logp=sampler_logp,
+        )
+
+    @classmethod
+    def _of(cls, rows, masks, *, group, reward, advantage, temperature, sampler_logp) -> "PackedBatch":
+        """From checked rows and masks; the other columns are checked here."""
+        n, lengths = len(rows), np.array([np.count_nonzero(mask) for mask in masks], dtype=np.int64)
         return cls(
-            tokens=torch.from_numpy(np.concatenate([x for pair in zip(prompts, responses, strict=True) for x in pair])),
-            prompt_lens=np.array([len(ids) for ids in prompts], dtype=np.int64),
-            response_lens=np.array([len(ids) for ids in responses], dtype=np.int64),
-            group=np.arange(n) if group is None else _groups(group, n),
-            temperature=checked_temperature(temperature),
-            reward=None if reward is None else _one_number_each("reward", reward, n),
-            advantage=None if advantage is None else _one_number_each("advantage", advantage, n),
+            tokens=torch.from_numpy(np.concatenate(rows)),
+            generated=np.concatenate(masks),
+            row_lens=np.array([len(ids) for ids in rows], dtype=np.int64),
+            group=np.arange(n) if group is None else columns.groups(group, n),
+            temperature=columns.temperatures(temperature, n),
+            reward=None if reward is None else columns.numbers("reward", reward, n, "rollout"),
+            advantage=None if advantage is None else columns.advantages(advantage, lengths),
+            sampler_logp=None if sampler_logp is None else columns.sampler_logps(sampler_logp, lengths),
         )
 
     @classmethod
@@ -153,7 +249,7 @@ class PackedBatch:
             >>> batch.prompt(0), batch.response(0), batch.response(1)
             ([5], [7, 2], [8])
         """
-        sequences, masks = _array(sequences, "sequences"), _array(attention_masks, "attention_masks")
+        sequences, masks = columns.array(sequences, "sequences"), columns.array(attention_masks, "attention_masks")
         if sequences.ndim != 3:
             raise ValueError(f"sequences: shape {sequences.shape}, expected [B, G, L]")
         if masks.shape != sequences.shape:
@@ -197,9 +293,13 @@ class PackedBatch:
         Columns, the first that is there is taken:
         `prompt_ids`, or text or chat messages in `prompt` or `input`; `response_ids` or `completion_ids`, or text or
         one assistant message in `response`, `completion` or `output`; `reward` or `score`, and `advantage` (a number
-        each; all lines or none); `group` (all lines or none: then rollouts of equal prompts are one group);
-        `temperature` (equal in all lines, default 1). A column with `mask` in its name has to be 1 at all response
-        tokens; what it masks at the end of a response, padding, is cut off. Others are ignored.
+        each, or for each generated token one; all lines or none); `group` (all lines or none: then rollouts of equal
+        prompts are one group); `temperature` (default 1); `sampler_logp` (a number for each generated token; all lines
+        or none). A column with `mask` in its name has to be 1 at all response tokens; what it masks at the end of a
+        response, padding, is cut off. Others are ignored.
+
+        Rollouts of several turns come as `token_ids` and `loss_mask`, 1 at generated tokens, in place of prompt and
+        response (see `from_rows`); one file may hold both kinds of lines.
 
         Token ids are exact and text may not be: dumps leave out special tokens, those of chat prompts and the end
         token of responses, and encoding a text anew need not give the ids that were sampled. One warning names all
@@ -230,52 +330,62 @@ class PackedBatch:
         rows = list(json_lines(Path(path)))
         if not rows:
             raise ValueError(f"{path}: no rollouts, expected one JSON object per line")
-        prompts, responses, lost = prompts_and_responses(rows, tokenizer, append_eos, end_tokens, max_new_tokens)
-        temperature = rows[0][1].get("temperature", 1.0)
+        return cls.of_lines(path, rows, tokenizer, append_eos, end_tokens, max_new_tokens)
+
+    @classmethod
+    def of_lines(cls, path, rows, tokenizer, append_eos, end_tokens, max_new_tokens) -> "PackedBatch":
+        """From the rows of a file, each with its place in it, by the columns of `from_jsonl`."""
+        found = token_rows(rows, tokenizer, append_eos, end_tokens, max_new_tokens)
         for where, row in rows:
-            check_number(f"{where}: temperature", row.get("temperature", 1.0))
-            if row.get("temperature", 1.0) != temperature:
-                raise ValueError(
-                    f"{where}: temperature {row.get('temperature', 1.0)}, expected that of the first "
-                    f"line, {temperature}: entropy and weights are those of one distribution"
-                )
+            temperature = row.get("temperature", 1.0)
+            check_number(f"{where}: temperature", temperature)
+            columns.checked_temperature(temperature, f"{where}: temperature")
         group = column_of(path, rows, ("group",), check_label)
         reward = column_of(path, rows, ("reward", "score"), check_reward)
-        reward = None if reward is None else [float(value) for value in reward]
+        advantage, sampler_logp = advantages_of(path, rows, found), sampler_logps_of(path, rows, found)
         try:
-            batch = cls.from_lists(
-                prompts,
-                responses,
-                reward=reward,
-                advantage=column_of(path, rows, ("advantage",), check_number),
-                group=[tuple(p) for p in prompts] if group is None else group,
-                temperature=temperature,
+            batch = cls.from_rows(
+                found.ids,
+                found.masks,
+                group=[tuple(prompt) for prompt in found.prompts] if group is None else group,
+                reward=None if reward is None else [float(value) for value in reward],
+                advantage=advantage,
+                temperature=[row.get("temperature", 1.0) for _, row in rows],
+                sampler_logp=sampler_logp,
             )
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-        if lost:
-            warnings.warn(f"{path}: {'; '.join(lost)}", stacklevel=2)
+        if found.lost:
+            warnings.warn(f"{path}: {'; '.join(found.lost)}", stacklevel=3)
         return batch
 
     def to_jsonl(self, path, tokenizer=None) -> None:
-        """Writes what `from_jsonl` reads: token ids, group, temperature, reward and advantage; text too, given a
-        tokenizer."""
+        """Writes what `from_jsonl` reads, all columns; text too, given a tokenizer. A rollout with given tokens after
+        its first generated one is written as `token_ids` and `loss_mask`, any other as prompt and response."""
+        temperatures = self.temperatures.tolist()
         with open(path, "w", encoding="utf-8") as file:
             for i in range(len(self)):
-                row = {
-                    "prompt_ids": self.prompt(i),
-                    "response_ids": self.response(i),
-                    "group": int(self.group[i]),
-                    "temperature": self.temperature,
-                }
+                row = self._line(i, tokenizer) | {"group": int(self.group[i]), "temperature": temperatures[i]}
+                tokens = slice(self.response_offsets[i], self.response_offsets[i + 1])
                 if self.reward is not None:
                     row["reward"] = float(self.reward[i])
                 if self.advantage is not None:
-                    row["advantage"] = float(self.advantage[i])
-                if tokenizer is not None:
-                    row["prompt"] = tokenizer.decode(row["prompt_ids"])
-                    row["response"] = tokenizer.decode(row["response_ids"])
+                    per_rollout = len(self.advantage) == len(self)
+                    row["advantage"] = self.advantage[i if per_rollout else tokens].tolist()
+                if self.sampler_logp is not None:
+                    row["sampler_logp"] = self.sampler_logp[tokens].tolist()
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def _line(self, i: int, tokenizer) -> dict:
+        """The tokens of rollout i by the columns they are written in."""
+        if self.prompt_lens[i] + self.response_lens[i] == self.row_lens[i]:
+            row = {"prompt_ids": self.prompt(i), "response_ids": self.response(i)}
+            if tokenizer is not None:
+                row |= {name: tokenizer.decode(row[f"{name}_ids"]) for name in ("prompt", "response")}
+            return row
+        tokens, generated = self.row(i)
+        row = {"token_ids": tokens, "loss_mask": [int(flag) for flag in generated]}
+        return row if tokenizer is None else row | {"text": tokenizer.decode(tokens)}
 
     def take(self, rows) -> "PackedBatch":
         """The rollouts `rows`, at least one of their indices, in that order, as a batch of their own.
@@ -293,15 +403,23 @@ class PackedBatch:
         rows = np.asarray(rows, dtype=np.int64)
         if rows.size == 0 or rows.min() < 0 or rows.max() >= len(self):
             raise ValueError(f"rows: {rows.tolist()}, expected indices of rollouts, from 0 to {len(self) - 1}")
-        offsets = self.offsets
+        tokens = _ranges_of(self.offsets, rows)
+        generated = _ranges_of(self.response_offsets, rows)
+        advantage = None
+        if self.advantage is not None and len(self.advantage) == len(self):
+            advantage = self.advantage[rows]
+        elif self.advantage is not None:
+            parts = np.split(self.advantage[generated], np.cumsum(self.response_lens[rows])[:-1])
+            advantage = columns.advantages(parts, self.response_lens[rows])
         return PackedBatch(
-            tokens=torch.cat([self.tokens[offsets[i] : offsets[i + 1]] for i in rows]),
-            prompt_lens=self.prompt_lens[rows],
-            response_lens=self.response_lens[rows],
+            tokens=self.tokens[torch.from_numpy(tokens)],
+            generated=self.generated[tokens],
+            row_lens=self.row_lens[rows],
             group=self.group[rows],
-            temperature=self.temperature,
+            temperature=columns.common(self.temperatures[rows]),
             reward=None if self.reward is None else self.reward[rows],
-            advantage=None if self.advantage is None else self.advantage[rows],
+            advantage=advantage,
+            sampler_logp=None if self.sampler_logp is None else self.sampler_logp[generated],
         )
 
     def check_vocabulary(self, vocab_size: int) -> None:
@@ -316,51 +434,6 @@ class PackedBatch:
             )
 
 
-def _array(values, argument: str) -> np.ndarray:
-    if isinstance(values, Tensor):
-        return values.detach().cpu().numpy()
-    with third_party(f"{argument}: no array", "a list of numbers or lists of one length"):
-        return np.asarray(values)
-
-
-def token_ids(ids, name: str, i: int) -> np.ndarray:
-    """int64 [n]; ValueError naming `name[i]` for what is no flat sequence of token ids."""
-    ids = _array(ids, f"{name}[{i}]")
-    if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
-        raise ValueError(f"{name}[{i}]: {ids.dtype} of shape {ids.shape}, expected a flat sequence of token ids")
-    if ids.size and (ids.min() < 0 or ids.max() > LARGEST_ID):
-        outside = ids.min() if ids.min() < 0 else ids.max()
-        raise ValueError(f"{name}[{i}]: token id {outside} is outside the vocabulary, expected ids from 0")
-    return ids.astype(np.int64)
-
-
-def _groups(group: Sequence, n: int) -> np.ndarray:
-    labels = list(np.asarray(group).tolist() if isinstance(group, (np.ndarray, Tensor)) else group)
-    if len(labels) != n:
-        raise ValueError(f"group: {len(labels)} labels, expected one per rollout, {n}")
-    if all(isinstance(label, (int, np.integer)) and -LARGEST_ID <= label <= LARGEST_ID for label in labels):
-        return np.array(labels, dtype=np.int64)
-    if not all(isinstance(label, Hashable) and label == label for label in labels):
-        raise ValueError("group: labels of the kind of a list or NaN, expected integers or text")
-    number: dict = {}
-    return np.array([number.setdefault(label, len(number)) for label in labels], dtype=np.int64)
-
-
-def _one_number_each(name: str, values, n: int) -> np.ndarray:
-    values = _array(values, name)
-    if values.dtype.kind not in "biuf":  # text would be read as the numbers it spells
-        raise ValueError(f"{name}: {values.dtype} values, expected one number per rollout")
-    values = values.astype(np.float64)
-    if values.shape != (n,):
-        raise ValueError(f"{name}: shape {values.shape}, expected one number per rollout, [{n}]")
-    if not np.isfinite(values).all():
-        i = int(np.flatnonzero(~np.isfinite(values))[0])
-        raise ValueError(f"{name}[{i}]: {values[i]}, expected a finite number")
-    return values
-
-
-def checked_temperature(temperature) -> float:
-    low, high = TEMPERATURES
-    if not is_number(temperature) or not low <= temperature <= high:
-        raise ValueError(f"temperature: {temperature!r:.40}, expected a positive number, from {low:g} to {high:g}")
-    return float(temperature)
+def _ranges_of(offsets: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """The elements of these rows, one row's after the other's."""
+    return np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in rows])

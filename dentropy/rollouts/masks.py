@@ -1,13 +1,44 @@
 """Mask columns of rollout files: which of the tokens were generated.
 
-A rollout here is a prompt and a response, all of it generated. Where a mask says so, nothing is to be done; where it
-says that the end of the response is padding, or given, that end is cut off, which changes nothing before it. Any other
-mask is a refusal: without it, given tokens would count as the policy's.
+Of a prompt and a response, all of the response counts as generated. Where a mask says so, nothing is to be done; where
+it says that the end of the response is padding, or given, that end is cut off, which changes nothing before it. Any
+other mask is a refusal: without it, given tokens would count as the policy's. Rows of tokens, `token_ids`, are read by
+their `loss_mask`.
 """
 
 from __future__ import annotations
 
-EXPECTED = "expected 1 at all response tokens, or at the first of them and 0 from there on: other masks have no reader"
+EXPECTED = (
+    "expected 1 at all response tokens, or at the first of them and 0 from there on; rollouts of several turns come as "
+    "token_ids and loss_mask"
+)
+
+
+def is_masked_row(row: dict) -> bool:
+    """Whether a line holds a row of tokens with its mask, not a prompt and a response."""
+    return "token_ids" in row and "loss_mask" in row
+
+
+def loss_mask(where: str, row: dict, ids: list[int]) -> list[bool]:
+    """Which tokens of a masked row were generated. Other columns with `mask` in their name have to say nothing more.
+
+    Raises:
+        ValueError: naming the column.
+    """
+    for name, value in row.items():
+        if "mask" not in name.lower() or value is None or name == "loss_mask":
+            continue
+        if not all(_flags(f"{where}: {name}", value, inverted=name.lower().startswith("is_masked"))):
+            raise ValueError(f"{where}: {name}: masks tokens beside loss_mask, expected loss_mask to say which")
+    mask = _flags(f"{where}: loss_mask", row["loss_mask"], inverted=False)
+    if not isinstance(row["loss_mask"], list) or len(mask) != len(ids):
+        raise ValueError(f"{where}: loss_mask: {len(mask)} values for {len(ids)} tokens, expected one for each")
+    if mask[:1] == [True]:
+        raise ValueError(
+            f"{where}: loss_mask: 1 at the first token, which nothing predicts, expected a given token before the "
+            "first generated one (a start token will do)"
+        )
+    return mask
 
 
 def cut_masked(where: str, row: dict, prompt: list[int], response: list[int], from_text: bool) -> list[int]:

@@ -66,12 +66,12 @@ def split(batch: PackedBatch, update: PackedBatch, seed: int = 0) -> tuple[Packe
     return batch.take(judges), update.take([i for i, prompt in enumerate(of_update) if prompt in made])
 
 
-def _rows(batch: PackedBatch) -> list[tuple[int, bytes]]:
-    """Each rollout as something to compare: where its prompt ends, and its tokens."""
-    tokens, bounds = batch.tokens.numpy(), batch.offsets
+def _rows(batch: PackedBatch) -> list[tuple[bytes, bytes]]:
+    """Each rollout as something to compare: its tokens, and which of them were generated."""
+    columns = (batch.tokens.numpy(), batch.generated)
     return [
-        (int(prompt), tokens[start:stop].tobytes())
-        for prompt, start, stop in zip(batch.prompt_lens, bounds[:-1], bounds[1:], strict=True)
+        tuple(column[start:stop].tobytes() for column in columns)
+        for start, stop in zip(batch.offsets[:-1], batch.offsets[1:], strict=True)
     ]
 
 

@@ -5,10 +5,11 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from numbers import Real
 from pathlib import Path
+from typing import NamedTuple
 
 from dentropy.doors import json_value, regular_file
 from dentropy.rollouts import ends
-from dentropy.rollouts.masks import cut_masked
+from dentropy.rollouts.masks import cut_masked, is_masked_row, loss_mask
 from dentropy.rollouts.text import TextReader
 
 PROMPT = ("prompt_ids",), ("prompt", "input")  # columns of token ids, columns of text
@@ -55,22 +56,40 @@ def _text(raw: bytes, where: str, first: bool) -> str:
         raise ValueError(f"{where}: not UTF-8 ({error}), expected UTF-8 text") from error
 
 
-def prompts_and_responses(
+class TokenRows(NamedTuple):
+    """Token ids and masks of all lines of a file, and in words what of the rollouts the file has lost.
+
+    written: how many response tokens each line holds, where the end was then cut off or put back.
+    """
+
+    ids: list[list[int]]
+    masks: list[list[bool]]
+    written: list[int]
+    lost: list[str]
+
+    @property
+    def prompts(self) -> list[list[int]]:
+        """What comes before the first generated token of each."""
+        return [ids[: mask.index(True)] if any(mask) else ids for ids, mask in zip(self.ids, self.masks, strict=True)]
+
+
+def token_rows(
     rows: list[tuple[str, dict]],
     tokenizer,
     append_eos: bool | str,
     end_tokens: int | Sequence[int] | None,
     max_new_tokens: int | None,
-) -> tuple[list[list[int]], list[list[int]], list[str]]:
-    """Token ids of all rows, and in words what of the rollouts the file has lost; `PackedBatch.from_jsonl` explains."""
+) -> TokenRows:
+    """Those of lines of both kinds; `PackedBatch.from_jsonl` explains."""
     text = TextReader(tokenizer)
-    prompts = [tokens_of(where, row, *PROMPT, text.prompt) for where, row in rows]
-    read = [tokens_of(where, row, *RESPONSE, text.response) for where, row in rows]
-    from_text = [not has(row, RESPONSE[0]) for _, row in rows]
-    responses = [cut_masked(*row, *ids) for row, *ids in zip(rows, prompts, read, from_text, strict=True)]
+    plain = [(where, row) for where, row in rows if not is_masked_row(row)]
+    prompts = [tokens_of(where, row, *PROMPT, text.prompt) for where, row in plain]
+    read = [tokens_of(where, row, *RESPONSE, text.response) for where, row in plain]
+    from_text = [not has(row, RESPONSE[0]) for _, row in plain]
+    responses = [cut_masked(*row, *ids) for row, *ids in zip(plain, prompts, read, from_text, strict=True)]
     masked = sum(map(len, read)) - sum(map(len, responses))
     if text.texts:
-        for (_, row), *pair in zip(rows, prompts, read, strict=True):
+        for (_, row), *pair in zip(plain, prompts, read, strict=True):
             for ids, (id_names, text_names) in zip(pair, (PROMPT, RESPONSE), strict=True):
                 if has(row, id_names) and has(row, text_names):
                     text.compare(ids)
@@ -79,11 +98,69 @@ def prompts_and_responses(
     if any(from_text) and append_eos:
         end = ends.appended_token(tokenizer, known, append_eos)
         known = known or (end,)
-        responses, unknown = ends.close(responses, rows, from_text, end, known, max_new_tokens)
+        responses, unknown = ends.close(responses, plain, from_text, end, known, max_new_tokens)
     elif any(from_text) and not known and tokenizer.eos_token_id is not None:
         known = (tokenizer.eos_token_id,)
-    lost = [*text.losses(), *ends.losses(responses, known, any(from_text)), *unknown]
-    return prompts, responses, [*lost, *([f"{masked} masked tokens behind responses were cut off"] if masked else [])]
+    of_plain = zip(plain, prompts, responses, map(len, read), strict=True)
+    found = [_masked_row(*line) if is_masked_row(line[1]) else _plain_row(*next(of_plain)) for line in rows]
+    ids, masks, written = (list(column) for column in zip(*found, strict=True))
+    last_turns = [_last_turn(*pair) for pair in zip(ids, masks, strict=True)]
+    lost = [*text.losses(), *ends.losses(last_turns, known, any(from_text)), *unknown]
+    lost += [f"{masked} masked tokens behind responses were cut off"] if masked else []
+    return TokenRows(ids, masks, written, lost)
+
+
+def _plain_row(
+    line: tuple[str, dict], prompt: list[int], response: list[int], written: int
+) -> tuple[list[int], list[bool], int]:
+    if not prompt:
+        raise ValueError(f"{line[0]}: the prompt is empty, expected at least one token (a start token will do)")
+    return [*prompt, *response], [False] * len(prompt) + [True] * len(response), written
+
+
+def _masked_row(where: str, row: dict) -> tuple[list[int], list[bool], int]:
+    ids = tokens_of(where, row, ("token_ids",), (), None)
+    if not ids:
+        raise ValueError(f"{where}: token_ids: empty, expected at least one token (a start token will do)")
+    mask = loss_mask(where, row, ids)
+    return ids, mask, sum(mask)
+
+
+def _last_turn(ids: list[int], mask: list[bool]) -> list[int]:
+    """The generated tokens behind which no given one stands before another: a response, where there is one turn."""
+    stop = len(mask) - mask[::-1].index(True) if any(mask) else 0
+    start = stop - (mask[:stop][::-1].index(False) if stop else 0)
+    return ids[start:stop]
+
+
+def advantages_of(path, rows: list[tuple[str, dict]], found: TokenRows) -> list | None:
+    """The column `advantage`: a number for each line, or for each a list of one per generated token."""
+    values = column_of(path, rows, ("advantage",), _check_number_or_numbers)
+    if values is None:
+        return None
+    several = isinstance(values[0], list)
+    for (where, _), value in zip(rows, values, strict=True):
+        if isinstance(value, list) != several:
+            said, expected = ("a number", "a list") if several else ("a list", "a number")
+            raise ValueError(f"{where}: advantage: {said}, expected {expected} as in the first line")
+    return _per_token("advantage", rows, values, found) if several else values
+
+
+def sampler_logps_of(path, rows: list[tuple[str, dict]], found: TokenRows) -> list | None:
+    """The column `sampler_logp`: for each line a list of one number per generated token."""
+    values = column_of(path, rows, ("sampler_logp",), check_numbers)
+    return None if values is None else _per_token("sampler_logp", rows, values, found)
+
+
+def _per_token(name: str, rows: list[tuple[str, dict]], values: list, found: TokenRows) -> list[list]:
+    """Each line's values, those of a cut end left out."""
+    kept = []
+    for (where, _), value, mask, written in zip(rows, values, found.masks, found.written, strict=True):
+        n = sum(mask)
+        if len(value) != n and not len(value) == written > n:
+            raise ValueError(f"{where}: {name}: {len(value)} values for {n} generated tokens, expected one for each")
+        kept.append(value[:n])
+    return kept
 
 
 def has(row: dict, names: tuple[str, ...]) -> bool:
@@ -130,6 +207,17 @@ def column_of(
 def check_number(where: str, value) -> None:
     if not is_number(value):
         raise ValueError(f"{where}: {value!r:.40}, expected a finite number")
+
+
+def check_numbers(where: str, value) -> None:
+    if not isinstance(value, list):
+        raise ValueError(f"{where}: {value!r:.40}, expected a list of numbers")
+    for number in value:
+        check_number(where, number)
+
+
+def _check_number_or_numbers(where: str, value) -> None:
+    (check_numbers if isinstance(value, list) else check_number)(where, value)
 
 
 def check_reward(where: str, value) -> None:

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dentropy.rollouts.batch import PackedBatch, checked_temperature, token_ids
+from dentropy.rollouts.batch import PackedBatch
+from dentropy.rollouts.columns import checked_temperature, token_ids
 from dentropy.rollouts.ends import as_tuple
 from dentropy.rollouts.readers import json_lines, tokens_of
 from dentropy.rollouts.text import TextReader
@@ -90,7 +91,7 @@ def end_tokens(policy) -> tuple[int, ...]:
 
 
 def without_end(batch: PackedBatch, ends: Sequence[int]) -> int | None:
-    """How many responses do not end with one of the tokens `ends`; None where there are no such tokens."""
+    """How many rollouts do not end with one of the tokens `ends`; None where there are no such tokens."""
     if not ends:
         return None
     last = batch.tokens[torch.from_numpy(batch.offsets[1:] - 1)]
