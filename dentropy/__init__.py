@@ -39,6 +39,7 @@ _HOMES = {
     "dentropy.passes.parameter_attribution": ["parameter_attribution"],
     "dentropy.passes.policy_gradient": ["policy_gradient_direction"],
     "dentropy.rollouts.batch": ["PackedBatch"],
+    "dentropy.rollouts.reading": ["read_rollouts"],
     "dentropy.rollouts.sampling": ["sample"],
     "dentropy.stats.sequence_sums": ["sequence_sums"],
     "dentropy.stats.tables": ["SequenceSums", "TokenStats"],

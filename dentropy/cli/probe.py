@@ -9,7 +9,7 @@ from pathlib import Path
 from dentropy.cli.apart import apart, check_files
 from dentropy.cli.keeping import finish
 from dentropy.cli.options import LazyTokenizer, add_model_options, load_libraries, loading
-from dentropy.cli.terminal import about
+from dentropy.cli.terminal import about, remark
 from dentropy.doors import regular_file, third_party
 
 DEFAULT_STEPS = (-1.0, -0.5, 0.5, 1.0, 2.0)
@@ -18,11 +18,13 @@ DEFAULT_STEPS = (-1.0, -0.5, 0.5, 1.0, 2.0)
 def add(commands) -> None:
     command = commands.add_parser("probe", help="predict and measure the entropy change along an update")
     command.add_argument("--policy", required=True, metavar="DIR_OR_ID", help="model before the update")
-    command.add_argument("--rollouts", required=True, metavar="FILE", help="JSON lines: rollouts of this policy")
+    command.add_argument(
+        "--rollouts", required=True, metavar="PATH", help="rollouts of this policy: a file or a folder"
+    )
     update = command.add_mutually_exclusive_group(required=True)
     update.add_argument("--after", metavar="DIR", help="model after the update")
     update.add_argument("--direction", metavar="FILE", help="direction v, as safetensors")
-    update.add_argument("--update-rollouts", metavar="FILE", help="rewarded rollouts: take their policy gradient")
+    update.add_argument("--update-rollouts", metavar="PATH", help="rewarded rollouts: take their policy gradient")
     command.add_argument(
         "--split",
         action="store_true",
@@ -58,6 +60,11 @@ def add(commands) -> None:
         type=int,
         metavar="N",
         help="with --append-eos: where sampling cut responses off, which get no end token",
+    )
+    command.add_argument("--temperature", type=float, metavar="X", help="of sampling, where rollouts do not say it")
+    command.add_argument("--reward-column", metavar="NAME", help="which column is the reward, where several may be")
+    command.add_argument(
+        "--step", type=int, metavar="N", help="which step's rollouts, where a file or folder has several"
     )
     command.add_argument(
         "--prompt-set",
@@ -156,15 +163,19 @@ def run(options) -> None:
 
 
 def _rollouts(path: str, options, policy, tokenizer):
-    from dentropy.rollouts.batch import PackedBatch
+    from dentropy.rollouts.reading import read_rollouts
     from dentropy.rollouts.sampling import end_tokens
 
-    return PackedBatch.from_jsonl(
+    return read_rollouts(
         path,
         tokenizer,
         append_eos=options.append_eos,
         end_tokens=end_tokens(policy),
         max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        reward=options.reward_column,
+        step=options.step,
+        say=remark,
     )
 
 

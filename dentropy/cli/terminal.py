@@ -60,6 +60,11 @@ def say(text: str) -> None:
     print(visible(text), flush=True)
 
 
+def remark(text: str) -> None:
+    """What was understood of an input, on stderr, in one line."""
+    print(f"dentropy: {visible(' '.join(text.split()))}", file=sys.stderr)
+
+
 @contextmanager
 def about(option: str) -> Iterator[None]:
     """Warnings of the calls inside, a library's too, name this option."""

@@ -330,6 +330,11 @@ class PackedBatch:
         rows = list(json_lines(Path(path)))
         if not rows:
             raise ValueError(f"{path}: no rollouts, expected one JSON object per line")
+        return cls.of_lines(path, rows, tokenizer, append_eos, end_tokens, max_new_tokens)
+
+    @classmethod
+    def of_lines(cls, path, rows, tokenizer, append_eos, end_tokens, max_new_tokens) -> "PackedBatch":
+        """From the rows of a file, each with its place in it, by the columns of `from_jsonl`."""
         found = token_rows(rows, tokenizer, append_eos, end_tokens, max_new_tokens)
         for where, row in rows:
             temperature = row.get("temperature", 1.0)
@@ -351,7 +356,7 @@ class PackedBatch:
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
         if found.lost:
-            warnings.warn(f"{path}: {'; '.join(found.lost)}", stacklevel=2)
+            warnings.warn(f"{path}: {'; '.join(found.lost)}", stacklevel=3)
         return batch
 
     def to_jsonl(self, path, tokenizer=None) -> None:

@@ -110,9 +110,13 @@ class TextReader:
 
     @cached_property
     def _marks(self) -> set[str]:
-        """Special tokens that the chat template puts around a user's message, the start token aside."""
-        around = rendered(self._tokenizer, [{"role": "user", "content": WORD}], add_generation_prompt=True)
-        return {token for token in special_tokens(self._tokenizer) - {self._tokenizer.bos_token} if token in around}
+        return marks(self._tokenizer)
+
+
+def marks(tokenizer) -> set[str]:
+    """Special tokens that the chat template puts around a user's message, the start token aside."""
+    around = rendered(tokenizer, [{"role": "user", "content": WORD}], add_generation_prompt=True)
+    return {token for token in special_tokens(tokenizer) - {tokenizer.bos_token} if token in around}
 
 
 def special_tokens(tokenizer) -> set[str]:

@@ -1,0 +1,75 @@
+"""The rows in one file, whatever contains them: JSON lines, a JSON array, Parquet, or what torch.save wrote.
+
+A row comes with where it stands, for errors: file and line, item or row.
+"""
+
+import zipfile
+from pathlib import Path
+
+from dentropy.doors import json_value, regular_file, third_party
+from dentropy.rollouts.readers import json_lines
+
+Rows = list[tuple[str, dict]]
+SUFFIXES = (".jsonl", ".json", ".parquet", ".pt")
+PARQUET = b"PAR1"
+ZIP = b"PK"
+
+
+def rows_in(path: Path) -> Rows:
+    """All rows of a file, told by how it begins, not by its name.
+
+    Raises:
+        ValueError: naming the file, and the place in it, for what is none of these and for a file without rows.
+    """
+    with open(regular_file(path, "a file of rollouts"), "rb") as file:
+        start = file.read(64)
+    if start.startswith(PARQUET):
+        rows = _parquet(path)
+    elif start.startswith(ZIP):
+        rows = _saved_by_torch(path)
+    elif start.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+        rows = _array(path)
+    else:
+        rows = list(json_lines(path))
+    if not rows:
+        raise ValueError(f"{path}: no rollouts, expected one JSON object per line")
+    return rows
+
+
+def _array(path: Path) -> Rows:
+    items = json_value(path.read_bytes(), str(path), "a JSON array of objects, or JSON lines")
+    return _objects(items, f"{path}: item")
+
+
+def _parquet(path: Path) -> Rows:
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ValueError(f"{path}: reading Parquet needs pyarrow; pip install 'dentropy[probe]' brings it") from error
+    with third_party(f"{path}: cannot be read", "a Parquet file"):
+        items = pyarrow.parquet.read_table(path, partitioning=None).to_pylist()
+    return _objects(items, f"{path}: row")
+
+
+def _saved_by_torch(path: Path) -> Rows:
+    """Of slime, the only one here that writes such files; pickles run code, so nothing but plain values is loaded."""
+    import torch
+
+    expected = "slime's {rollout_id, samples} by torch.save"
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path}: not a file of torch.save, expected {expected}")
+    with third_party(f"{path}: cannot be read", expected):
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(saved, dict) or not isinstance(saved.get("samples"), list):
+        raise ValueError(f"{path}: a {type(saved).__name__} without a list of samples, expected {expected}")
+    rows = _objects(saved["samples"], f"{path}: sample")
+    return [(where, row | {"rollout_id": saved.get("rollout_id")}) for where, row in rows]
+
+
+def _objects(items: list, where: str) -> Rows:
+    for i, item in enumerate(items):
+        if not isinstance(item, dict):
+            raise ValueError(f"{where} {i + 1}: {type(item).__name__}, expected an object")
+        if not all(isinstance(name, str) for name in item):
+            raise ValueError(f"{where} {i + 1}: column names that are no text, expected text")
+    return [(f"{where} {i + 1}", item) for i, item in enumerate(items)]

@@ -1,0 +1,1 @@
+"""What trainers write, one file per format: each makes its rows those that `dentropy.rollouts.assembly` reads."""
