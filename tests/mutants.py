@@ -26,6 +26,10 @@ REVERSE = ("dentropy/passes/reverse_mode.py", "tests/passes/test_reverse_mode.py
 GRADIENT = ("dentropy/passes/policy_gradient.py", "tests/passes/test_policy_gradient.py")
 SAMPLING = ("dentropy/rollouts/sampling.py", "tests/rollouts/test_sampling.py")
 PROBE = ("dentropy/experiment/probe.py", "tests/experiment/test_probe.py")
+WATCH = ("dentropy/experiment/step_watch.py", "tests/experiment/test_step_watch.py")
+MEANT = ("dentropy/model/optimizer_step.py", "tests/experiment/test_step_watch.py")
+TRAINER = ("dentropy/integrations/transformers.py", "tests/integrations/test_transformers.py")
+AUTOCAST = ("dentropy/model/float32_copies.py", "tests/integrations/test_transformers.py -k autocast")
 
 _CHANGES = [
     # softcap and temperature
@@ -96,5 +100,11 @@ _CHANGES = [
     # fresh rollouts
     (PROBE, "-base_influence - measured.influence", "-base_influence"),
     (PROBE, "-base_influence - measured.influence", "-base_influence + measured.influence"),
+    # inside a trainer
+    (WATCH, "BackwardChange(-back.delta", "BackwardChange(back.delta"),
+    (MEANT, "copied = _in_float32 if in_float32 else", "copied = Tensor.clone if in_float32 else"),
+    (TRAINER, "callbacks.insert(0, callback)", "callbacks.append(callback)"),
+    (TRAINER, "if buffer is None or buffer is known else", "if buffer is None else"),
+    (AUTOCAST, 'own["forward"] = own[ORIGINAL_FORWARD]', "pass"),
 ]
 MUTANTS = [(file, old, new, tests) for (file, tests), old, new in _CHANGES]

@@ -24,7 +24,9 @@ MAY_IMPORT = {
     "estimators": {"stats"},
     "passes": {"doors", "model", "rollouts", "estimators", "stats"},
     "experiment": {"doors", "passes", "model", "rollouts", "estimators", "stats"},
+    "integrations": {"doors", "experiment", "passes", "model", "rollouts", "estimators", "stats"},
     "demo": {"experiment", "passes", "model", "rollouts", "estimators", "stats"},
+    "examples": {"demo", "integrations", "experiment"},
     "cli": {"doors", "demo", "experiment", "passes", "model", "rollouts", "estimators", "stats"},
 }
 

@@ -3,7 +3,6 @@
 η is counted in the direction's own units: v = (after − before)/step_size, so η = step_size is the update itself.
 """
 
-import warnings
 from collections.abc import Mapping
 from numbers import Real
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from dentropy.doors import regular_file, third_party
 from dentropy.model.binding import Binding, on_host
 from dentropy.model.difference import difference, warn_if_rounded_away
-from dentropy.model.optimizer_step import learning_rate, refuse_unforeseeable, stepped_copies
+from dentropy.model.optimizer_step import learning_rate, own_parameters, stepped_copies
 
 
 class Direction:
@@ -114,26 +113,13 @@ class Direction:
             >>> round(direction.tensors["bias"].item(), 3), direction.step_size
             (-2.0, 0.5)
         """
-        refuse_unforeseeable(optimizer)
+        parameters = own_parameters(model, optimizer)
         step_size = learning_rate(optimizer) if step_size is None else checked_step_size(step_size)
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        if all(p.grad is None for p in parameters):
-            raise ValueError("optimizer: none of its parameters has a gradient, expected loss.backward() before")
-        names = {id(p): name for name, p in model.named_parameters()}
-        strangers = sum(id(p) not in names for p in parameters)
-        if strangers == len(parameters):
-            raise ValueError(
-                "optimizer: none of its parameters belongs to the model, expected one built on model.parameters()"
-            )
-        if strangers:
-            warnings.warn(
-                f"optimizer: {strangers} of its parameters are not the model's and are left out", stacklevel=2
-            )
         stepped = stepped_copies(optimizer)
-        before = {names[id(p)]: p.detach() for p in parameters if id(p) in names and p.grad is not None}
-        after = {names[id(p)]: stepped[id(p)] for p in parameters if id(p) in names and p.grad is not None}
-        warn_if_rounded_away(before, after, list(before))
-        tensors = {names[id(p)]: (stepped[id(p)] - p.detach()) / step_size for p in parameters if id(p) in names}
+        before = {name: p.detach() for name, p in parameters.items()}
+        after = {name: stepped[id(p)] for name, p in parameters.items()}
+        warn_if_rounded_away(before, after, [name for name, p in parameters.items() if p.grad is not None])
+        tensors = {name: (after[name] - x) / step_size for name, x in before.items()}
         return cls({name: v for name, v in tensors.items() if v.any()} or tensors, step_size)
 
     @classmethod

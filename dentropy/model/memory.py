@@ -1,5 +1,7 @@
 """What PyTorch says of memory: how much is left, and which errors mean that there was too little."""
 
+from pathlib import Path
+
 import torch
 
 
@@ -17,3 +19,16 @@ def is_out_of_memory(error: BaseException) -> bool:
         or "DefaultCPUAllocator: " in str(error)
         or type(error).__name__ == "OutOfResources"
     )
+
+
+def available_memory(device: torch.device) -> int | None:
+    """Bytes that a new tensor on the device can count on; None where nothing tells."""
+    if device.type == "cuda":
+        return free_memory(device)
+    meminfo = Path("/proc/meminfo")
+    if device.type != "cpu" or not meminfo.is_file():
+        return None
+    for line in meminfo.read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return 1024 * int(line.split()[1])
+    return None

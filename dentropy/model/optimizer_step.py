@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import warnings
 
 import torch
 from torch import Tensor, nn
@@ -35,19 +36,46 @@ def refuse_unforeseeable(optimizer: torch.optim.Optimizer) -> None:
         )
 
 
-def stepped_copies(optimizer: torch.optim.Optimizer) -> dict[int, Tensor]:
+def own_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
+    """Name -> parameter, for those of the optimizer that are the model's; a warning for those that are not.
+
+    Raises:
+        ValueError: for an optimizer whose step cannot be foreseen, and where no parameter has a gradient or belongs to
+            the model.
+    """
+    refuse_unforeseeable(optimizer)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if all(p.grad is None for p in parameters):
+        raise ValueError("optimizer: none of its parameters has a gradient, expected loss.backward() before")
+    names = {id(p): name for name, p in model.named_parameters()}
+    own = {names[id(p)]: p for p in parameters if id(p) in names}
+    if not own:
+        raise ValueError(
+            "optimizer: none of its parameters belongs to the model, expected one built on model.parameters()"
+        )
+    if strangers := len(parameters) - len(own):
+        warnings.warn(f"optimizer: {strangers} of its parameters are not the model's and are left out", stacklevel=3)
+    return own
+
+
+def stepped_copies(optimizer: torch.optim.Optimizer, *, in_float32: bool = False) -> dict[int, Tensor]:
     """id of each parameter -> its value after one step, taken by a deep copy of the optimizer.
 
     The whole __dict__ is copied, not what pickling keeps, since optimizers outside PyTorch hold settings of their own
     there. Not copied: a `step` that a learning-rate scheduler put on the instance, which is bound to the original,
     and the instance's hooks, whose side effects belong to real steps.
+
+    in_float32: weights, gradients and state of half precision are copied to float32: the step that is meant, before
+    anything of it is rounded.
     """
+    copied = _in_float32 if in_float32 else Tensor.clone
     memo: dict[int, object] = {}
     copies: dict[int, Tensor] = {}
     for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-        twin = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
-        twin.grad = None if parameter.grad is None else parameter.grad.detach().clone()
+        twin = nn.Parameter(copied(parameter.detach()), requires_grad=parameter.requires_grad)
+        twin.grad = None if parameter.grad is None else copied(parameter.grad.detach())
         memo[id(parameter)] = copies[id(parameter)] = twin
+        memo |= {id(x): copied(x) for x in optimizer.state.get(parameter, {}).values() if isinstance(x, Tensor)}
     twin_optimizer = object.__new__(type(optimizer))
     hooks = {name for name in vars(optimizer) if name.startswith("_optimizer_") and name.endswith("_hooks")}
     for name, value in vars(optimizer).items():
@@ -56,3 +84,8 @@ def stepped_copies(optimizer: torch.optim.Optimizer) -> dict[int, Tensor]:
     with torch.no_grad():
         twin_optimizer.step()
     return {key: twin.detach() for key, twin in copies.items()}
+
+
+def _in_float32(x: Tensor) -> Tensor:
+    half = x.is_floating_point() and x.dtype.itemsize < 4
+    return x.to(torch.float32) if half else x.clone()

@@ -1,0 +1,45 @@
+"""The rollouts that TRL's on-policy trainers (GRPO, RLOO) sampled for their next step.
+
+They lie in the trainer's `_buffered_inputs`, a list of padded batches made anew whenever it samples.
+"""
+
+from __future__ import annotations
+
+from dentropy.rollouts.batch import PackedBatch
+
+BUFFER = "_buffered_inputs"
+
+
+def buffered(trainer) -> list[dict] | None:
+    """What the trainer sampled last; None for a trainer that does not sample."""
+    return getattr(trainer, BUFFER, None)
+
+
+def not_the_policys(args) -> str | None:
+    """Why what the trainer samples does not judge its policy, in words; None where it does."""
+    cuts = {"top_p": (1.0,), "top_k": (0, -1, None), "min_p": (0.0, None), "repetition_penalty": (1.0,)}
+    for name, off in cuts.items():
+        if (value := getattr(args, name, off[0])) not in off:
+            return f"it samples with {name}={value}, from another distribution than the policy's"
+    if getattr(args, "generation_kwargs", None):
+        return f"it samples with generation_kwargs={args.generation_kwargs}"
+    if getattr(args, "mask_truncated_completions", False):
+        return "mask_truncated_completions leaves out the longest responses"
+    return None
+
+
+def packed(buffer: list[dict], temperature: float) -> PackedBatch | None:
+    """The rollouts of all its batches, grouped by prompt; None where tools wrote part of them."""
+    prompts, responses = [], []
+    for part in buffer:
+        if "tool_mask" in part:
+            return None
+        for ids, mask, found in (
+            (part["prompt_ids"], part["prompt_mask"], prompts),
+            (part["completion_ids"], part["completion_mask"], responses),
+        ):
+            rows = zip(ids.tolist(), mask.bool().tolist(), strict=True)
+            found += [[token for token, kept in zip(*row, strict=True) if kept] for row in rows]
+    return PackedBatch.from_lists(
+        prompts, responses, group=[tuple(prompt) for prompt in prompts], temperature=temperature
+    )

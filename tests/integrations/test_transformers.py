@@ -1,0 +1,301 @@
+"""The recorder in the real trainers: it logs what it should, and training goes on as without it."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from trainers import SMALL, fingerprint, plain_trainer, sampling_trainer, tiny_model
+from transformers import TrainerCallback
+
+import dentropy
+from dentropy import importance, measure
+from dentropy.experiment.step_watch import StepWatch
+from dentropy.integrations import next_rollouts
+from dentropy.integrations.transformers import EntropyForecast
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:model. weights are torch.bfloat16, measured on"),
+    # A pass in the trainer's autocast would differ from the float32 one, and fall back to the model's own head.
+    pytest.mark.filterwarnings("error:policy. "),
+]
+KEYS = {"entropy", "predicted_delta", "measured_delta", "ess_fraction", "verdict", "realized_fraction"}
+LORA = dict(r=2, target_modules=["q_proj", "v_proj"], lora_dropout=0.1)
+
+
+class Tracker(TrainerCallback):
+    """What a tracker would send, as transformers' own do it, in on_log."""
+
+    def __init__(self):
+        self.logs = []
+
+    def on_log(self, args, state, control, logs=None, **_):
+        self.logs.append(dict(logs))
+
+
+class Watched(TrainerCallback):
+    """Fingerprints around the recorder: placed before it and behind it."""
+
+    def __init__(self):
+        self.seen = {}
+
+    def _look(self, event, model, optimizer):
+        self.seen.setdefault(event, []).append(fingerprint(model, getattr(optimizer, "optimizer", optimizer)))
+
+    def on_pre_optimizer_step(self, args, state, control, *, model, optimizer, **_):
+        self._look("before", model, optimizer)
+
+    def on_optimizer_step(self, args, state, control, *, model, optimizer, **_):
+        self._look("after", model, optimizer)
+
+
+def recorded(trainer) -> list[dict]:
+    """What the recorder put into log_history, one entry for each record, without the prefix, and the step."""
+    entries = [entry for entry in trainer.state.log_history if "dentropy/entropy" in entry]
+    return [
+        {
+            key.removeprefix("dentropy/"): value
+            for key, value in entry.items()
+            if key == "step" or key.startswith("dent")
+        }
+        for entry in entries
+    ]
+
+
+def run(kind, folder, *, every=1, attach=True, **more):
+    """A trainer of that kind after train(), with the recorder."""
+    trainer = plain_trainer(folder, **more) if kind == "plain" else sampling_trainer(kind, folder, **more)
+    if attach:
+        given = dict(prompts=[[5, 6], [7]], max_new_tokens=6) if kind == "plain" else {}
+        EntropyForecast.attach(trainer, every, **SMALL | given)
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize(
+    "more", [{}, dict(peft_config=LoraConfig(**LORA)), dict(settings=dict(bf16=True))], ids=["full", "lora", "autocast"]
+)
+def test_ten_steps_of_grpo_are_the_same_with_it_bit_for_bit(tmp_path, more):
+    found = []
+    for attach in (False, True):
+        settings = dict(max_steps=10 if not more else 1) | more.get("settings", {})
+        trainer = run("grpo", tmp_path, every=4, attach=attach, **more | dict(settings=settings))
+        found.append(fingerprint(trainer.model, trainer.optimizer.optimizer))
+    assert found[0] == found[1]
+    entries = recorded(trainer)
+    assert [entry["step"] for entry in entries] == ([1, 4, 8] if not more else [1])
+    assert all(set(entry) >= KEYS for entry in entries)
+    assert all(entry["realized_fraction"] == 1.0 for entry in entries)
+    totals = np.cumsum([[entry["predicted_delta"], entry["measured_delta"]] for entry in entries], axis=0)
+    assert np.allclose([[entry["predicted_total"], entry["measured_total"]] for entry in entries], totals)
+
+
+@pytest.mark.parametrize("kind", ["rloo", "plain"])
+def test_other_trainers(tmp_path, kind):
+    trainer = run(kind, tmp_path, settings=dict(max_steps=2))
+    entries = recorded(trainer)
+    assert [entry["step"] for entry in entries] == [1, 2] and all(set(entry) >= KEYS for entry in entries)
+    assert ("next_batch/step" in entries[1]) == (kind == "rloo")
+
+
+def test_bf16_weights_lose_a_part_and_are_left_alone_at_every_event(tmp_path):
+    trainer = sampling_trainer(
+        "grpo", tmp_path, model=tiny_model(torch.bfloat16), settings=dict(max_steps=2, learning_rate=2e-4)
+    )
+    EntropyForecast.attach(trainer, 1, **SMALL)
+    first, last = Watched(), Watched()
+    trainer.callback_handler.callbacks.insert(0, first)
+    trainer.add_callback(last)
+    trainer.train()
+    assert all(0 < entry["realized_fraction"] < 0.999 for entry in recorded(trainer))
+    assert first.seen == last.seen and len(first.seen["after"]) == 2
+
+
+def test_trackers_get_the_keys_where_it_is_attached(tmp_path):
+    """Trackers of report_to come first in a trainer; without a trainer at hand the recorder comes behind them."""
+    trainer = sampling_trainer("grpo", tmp_path, settings=dict(max_steps=1))
+    before = Tracker()
+    trainer.callback_handler.callbacks.insert(0, before)
+    EntropyForecast.attach(trainer, **SMALL)
+    trainer.train()
+    with_keys = [logs for logs in before.logs if "dentropy/measured_delta" in logs]
+    assert len(with_keys) == 1 and "loss" in with_keys[0]
+    assert with_keys[0]["dentropy/entropy"] == recorded(trainer)[0]["entropy"]
+    with pytest.raises(ValueError, match="trainer: it has an EntropyForecast"):
+        EntropyForecast.attach(trainer)
+
+
+def test_it_works_without_arguments_among_the_callbacks(tmp_path):
+    trainer = run("grpo", tmp_path, attach=False, callbacks=[EntropyForecast()], settings=dict(max_steps=1))
+    assert [entry["step"] for entry in recorded(trainer)] == [1]
+
+
+def test_the_rollouts_are_fresh_ones_of_the_trainers_temperature(tmp_path, monkeypatch):
+    """Never those that made the step, and the trainer's next ones judge the step before."""
+    batches, backward = [], []
+    init, back = StepWatch.__init__, StepWatch.look_back_by
+
+    def watching(self, watched, optimizer, batch, **kwargs):
+        batches.append((batch, [part["completion_ids"].tolist() for part in trainer._buffered_inputs]))
+        init(self, watched, optimizer, batch, **kwargs)
+
+    def judging(self, batch):
+        backward.append((batch, back(self, batch)))
+        with self._watched.policy() as policy:
+            now = measure(policy, batch)
+        with self._watched.policy(self._before) as policy:
+            past = measure(policy, batch)
+        assert backward[-1][1].delta == -importance(now, past).delta
+        return backward[-1][1]
+
+    monkeypatch.setattr(StepWatch, "__init__", watching)
+    monkeypatch.setattr(StepWatch, "look_back_by", judging)
+    trainer = sampling_trainer("grpo", tmp_path, settings=dict(max_steps=2))
+    EntropyForecast.attach(trainer, 1, **SMALL)
+    trainer.train()
+    assert [batch.temperature for batch, _ in batches] == [1.5] * 2 and len(batches[0][0]) == 12
+    assert len({tuple(batch.tokens.tolist()) for batch, _ in batches}) == 2
+    assert [len(batch) for batch, _ in backward] == [8]
+    for (judged, _), (_, sampled) in zip(backward, batches[1:], strict=True):
+        rows = [row for part in sampled for row in part]
+        assert all(row[: len(judged.response(i))] == judged.response(i) for i, row in enumerate(rows))
+
+
+def test_a_batch_that_serves_two_steps_judges_the_last_before_it(tmp_path):
+    trainer = run("grpo", tmp_path, settings=dict(max_steps=3, num_iterations=2))
+    judged = [
+        entry["dentropy/next_batch/step"] for entry in trainer.state.log_history if "dentropy/next_batch/step" in entry
+    ]
+    assert judged == [2]
+
+
+@pytest.mark.slow
+def test_every_few_records_a_run_folder(tmp_path):
+    trainer = sampling_trainer("grpo", tmp_path, settings=dict(max_steps=2))
+    EntropyForecast.attach(trainer, 1, **SMALL | dict(report_every=2))
+    (tmp_path / "dentropy" / "step-000002").mkdir(parents=True)  # of a run before
+    trainer.train()
+    folder = tmp_path / "dentropy" / "step-000002-2"
+    assert sorted(path.name for path in (tmp_path / "dentropy").iterdir()) == ["step-000002", folder.name]
+    content = json.loads((folder / "results.json").read_text())
+    assert content["attribution"]["parameters"] and (folder / "report.html").is_file()
+    assert content["base_entropy"] == pytest.approx(recorded(trainer)[1]["entropy"], rel=1e-6)
+
+
+def test_a_learning_rate_of_zero_and_rewards_that_are_equal(tmp_path):
+    """Warm-up begins at 0, and a batch without a difference in reward has no gradient: nothing moves, all is logged."""
+    trainer = run("grpo", tmp_path, settings=dict(max_steps=1, warmup_steps=5))
+    (entry,) = recorded(trainer)
+    assert entry["predicted_delta"] == entry["measured_delta"] == 0.0 and "slope" not in entry
+
+
+def test_gradients_that_are_not_finite_are_not_recorded(tmp_path):
+    class Spoilt(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, *, model, **_):
+            if state.global_step == 0:
+                next(model.parameters()).grad.fill_(float("inf"))
+                self.saved = [p.detach().clone() for p in model.parameters()]
+
+        def on_optimizer_step(self, args, state, control, *, model, **_):
+            if state.global_step == 0:
+                for p, value in zip(model.parameters(), self.saved, strict=True):
+                    p.data.copy_(value)
+
+    trainer = sampling_trainer("grpo", tmp_path, settings=dict(max_steps=2, optim="sgd"))
+    EntropyForecast.attach(trainer, 10, **SMALL)
+    trainer.callback_handler.callbacks.insert(0, Spoilt())
+    with pytest.warns(UserWarning, match="the record of step 1 failed: _NotFinite: gradients are not finite"):
+        trainer.train()
+    assert [(entry["step"], entry["failed"]) for entry in recorded(trainer)] == [(2, 1)]
+
+
+def test_training_outlives_a_later_record_that_fails(tmp_path, monkeypatch):
+    look_back, calls = StepWatch.look_back, []
+
+    def failing(self):
+        calls.append(None)
+        if len(calls) == 2:
+            raise ValueError("moved.logp: so far below")
+        look_back(self)
+
+    monkeypatch.setattr(StepWatch, "look_back", failing)
+    with pytest.warns(UserWarning, match="the record of step 2 failed: moved.logp"):
+        trainer = run("grpo", tmp_path)
+    assert trainer.state.global_step == 3
+    assert [entry["step"] for entry in recorded(trainer)] == [1, 3]
+
+
+def test_a_first_record_that_fails_stops_training(tmp_path, monkeypatch):
+    trainer = sampling_trainer("grpo", tmp_path)
+    EntropyForecast.attach(trainer, 1, **SMALL | dict(prompts=[[99]]))
+    with pytest.raises(ValueError, match=r"prompts\[0\]: token id 99 is outside the vocabulary"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    "given,said",
+    [
+        (dict(prompts=[]), "prompts: none"),
+        (dict(max_new_tokens=64), "max_new_tokens: 64 after a prompt"),
+        (dict(every=0), "every: 0, expected at least 1"),
+    ],
+)
+def test_bad_settings(tmp_path, given, said):
+    with pytest.raises(ValueError, match=said):
+        trainer = sampling_trainer("grpo", tmp_path)
+        EntropyForecast.attach(trainer, **SMALL | given)
+        trainer.train()
+
+
+def test_what_the_trainer_must_say(tmp_path, monkeypatch):
+    for given, said in (
+        (dict(prompts=["3="]), "max_new_tokens: not given"),
+        (dict(max_new_tokens=3), "no column 'prompt'"),
+    ):
+        trainer = plain_trainer(tmp_path)
+        EntropyForecast.attach(trainer, **SMALL | given)
+        with pytest.raises(ValueError, match=said):
+            trainer.train()
+    monkeypatch.setattr(type(trainer.args), "world_size", 2)
+    with pytest.raises(ValueError, match="EntropyForecast: 2 processes"):
+        trainer.train()
+
+
+@pytest.mark.slow
+def test_totals_go_on_where_training_is_resumed(tmp_path):
+    saved = dict(save_strategy="steps", save_steps=1)
+    first = run("grpo", tmp_path, settings=dict(max_steps=1) | saved)
+    second = sampling_trainer("grpo", tmp_path, settings=dict(max_steps=2) | saved)
+    EntropyForecast.attach(second, 1, **SMALL)
+    second.train(resume_from_checkpoint=True)
+    a, b = recorded(second)
+    assert a == recorded(first)[0]
+    assert b["measured_total"] == pytest.approx(a["measured_delta"] + b["measured_delta"])
+
+
+def test_rollouts_that_judge_no_step():
+    class Cut:
+        top_p, temperature = 0.9, 1.0
+
+    assert "top_p=0.9" in next_rollouts.not_the_policys(Cut())
+    assert next_rollouts.packed([{"tool_mask": None}], 1.0) is None
+
+
+def test_chat_prompts_are_encoded_as_the_trainer_does(tmp_path, monkeypatch):
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}={% endif %}"
+    dataset = Dataset.from_dict({"prompt": [[{"role": "user", "content": "17"}]] * 4})
+    trainer = sampling_trainer("grpo", tmp_path, dataset=dataset, settings=dict(max_steps=1))
+    trainer.processing_class.chat_template = template
+    found = []
+    monkeypatch.setattr(
+        dentropy.integrations.transformers, "sample", lambda policy, prompts, **_: found.extend(prompts) or 1 / 0
+    )
+    EntropyForecast.attach(trainer, **SMALL)
+    trainer.reward_funcs = [lambda prompts, completions, **_: [float(len(prompts))] * len(completions)]
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    assert {tuple(prompt) for prompt in found} == {tuple(trainer.processing_class.encode("17="))}
+    assert {tuple(p) for p in found} == {tuple(trainer._tokenize_prompts(dataset["prompt"][:1])[0][0])}
