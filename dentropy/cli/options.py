@@ -41,6 +41,7 @@ def load_libraries() -> None:
     try:
         import jsonschema  # noqa: F401
         import matplotlib  # noqa: F401
+        import pyarrow  # noqa: F401
         import safetensors  # noqa: F401
         import tqdm  # noqa: F401
         from transformers.utils import logging

@@ -21,18 +21,26 @@ def add(commands) -> None:
     command.add_argument(
         "--rollouts", required=True, metavar="PATH", help="rollouts of this policy: a file or a folder"
     )
-    update = command.add_mutually_exclusive_group(required=True)
+    update = command.add_mutually_exclusive_group()
     update.add_argument("--after", metavar="DIR", help="model after the update")
     update.add_argument("--direction", metavar="FILE", help="direction v, as safetensors")
-    update.add_argument("--update-rollouts", metavar="PATH", help="rewarded rollouts: take their policy gradient")
+    command.add_argument(
+        "--update-rollouts",
+        metavar="PATH",
+        help="rewarded rollouts: take the step of their policy gradient, or, with --after or --direction, explain that "
+        "update by them",
+    )
     command.add_argument(
         "--split",
         action="store_true",
         help="make the update from half of the prompts of --update-rollouts and judge it on the others: for one file "
         "as both --rollouts and --update-rollouts",
     )
-    command.add_argument("--optimizer", choices=("sgd", "adamw"), help="of --update-rollouts (default: adamw)")
+    command.add_argument("--optimizer", choices=("sgd", "adam", "adamw"), help="of --update-rollouts (default: adamw)")
     command.add_argument("--optimizer-state", metavar="FILE", help="its saved state (torch.save of state_dict())")
+    command.add_argument(
+        "--max-grad-norm", type=float, metavar="X", help="at which its gradient's norm is clipped (default: it is not)"
+    )
     command.add_argument(
         "--step-size",
         type=float,
@@ -88,7 +96,7 @@ def add(commands) -> None:
     command.add_argument(
         "--skip-parameters",
         action="store_true",
-        help="leave out the parameters' shares, which need a gradient's memory",
+        help="leave out the parameters' shares, which need a gradient's memory (as those of the update's tokens do)",
     )
     command.add_argument(
         "--pass-at-k",
@@ -122,10 +130,12 @@ def run(options) -> None:
     from dentropy.model.policy import Policy
 
     out = check_out(options.out)
+    if options.update_rollouts is None and options.after is None and options.direction is None:
+        raise ValueError("--after, --direction, --update-rollouts: one of the arguments is needed, expected the update")
     if options.step_size is None and options.direction is None:
         raise ValueError("--step-size: needed with --after and --update-rollouts")
-    if options.update_rollouts is None and (options.optimizer or options.optimizer_state):
-        raise ValueError("--optimizer and --optimizer-state: only with --update-rollouts")
+    if options.update_rollouts is None and (options.optimizer or options.optimizer_state or options.max_grad_norm):
+        raise ValueError("--optimizer, --optimizer-state and --max-grad-norm: only with --update-rollouts")
     if options.max_new_tokens is not None and not options.append_eos:
         raise ValueError("--max-new-tokens: only with --append-eos")
     check_files(options)
@@ -141,11 +151,15 @@ def run(options) -> None:
         with about("--update-rollouts"):
             update = _rollouts(options.update_rollouts, options, policy, tokenizer)
         batch, update, divided = apart(batch, update, options.split)
-    direction = _direction(options, policy, update)
+    direction = _direction(options, policy)
+    step = None
+    if update is not None:
+        step = _step(options, policy, update, options.step_size or direction.step_size)
+        direction = direction or step.direction()
     etas = etas or check_etas([step * direction.step_size for step in DEFAULT_STEPS])
     for_report = tokenizer.load_for_the_report()
     parameters = not options.skip_parameters
-    with token_bar("passes", tokens_to_run(policy, batch, etas, parameters)) as progress:
+    with token_bar("passes", tokens_to_run(policy, batch, etas, parameters, step)) as progress:
         result = probe(
             policy,
             batch,
@@ -155,6 +169,7 @@ def run(options) -> None:
             prompts=options.prompt_set,
             parameters=parameters,
             pass_at_k=options.pass_at_k,
+            update=step,
             progress=progress,
         )
     named = {name: getattr(options, name) for name in ("policy", "rollouts", "after", "direction", "update_rollouts")}
@@ -179,10 +194,9 @@ def _rollouts(path: str, options, policy, tokenizer):
     )
 
 
-def _direction(options, policy, update):
-    from dentropy.experiment.progress import token_bar
+def _direction(options, policy):
+    """That of --after or --direction, None without."""
     from dentropy.model.direction import Direction
-    from dentropy.passes.policy_gradient import policy_gradient_direction
 
     if options.after is not None:
         # The folder in its own dtype shows what rounding to bf16 has lost; the float32 model would hide it.
@@ -190,19 +204,28 @@ def _direction(options, policy, update):
         with about("--after"):
             trust = options.trust_remote_code
             return Direction.between(before, options.after, options.step_size, trust_remote_code=trust)
-    if options.direction is not None:
-        direction = Direction.load(options.direction)
-        return direction if options.step_size is None else Direction(direction.tensors, options.step_size)
+    if options.direction is None:
+        return None
+    direction = Direction.load(options.direction)
+    return direction if options.step_size is None else Direction(direction.tensors, options.step_size)
+
+
+def _step(options, policy, update, step_size):
+    """The step that --update-rollouts make."""
+    from dentropy.experiment.progress import token_bar
+    from dentropy.passes.policy_gradient import policy_gradient_step
+
     state = None if options.optimizer_state is None else load_state(options.optimizer_state)
     with about("--update-rollouts"), token_bar("policy gradient", update.n_tokens) as progress:
-        return policy_gradient_direction(
+        return policy_gradient_step(
             policy,
             update,
-            step_size=options.step_size,
+            step_size=step_size,
             token_budget=options.token_budget,
             progress=progress,
             optimizer=options.optimizer or "adamw",
             optimizer_state=state,
+            max_grad_norm=options.max_grad_norm,
         )
 
 

@@ -21,7 +21,7 @@ from dentropy.model import checkpoint
 from dentropy.model.policy import Policy
 from dentropy.passes.forward_mode import moved_weights
 from dentropy.passes.measure import measure
-from dentropy.passes.policy_gradient import policy_gradient_direction
+from dentropy.passes.policy_gradient import policy_gradient_step
 from dentropy.rollouts.batch import PackedBatch
 from dentropy.rollouts.sampling import sample
 
@@ -59,10 +59,11 @@ def _run(seed: int) -> ProbeResult:
         label="2/4 rewarded rollouts",
     )
     with token_bar("2/4 policy gradient", update.n_tokens) as progress:
-        direction = policy_gradient_direction(policy, update, step_size=STEP_SIZE, progress=progress)
+        step = policy_gradient_step(policy, update, step_size=STEP_SIZE, progress=progress)
+    direction = step.direction()
     etas = [step * STEP_SIZE for step in STEPS]
-    with token_bar("3/4 predict and measure", tokens_to_run(policy, batch, etas)) as progress:
-        result = probe(policy, batch, direction, etas, pass_at_k=PASS_AT_K, progress=progress)
+    with token_bar("3/4 predict and measure", tokens_to_run(policy, batch, etas, update=step)) as progress:
+        result = probe(policy, batch, direction, etas, update=step, pass_at_k=PASS_AT_K, progress=progress)
 
     with moved_weights(policy, direction, etas[-1]):
         prompts = [batch.prompt(i) for i in range(0, len(batch), PER_PROMPT)]

@@ -9,7 +9,9 @@ from dentropy.rollouts.batch import PackedBatch
 TANGENT, REVERSE = 3, 3
 
 
-def cost(batch: PackedBatch, n_etas: int, own_steps: int, parameters: bool) -> dict[str, int]:
+def cost(
+    batch: PackedBatch, n_etas: int, own_steps: int, parameters: bool, update: PackedBatch | None = None
+) -> dict[str, int]:
     """`cost` of results.json: passes by kind, and the response tokens they run.
 
     Args:
@@ -17,10 +19,15 @@ def cost(batch: PackedBatch, n_etas: int, own_steps: int, parameters: bool) -> d
         n_etas: where a change is measured.
         own_steps: passes that only the second derivatives need, 0 or 2.
         parameters: whether a reverse pass gives their shares.
+        update: rollouts whose tokens' shares two passes with tangents give, after the same reverse pass.
     """
-    passes = {"forward": n_etas + own_steps, "tangent": 1, "reverse": int(parameters)}
+    passes = {"forward": n_etas + own_steps, "tangent": 1, "reverse": int(parameters or update is not None)}
     sample = n_etas * int(batch.response_lens[sampled_rollouts(batch)].sum())
-    return passes | {"noise_floor": sample, "tokens": sum(passes.values()) * int(batch.n_tokens) + sample}
+    tokens = sum(passes.values()) * int(batch.n_tokens) + sample
+    if update is None:
+        return passes | {"noise_floor": sample, "tokens": tokens}
+    shares = 2 * update.n_tokens
+    return passes | {"noise_floor": sample, "update": shares, "tokens": tokens + shares}
 
 
 def cost_text(content: dict) -> str | None:
@@ -29,11 +36,12 @@ def cost_text(content: dict) -> str | None:
     if found is None:
         return None
     passes = found["forward"] + found["tangent"] + found["reverse"]
-    sample = found["noise_floor"] / content["n_tokens"]
+    sample = (found["noise_floor"] + TANGENT * found.get("update", 0)) / content["n_tokens"]
     forwards = found["forward"] + TANGENT * found["tangent"] + REVERSE * found["reverse"] + sample
-    share = sample / len(content["measured"])
+    share = found["noise_floor"] / content["n_tokens"] / len(content["measured"])
+    more = ", two with tangents over the update's," if found.get("update") else ""
     return (
-        f"{passes} passes over the rollouts and noise floors on {share:.0%} of the tokens at each η, "
+        f"{passes} passes over the rollouts{more} and noise floors on {share:.0%} of the tokens at each η, "
         f"{found['tokens']:,} tokens in all, "
         f"about {forwards:.0f} plain forward passes"
     )

@@ -37,8 +37,11 @@ from dentropy.model.policy import Policy
 from dentropy.passes.measure import measure
 from dentropy.passes.microbatches import AUTO
 from dentropy.passes.noise_floor import DERIVATIVE, noise_floor
-from dentropy.passes.parameter_attribution import parameter_attribution
+from dentropy.passes.parameter_attribution import moving_by_name, parameter_shares
+from dentropy.passes.policy_gradient import PolicyGradientStep
 from dentropy.passes.second_order import bend, difference_step, doubt, with_second_order
+from dentropy.passes.slope_gradient import slope_gradient
+from dentropy.passes.update_attribution import UpdateAttribution, update_attribution
 from dentropy.rollouts.batch import PackedBatch
 from dentropy.rollouts.sampling import end_tokens, without_end
 from dentropy.stats.sequence_sums import sequence_sums
@@ -61,6 +64,7 @@ def probe(
     prompts: str = "random",
     parameters: bool = True,
     pass_at_k: Sequence[int] = (),
+    update: PolicyGradientStep | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> ProbeResult:
     """Slope and curvature of the entropy along `direction`, and the measured ΔH(η) at each of `etas`.
@@ -68,7 +72,9 @@ def probe(
     A pass with tangents at the base weights gives the slope; a plain pass at θ + η·v per η gives the measurement
     (importance sampling on the same rollouts, with prefix weights and beside it with sequence weights: see "Which form"
     in mathematics.md) and one over a fifth of the rollouts, 16 at least, its noise floor; one reverse pass
-    gives each parameter's share, unless `parameters` is False (it needs a gradient's memory). Second derivatives, for
+    gives each parameter's share, unless `parameters` is False (it needs a gradient's memory). With `update`, the step
+    that `direction` is or is to be explained by, the same reverse pass and two passes with tangents over its rollouts
+    give the share of each of their tokens. Second derivatives, for
     the curvature, are second differences of values: of those at ±η where two of the `etas` are such a pair and a good
     step for it, else of two plain passes more. `prompts` says what the standard errors are for: prompts drawn at
     "random", or this "fixed" set. `pass_at_k` are the k whose pass@k the forecast has too. `token_budget` is that of
@@ -111,7 +117,7 @@ def probe(
         )
         floor = noise_floor(policy, batch, direction, base, prefix.measured, slopes["causal"], eta, **settings)
         changes.append(_change(prefix, sequence, moved[eta], eta, floor))
-    shares = parameter_attribution(policy, batch, direction, base, **settings) if parameters else None
+    shares, of_update = _explained(policy, batch, direction, base, parameters, update, **settings)
     base_entropy, base_influence = entropy_per_token(base)
     return ProbeResult(
         base=base,
@@ -132,13 +138,43 @@ def probe(
         prompts=prompts,
         dtype=str(policy.dtype).removeprefix("torch."),
         device=_device_name(policy.device),
-        cost=cost(batch, len(etas), own_steps, parameters),
+        cost=cost(batch, len(etas), own_steps, parameters, None if update is None else update.batch),
+        update=of_update,
     )
 
 
-def tokens_to_run(policy: Policy, batch: PackedBatch, etas: Sequence[float], parameters: bool = True) -> int:
+def _explained(
+    policy: Policy,
+    batch: PackedBatch,
+    direction: Direction,
+    base: SequenceSums,
+    parameters: bool,
+    update: PolicyGradientStep | None,
+    **settings,
+) -> tuple[dict[str, float] | None, UpdateAttribution | None]:
+    """The shares of parameters and of the update's tokens, None for what was not asked for, from one reverse pass."""
+    if not parameters and update is None:
+        return None, None
+    moving = moving_by_name(policy, direction)
+    names = list(dict.fromkeys([*moving, *([] if update is None else update.gradient)]))
+    gradient = slope_gradient(policy, batch, base, names, halves=update is not None, **settings)
+    shares = parameter_shares(moving, gradient) if parameters else None
+    if update is None:
+        return shares, None
+    more = {"direction": direction, "gradient": gradient}
+    return shares, update_attribution(policy, batch, update, base, **more, **settings)
+
+
+def tokens_to_run(
+    policy: Policy,
+    batch: PackedBatch,
+    etas: Sequence[float],
+    parameters: bool = True,
+    update: PolicyGradientStep | None = None,
+) -> int:
     """How many response tokens `probe` reports as finished: all that it may have to run."""
-    return cost(batch, len(etas), 2 if _has_second_order(policy) else 0, parameters)["tokens"]
+    rollouts = None if update is None else update.batch
+    return cost(batch, len(etas), 2 if _has_second_order(policy) else 0, parameters, rollouts)["tokens"]
 
 
 def _with_second_order(

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from dentropy.estimators import Estimate, Forecast, OnPolicyAudit, TrustRange
-from dentropy.experiment import entries, forecast_entry, rollout_rows, run_folder
+from dentropy.experiment import entries, forecast_entry, rollout_rows, run_folder, update_tokens
 from dentropy.experiment.changes import Change, FreshCheck
 from dentropy.experiment.summary import summary
+from dentropy.passes.update_attribution import UpdateAttribution
 from dentropy.rollouts.batch import PackedBatch
 from dentropy.stats.tables import SequenceSums
 
@@ -40,6 +41,7 @@ class ProbeResult:
         dtype: Of the weights in the pass.
         device: Where it ran.
         cost: Its passes by kind and the tokens they ran, as results.md describes.
+        update: The shares of the update's own tokens; None if not asked for.
         seeds: Free for the caller: random seeds by name.
         source: Free for the caller: where policy, rollouts and update came from, by name.
         fresh: Free for the caller: the comparison with rollouts of the moved policy.
@@ -64,6 +66,7 @@ class ProbeResult:
     dtype: str
     device: str
     cost: dict[str, int]
+    update: UpdateAttribution | None = None
     seeds: dict[str, int] = field(default_factory=dict)
     source: dict[str, str] = field(default_factory=dict)
     fresh: FreshCheck | None = None
@@ -108,6 +111,7 @@ class ProbeResult:
             "noise_floor": self.noise_floor,
             "forecast": forecast_entry.forecast(self.forecast, self.etas),
             "attribution": entries.attribution(self.base, self.prompts, self.parameters),
+            "update_attribution": None if self.update is None else update_tokens.entry(self.update),
             "fresh_check": None if self.fresh is None else dict(vars(self.fresh)),
             "audit": self._audit(),
         }
@@ -140,7 +144,16 @@ class ProbeResult:
         def shown() -> list[dict]:
             return rollout_rows.largest(self.base, self.batch, self.slopes["exact"].contributions, tokenizer)
 
-        return run_folder.save(out, self.content, self.columns(), shown)
+        if self.update is None:
+            return run_folder.save(out, self.content, self.columns(), shown)
+        return run_folder.save(
+            out,
+            self.content,
+            self.columns(),
+            shown,
+            update_tokens.columns(self.update),
+            lambda: update_tokens.largest(self.update, tokenizer),
+        )
 
     def summary(self) -> str:
         """The result as a text to read."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 
 import numpy as np
@@ -65,10 +65,7 @@ def largest(base: SequenceSums, batch: PackedBatch, contributions: np.ndarray, t
     """
     by_token = np.split(token_attribution(base, estimator="exact"), np.cumsum(base.n_tokens).astype(int)[:-1])
 
-    def text(ids: list[int]) -> str:
-        return " ".join(map(str, ids)) + " " if tokenizer is None else tokenizer.decode(ids)
-
-    found = []
+    text, found = as_text(tokenizer), []
     for row in np.argsort(-np.abs(contributions), kind="stable")[:SHOWN_ROLLOUTS].tolist():
         i = int(base.rollout[row])
         shares = iter(by_token[row].tolist())
@@ -88,3 +85,8 @@ def largest(base: SequenceSums, batch: PackedBatch, contributions: np.ndarray, t
             }
         )
     return found
+
+
+def as_text(tokenizer) -> Callable[[list[int]], str]:
+    """Token ids as the tokenizer's text, or as numbers without one."""
+    return lambda ids: " ".join(map(str, ids)) + " " if tokenizer is None else tokenizer.decode(ids)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dentropy.doors import json_value
+from dentropy.doors import json_value, third_party
 from dentropy.experiment import figures
 from dentropy.experiment.report import page
 from dentropy.experiment.results_schema import check
@@ -23,6 +23,7 @@ from dentropy.experiment.unfinished import remove_left_behind, temporary
 
 SCHEMA_VERSION, KNOWN_VERSIONS = 3, (1, 2, 3)
 RESULTS, ROLLOUTS, REPORT = "results.json", "rollouts.csv", "report.html"
+UPDATE_TOKENS = "update_tokens.parquet"
 
 
 class ViewsFailedError(RuntimeError):
@@ -54,7 +55,14 @@ def check_out(out: str | Path) -> Path:
     return out
 
 
-def save(out: str | Path, content: dict, columns: dict[str, np.ndarray], shown: Callable[[], list[dict]]) -> Path:
+def save(
+    out: str | Path,
+    content: dict,
+    columns: dict[str, np.ndarray],
+    shown: Callable[[], list[dict]],
+    update_tokens: dict[str, np.ndarray] | None = None,
+    update_shown: Callable[[], list[dict]] = list,
+) -> Path:
     """Write the run folder `out`.
 
     Args:
@@ -62,6 +70,8 @@ def save(out: str | Path, content: dict, columns: dict[str, np.ndarray], shown: 
         content: Of results.json.
         columns: Of rollouts.csv.
         shown: Gives the rollouts that the report shows token by token, as `report.page.html` takes them.
+        update_tokens: Columns of update_tokens.parquet, which is not written without.
+        update_shown: As `shown`, of the update's rollouts.
 
     Returns:
         The folder's path.
@@ -80,7 +90,9 @@ def save(out: str | Path, content: dict, columns: dict[str, np.ndarray], shown: 
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(columns)
             writer.writerows(zip(*(column.tolist() for column in columns.values()), strict=True))
-        failed = _write_views(unfinished, content, columns, shown)
+        if update_tokens is not None:
+            _write_parquet(unfinished / UPDATE_TOKENS, update_tokens)
+        failed = _write_views(unfinished, content, columns, shown, update_shown)
         _move(unfinished, out)
     if failed:
         reasons = "; ".join(f"{name}: {type(error).__name__}: {error}" for name, error in failed.items())
@@ -106,8 +118,20 @@ def load(folder: str | Path) -> dict:
     return content
 
 
+def _write_parquet(path: Path, columns: dict[str, np.ndarray]) -> None:
+    with third_party(f"{path.name}: cannot be written", "the pyarrow that pip install 'dentropy[probe]' brings"):
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.table(columns), path)
+
+
 def _write_views(
-    folder: Path, content: dict, columns: dict[str, np.ndarray], shown: Callable[[], list[dict]]
+    folder: Path,
+    content: dict,
+    columns: dict[str, np.ndarray],
+    shown: Callable[[], list[dict]],
+    update_shown: Callable[[], list[dict]],
 ) -> dict[str, Exception]:
     """Write what is made to look at; the errors, by file name, of those that failed.
 
@@ -115,7 +139,7 @@ def _write_views(
     """
 
     def report(path: Path) -> None:
-        path.write_text(page.html(content, shown()), encoding="utf-8")
+        path.write_text(page.html(content, shown(), update_shown()), encoding="utf-8")
 
     def figure(path: Path) -> None:
         figures.write(path, content, columns)

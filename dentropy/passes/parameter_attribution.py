@@ -5,18 +5,15 @@ shares add up to the forward-mode slope is also the best test of both.
 """
 
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
-import numpy as np
-from torch import nn
+from torch import Tensor
 
-from dentropy.estimators.attribution import score_coefficients
 from dentropy.model.direction import Direction
 from dentropy.model.in_place import in_turn
 from dentropy.model.policy import Policy
 from dentropy.passes.microbatches import AUTO
-from dentropy.passes.reverse_mode import gradient
+from dentropy.passes.slope_gradient import SlopeGradient, slope_gradient
 from dentropy.rollouts.batch import PackedBatch
 from dentropy.stats.tables import SequenceSums
 
@@ -61,36 +58,22 @@ def parameter_attribution(
         >>> abs(sum(shares.values()) - slope(sums).value) < 1e-4
         True
     """
-    score, total = score_coefficients(sums, estimator=estimator, per=per)
+    moving = moving_by_name(policy, direction)
+    settings = {"token_budget": token_budget, "progress": progress}
+    return parameter_shares(
+        moving, slope_gradient(policy, batch, sums, list(moving), estimator=estimator, per=per, **settings)
+    )
+
+
+def parameter_shares(moving: dict[str, Tensor], gradient: SlopeGradient) -> dict[str, float]:
+    """∇R·v parameter by parameter, in float64."""
+    return {name: float((gradient.whole(name).double() * v.double()).sum()) for name, v in moving.items()}
+
+
+def moving_by_name(policy: Policy, direction: Direction) -> dict[str, Tensor]:
+    """v of each parameter that moves, in its dtype and on its device."""
     names = {id(p): name for name, p in policy.model.named_parameters()}
-    parameters, tangents = zip(*policy.moving(direction), strict=True)
-    with _every_embedding_row(policy.model):
-        gradients = gradient(
-            policy,
-            batch,
-            parameters,
-            np.full(len(score), 1 / total),
-            score / total,
-            token_budget=token_budget,
-            progress=progress,
-        )
-    return {
-        names[id(p)]: float((g.double() * v.double()).sum())
-        for p, g, v in zip(parameters, gradients, tangents, strict=True)
-    }
-
-
-@contextmanager
-def _every_embedding_row(model: nn.Module) -> Iterator[None]:
-    """Without padding rows: reverse mode gives them no gradient, though forward mode, rightly, lets them move."""
-    padded = [(m, m.padding_idx) for m in model.modules() if getattr(m, "padding_idx", None) is not None]
-    try:
-        for module, _ in padded:
-            module.padding_idx = None
-        yield
-    finally:
-        for module, index in padded:
-            module.padding_idx = index
+    return {names[id(p)]: v for p, v in policy.moving(direction)}
 
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")

@@ -1,61 +1,72 @@
-"""The update a policy-gradient step would take, from rewarded rollouts.
+"""The update a policy-gradient step would take, from rewarded rollouts: its gradient, its optimizer, its direction.
 
-The gradient is that of the token-mean surrogate at the policy that sampled the rollouts, where the probability ratio
-is 1 and clipping does nothing:
+Of the loss that `PolicyLoss` names the gradient is g = Σ_j (a_j ∇logp_j + e_j ∇h_j) over the tokens of the rollouts. By
+default that is the token-mean surrogate at the policy that sampled them, where the probability ratio is 1 and clipping
+does nothing:
 
     loss = −(1/D) Σ_i A_i Σ_k logp_k ,      A_i = (r_i − mean_g) / (std_g + 1e-4) over the rollouts of a prompt group,
 
 k over the tokens that the policy generated, D of them, or with the batch's own advantages where it has them.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from numbers import Real
+
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from dentropy.model.adapter_layers import adapter_parameters
 from dentropy.model.direction import Direction, checked_step_size
 from dentropy.model.in_place import in_turn
 from dentropy.model.policy import Policy
-from dentropy.passes.measure import check_batch
+from dentropy.passes.measure import check_batch, measure
 from dentropy.passes.microbatches import AUTO
-from dentropy.passes.optimizer_state import AdamW, saved_adamw
+from dentropy.passes.optimizer_state import NOT_DIAGONAL, OPTIMIZERS, SGD, AdamW, Parts, saved_optimizer
+from dentropy.passes.policy_loss import Coefficients, PolicyLoss, coefficients
 from dentropy.passes.reverse_mode import gradient
 from dentropy.rollouts.batch import PackedBatch
 
-OPTIMIZERS = ("sgd", "adamw")
-ADVANTAGE_EPSILON = 1e-4  # the constant GRPO adds to a group's standard deviation
-# Rewards of a group that differ by less, relative, are equal: sums taken in float32 may leave as much.
-ROUNDING = 2.0**-20
+CLIP_EPSILON = 1e-6  # what torch.nn.utils.clip_grad_norm_ adds to the norm
 
 
-@in_turn  # gradients stand at the parameters for a while
-def policy_gradient_direction(
-    policy: Policy,
-    batch: PackedBatch,
-    *,
-    step_size: float,
-    optimizer: str = "adamw",
-    optimizer_state: dict | None = None,
-    token_budget: int | str = AUTO,
-    progress=None,
-) -> Direction:
+@dataclass(frozen=True, eq=False)
+class PolicyGradientStep:
+    """One optimizer step on a batch, not taken: all that its direction is made of.
+
+    Attributes:
+        policy: whose step it is, at the weights before it.
+        batch: the update's rollouts.
+        coefficients: of the loss, for each of their tokens.
+        gradient: of the loss, clipped, by parameter name, float32 or better.
+        clip_factor: κ = min(1, c/(‖g‖ + 1e-6)) of a gradient norm clipped at c; 1.0 where it was not.
+        optimizer: its name.
+        rules: the optimizer of each parameter, by the same names.
+        step_size: the learning rate.
+    """
+
+    policy: Policy
+    batch: PackedBatch
+    coefficients: Coefficients
+    gradient: dict[str, Tensor]
+    clip_factor: float
+    optimizer: str
+    rules: dict[str, SGD | AdamW]
+    step_size: float
+
+    def parts(self, name: str) -> Parts:
+        """What the step of one parameter is made of."""
+        return self.rules[name].parts(self.policy.model.get_parameter(name), self.gradient[name])
+
+    def direction(self) -> Direction:
+        """v of the step."""
+        return Direction({name: self.parts(name).step(g) for name, g in self.gradient.items()}, self.step_size)
+
+
+def policy_gradient_direction(policy: Policy, batch: PackedBatch, **settings) -> Direction:
     """The direction of one policy-gradient step on `batch`, which needs advantages, or rewards and groups of several.
 
-    The model and its gradients are left as found. Of a policy loaded with an adapter the adapter moves. The step is
-    taken in float32 or better whatever the policy's dtype, as trainers with master weights do.
-
-    Args:
-        policy: at the weights that sampled the batch.
-        batch: rollouts with rewards or advantages.
-        step_size: the learning rate, kept as the direction's step_size.
-        optimizer: "sgd" (v is minus the gradient) or "adamw" (without weight decay unless the state says otherwise).
-        optimizer_state: the state_dict of an AdamW optimizer of this policy, saved in training; its moments, betas,
-            eps and weight decay are used, and of its learning rates the ratios: with one rate v does not depend on
-            it, with several step_size must be one of them (see `saved_adamw`). None means a fresh AdamW.
-        token_budget, progress: as in `measure`.
-
-    Raises:
-        ValueError: without rewards, where rewards differ within no group, for rollouts the policy cannot take, and for
-            a state that is not an AdamW's of this policy.
+    Arguments and errors are those of `policy_gradient_step`, whose direction it is.
 
     Example:
         >>> from dentropy import PackedBatch
@@ -67,34 +78,81 @@ def policy_gradient_direction(
         >>> direction.step_size, set(direction.tensors) == {name for name, _ in policy.model.named_parameters()}
         (0.0001, True)
     """
+    return policy_gradient_step(policy, batch, **settings).direction()
+
+
+@in_turn  # gradients stand at the parameters for a while
+def policy_gradient_step(
+    policy: Policy,
+    batch: PackedBatch,
+    *,
+    step_size: float,
+    loss: PolicyLoss | None = None,
+    optimizer: str = "adamw",
+    optimizer_state: dict | None = None,
+    max_grad_norm: float | None = None,
+    token_budget: int | str = AUTO,
+    progress: Callable[[int], None] | None = None,
+) -> PolicyGradientStep:
+    """One step of an optimizer on `batch`, which needs advantages, or rewards and groups of several.
+
+    The model and its gradients are left as found. Of a policy loaded with an adapter the adapter moves. The step is
+    taken in float32 or better whatever the policy's dtype, as trainers with master weights do. It takes one reverse
+    pass over the batch and, where the loss has old or reference log-probabilities, a plain one before.
+
+    Args:
+        policy: at the weights before the step.
+        batch: rollouts with rewards or advantages.
+        step_size: the learning rate, kept as the direction's step_size.
+        loss: None is `PolicyLoss()`: ratios of 1, the mean over tokens.
+        optimizer: "sgd" (without a state v is minus the gradient), "adamw" or "adam" (without weight decay unless the
+            state says otherwise).
+        optimizer_state: the state_dict of such an optimizer of this policy, saved in training; its moments, betas,
+            eps, momentum and weight decay are used, and of its learning rates the ratios: with one rate v does not
+            depend on it, with several step_size must be one of them (see `saved_optimizer`). None means a fresh one.
+            Its tensors are not copied: of an optimizer that steps before the result is used up, give a copy.
+        max_grad_norm: c, what the gradient's norm is clipped at before the step.
+        token_budget, progress: as in `measure`; progress counts the tokens of every pass.
+
+    Raises:
+        ValueError: without rewards, where rewards differ within no group, for rollouts the policy cannot take, for a
+            state that is not such an optimizer's of this policy, and for optimizers such as Muon whose step is not a
+            diagonal times the gradient.
+    """
     if optimizer not in OPTIMIZERS:
-        raise ValueError(f"optimizer: {optimizer!r}, expected one of {OPTIMIZERS}")
-    if optimizer == "sgd" and optimizer_state is not None:
-        raise ValueError("optimizer_state: given with optimizer='sgd', which has none; expected optimizer='adamw'")
-    step_size = checked_step_size(step_size)
-    advantage = group_normalized_advantages(batch)
+        reason = f" ({NOT_DIAGONAL})" if str(optimizer).lower() == "muon" else ""
+        raise ValueError(f"optimizer: {optimizer!r}{reason}, expected one of {OPTIMIZERS}")
+    if max_grad_norm is not None and not (isinstance(max_grad_norm, Real) and 0 < max_grad_norm < float("inf")):
+        raise ValueError(f"max_grad_norm: {max_grad_norm!r}, expected a positive number")
+    step_size, loss = checked_step_size(step_size), PolicyLoss() if loss is None else loss
     check_batch(policy, batch)
     named = _trained(policy.model)
     if optimizer_state is None:
-        adamw = dict.fromkeys(named, AdamW())
+        rules = dict.fromkeys(named, SGD() if optimizer == "sgd" else AdamW(coupled=optimizer == "adam"))
     else:
-        adamw = saved_adamw(optimizer_state, {name: p.shape for name, p in named.items()}, step_size)
-        named = {name: p for name, p in named.items() if name in adamw}
+        rules = saved_optimizer(optimizer, optimizer_state, {name: p.shape for name, p in named.items()}, step_size)
+        named = {name: p for name, p in named.items() if name in rules}
+    settings = {"token_budget": token_budget, "progress": progress}
+    logp = None
+    if loss.needs_logp:
+        logp = measure(policy, batch, keep_tokens=True, **settings).tokens.logp.double().numpy()
+    found = coefficients(loss, batch, logp)
+    gradients = _gradient(policy, batch, found, named, **settings)
+    clip_factor = 1.0
+    if max_grad_norm is not None:
+        norm = float(sum(g.double().square().sum() for g in gradients.values()) ** 0.5)
+        clip_factor = min(1.0, max_grad_norm / (norm + CLIP_EPSILON))
+        gradients = {name: g.mul_(clip_factor) for name, g in gradients.items()}
+    return PolicyGradientStep(policy, batch, found, gradients, clip_factor, optimizer, rules, step_size)
+
+
+def _gradient(policy, batch, found: Coefficients, named: dict[str, nn.Parameter], **settings) -> dict[str, Tensor]:
+    """That of the loss, by parameter name."""
+    entropy = np.zeros(batch.n_tokens) if found.entropy is None else found.entropy
     # Weights of at most 1, and the rest of the scale afterwards: in half precision small gradients vanish.
-    scale = abs(advantage).max()
-    sums = gradient(
-        policy,
-        batch,
-        list(named.values()),
-        np.zeros(batch.n_tokens),
-        by_token(batch, advantage / scale),
-        token_budget=token_budget,
-        progress=progress,
-    )
-    ascent = {name: total.mul_(scale / batch.n_tokens) for name, total in zip(named, sums, strict=True)}
-    if optimizer == "sgd":
-        return Direction(ascent, step_size)
-    return Direction({name: adamw[name].step(p, -ascent[name]) for name, p in named.items()}, step_size)
+    scale = max(abs(found.logp).max(), abs(entropy).max())
+    sums = gradient(policy, batch, list(named.values()), entropy / scale, found.logp / scale, **settings)
+    return {name: total.mul_(scale) for name, total in zip(named, sums, strict=True)}
 
 
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -107,34 +165,3 @@ def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
     if not trained:
         raise ValueError("policy: no parameter requires a gradient, expected some that an update would move")
     return trained
-
-
-def by_token(batch: PackedBatch, advantage: np.ndarray) -> np.ndarray:
-    """Advantages [S] or [n_tokens] as one for each generated token, [n_tokens]."""
-    return np.repeat(advantage, batch.response_lens) if len(advantage) == len(batch) else advantage
-
-
-def group_normalized_advantages(batch: PackedBatch) -> np.ndarray:
-    """A_i, float64 [S]: the batch's advantages as they are (also [n_tokens], one for each generated token), else
-    (r − mean)/(std + 1e-4) within each prompt group, 0 in groups of rewards that are equal up to rounding."""
-    if batch.advantage is not None:
-        if not batch.advantage.any():
-            raise ValueError("batch: every advantage is 0, expected some that are not")
-        return batch.advantage
-    if batch.reward is None:
-        raise ValueError("batch: no rewards, expected a reward for every rollout")
-    _, group = np.unique(batch.group, return_inverse=True)
-    count = np.bincount(group)
-    low, high = np.full(len(count), np.inf), np.full(len(count), -np.inf)
-    np.minimum.at(low, group, batch.reward)
-    np.maximum.at(high, group, batch.reward)
-    equal = high - low <= ROUNDING * np.maximum(abs(low), abs(high))
-    if equal.all():
-        raise ValueError(
-            "batch: rewards do not differ within any prompt group, so every advantage is 0; expected "
-            "several rollouts per prompt with different rewards"
-        )
-    centred = np.where(equal[group], 0.0, batch.reward - (np.bincount(group, batch.reward) / count)[group])
-    # the sample standard deviation; a group of one has none and its advantage is 0 anyway
-    std = np.sqrt(np.bincount(group, centred**2) / np.maximum(count - 1, 1))
-    return centred / (std + ADVANTAGE_EPSILON)[group]

@@ -10,7 +10,7 @@ from models import InFloat64, random_direction, random_model
 from dentropy import Direction, Policy, curvature, importance, measure, probe, sample, slope
 from dentropy.cli.probe import DEFAULT_STEPS
 from dentropy.experiment.probe import tokens_to_run
-from dentropy.passes import parameter_attribution as reverse
+from dentropy.passes import slope_gradient as reverse
 from dentropy.passes.second_order import difference_step
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12], [13, 14]] * 4

@@ -6,7 +6,7 @@ import torch
 from models import SCALED, random_batch, random_direction, random_model
 
 from dentropy import PackedBatch, Policy, measure, policy_gradient_direction
-from dentropy.passes.policy_gradient import group_normalized_advantages
+from dentropy.passes.policy_loss import group_normalized_advantages
 
 
 def by_hand_gradient(model, batch) -> dict[str, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.resources import files
 
 from dentropy.experiment.report.answer import answer, comparison, ways
@@ -12,6 +13,7 @@ from dentropy.experiment.report.provenance import audit, provenance
 from dentropy.experiment.report.rollouts import rollouts as token_by_token
 from dentropy.experiment.report.slopes import slopes
 from dentropy.experiment.report.tags import Markup, tag
+from dentropy.experiment.report.update_tokens import update_tokens
 from dentropy.experiment.summary import warnings
 from dentropy.experiment.trade import trade
 
@@ -19,7 +21,7 @@ from dentropy.experiment.trade import trade
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
-def html(content: dict, rollouts: list[dict]) -> str:
+def html(content: dict, rollouts: list[dict], update_rollouts: Sequence[dict] = ()) -> str:
     """The report as a self-contained HTML page: no scripts, no requests, light and dark.
 
     Args:
@@ -27,6 +29,7 @@ def html(content: dict, rollouts: list[dict]) -> str:
         rollouts: Those to show token by token, as `rollout_rows.largest` gives them: rollout, group, reward
             (or None), prompt, contribution and tokens, a list of [text, contribution]; contributions in nats per
             token per unit of η. All text is escaped.
+        update_rollouts: Those of the update, as `update_tokens.largest` gives them, in the same form.
 
     Returns:
         The page.
@@ -39,6 +42,7 @@ def html(content: dict, rollouts: list[dict]) -> str:
             reliability(content),
             slopes(content),
             attribution(content),
+            update_tokens(content, update_rollouts),
             token_by_token(content, rollouts),
             audit(content),
             provenance(content),

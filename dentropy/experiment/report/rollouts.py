@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from dentropy.experiment.report.numbers import Unit, number, quantity, rounded, unit_for
 from dentropy.experiment.report.sections import section
 from dentropy.experiment.report.tags import Markup, join, tag
@@ -25,10 +27,10 @@ def rollouts(content: dict, shown: list[dict]) -> Markup | None:
         f"{len(shown)} of {content['n_sequences']:,} rollouts: those that contribute most to the change of the update "
         "itself that the exact slope predicts. They are terms of one sample: only their sums have error bars."
     )
-    return section("rollouts", "Rollouts, token by token", tag("p", note), _coloured(shown, content["step_size"]))
+    return section("rollouts", "Rollouts, token by token", tag("p", note), coloured(shown, content["step_size"]))
 
 
-def _coloured(rollouts: list[dict], step_size: float) -> Markup:
+def coloured(rollouts: Sequence[dict], step_size: float) -> Markup:
     """All rollouts on one colour scale; contributions per unit of η are shown for the update itself."""
     tokens = [
         [(text, None if value is None else value * step_size) for text, value in rollout["tokens"]]

@@ -1,0 +1,260 @@
+"""Which of the update's own tokens a slope comes from: every token's share of ∇R·v, exact, and what is not theirs.
+
+A step is v = −(γP ∘ κg + momentum + decay) with g = Σ_j (a_j ∇logp_j + e_j ∇h_j) over the update's tokens j. So with
+u = γP ∘ ∇R, along which one forward-mode pass over the update's rollouts gives dlogp_j and dh_j,
+
+    R'(0) = ∇R·v = −κ Σ_j (a_j dlogp_j + e_j dh_j) − ∇R·momentum − ∇R·decay .
+
+Of an Adam P is that of the second moment after the step: accounting for the step that is taken, not what the step would
+have been without a token.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor, nn
+
+from dentropy.estimators import slope
+from dentropy.model.direction import Direction
+from dentropy.model.in_place import in_turn
+from dentropy.model.policy import Policy
+from dentropy.passes.measure import measure
+from dentropy.passes.microbatches import AUTO
+from dentropy.passes.parameter_attribution import moving_by_name
+from dentropy.passes.policy_gradient import PolicyGradientStep
+from dentropy.passes.slope_gradient import SlopeGradient, slope_gradient
+from dentropy.rollouts.batch import PackedBatch
+from dentropy.rollouts.sampling import end_tokens
+from dentropy.stats.segments import place_in_sequence
+from dentropy.stats.tables import SequenceSums, TokenStats
+
+
+@dataclass(frozen=True, eq=False)
+class UpdateAttribution:
+    """A slope, in terms that add up to it, in nats per token (or sequence) per unit of η.
+
+    Attributes:
+        total: the slope along the direction.
+        kl, entropy_bonus: those terms of the loss, over all tokens; 0.0 where it has none.
+        momentum: what earlier gradients add.
+        weight_decay: what the decay of the weights adds.
+        unexplained: `total` less all of these and the tokens' shares: for the step's own direction rounding, for
+            another one what the named terms do not explain.
+        cosine: of the step's direction and the one that `total` is along.
+        correlation: of the shares from two halves of the evaluation's prompts; None where there are none.
+        estimator, per: of the slope.
+        optimizer, clip_factor: of the step.
+        batch: the update's rollouts.
+        rollout, position, token: int64 [n_tokens]: index in it, place in the response from 1, token id.
+        end: bool [n_tokens]: whether it is an end token of the policy.
+        advantage: A_j, float64 [n_tokens].
+        weight: a_j without the KL penalty: what the loss's gradient multiplies ∇logp_j with, before clipping.
+        logp, entropy: of each token under the policy, in nats.
+        share: of each token in `total`.
+    """
+
+    total: float
+    kl: float
+    entropy_bonus: float
+    momentum: float
+    weight_decay: float
+    unexplained: float
+    cosine: float
+    correlation: float | None
+    estimator: str
+    per: str
+    optimizer: str
+    clip_factor: float
+    batch: PackedBatch
+    rollout: np.ndarray
+    position: np.ndarray
+    token: np.ndarray
+    end: np.ndarray
+    advantage: np.ndarray
+    weight: np.ndarray
+    logp: np.ndarray
+    entropy: np.ndarray
+    share: np.ndarray
+
+    @property
+    def tokens(self) -> float:
+        """The sum of the shares."""
+        return float(self.share.sum())
+
+    @property
+    def reliability(self) -> float | None:
+        """2r/(1 + r), r the correlation of the halves' shares: what that of these shares with those of as many other
+        rollouts would be (Spearman and Brown, 1910); None without halves, and at r = −1, where it has no value."""
+        if self.correlation is None or self.correlation <= -1:
+            return None
+        return 2 * self.correlation / (1 + self.correlation)
+
+
+@in_turn
+def update_attribution(
+    policy: Policy,
+    batch: PackedBatch,
+    update: PolicyGradientStep,
+    sums: SequenceSums,
+    *,
+    direction: Direction | None = None,
+    gradient: SlopeGradient | None = None,
+    estimator: str = "causal",
+    per: str = "token",
+    token_budget: int | str = AUTO,
+    progress: Callable[[int], None] | None = None,
+) -> UpdateAttribution:
+    """The share of every token of `update` in the slope on `batch`; with the other terms they are the slope.
+
+    One reverse pass over the batch and two forward-mode passes over the update's rollouts (the second for the halves).
+
+    Args:
+        policy, batch: those of the measurement.
+        update: `policy_gradient_step(policy, rollouts, ...)`, of other rollouts than the batch's.
+        sums: `measure(policy, batch, direction, keep_tokens=True)` at eta = 0.
+        direction: the one `sums` was measured along; None is the step's own, `update.direction()`.
+        gradient: the reverse pass where it was made already: `slope_gradient(..., halves=True)` at the parameters of
+            step and direction, with these `estimator` and `per`.
+        estimator, per: as in `slope`.
+        token_budget, progress: as in `measure`.
+
+    Raises:
+        ValueError: as `measure` and `token_attribution` do; a step of another policy.
+
+    Example:
+        >>> from dentropy import PackedBatch, measure, policy_gradient_step, sample, update_attribution
+        >>> from dentropy.demo.run import load_policy
+        >>> policy, tokenizer = load_policy()
+        >>> batch = sample(policy, [tokenizer.encode(text) for text in ("17=", "4=")], per_prompt=4, max_new_tokens=9)
+        >>> prompt, *answers = (tokenizer.encode(text) for text in ("2=", "1+1", "1+2"))
+        >>> rewarded = PackedBatch.from_lists([prompt] * 2, answers, group=[0, 0], reward=[1, 0])
+        >>> step = policy_gradient_step(policy, rewarded, step_size=1e-4, optimizer="sgd")
+        >>> found = update_attribution(policy, batch, step, measure(policy, batch, step.direction(), keep_tokens=True))
+        >>> len(found.share), bool(abs(found.unexplained) < 1e-3 * abs(found.share).sum())
+        (6, True)
+    """
+    if update.policy is not policy:
+        raise ValueError("update: a step of another policy, expected one made with this Policy")
+    moving = moving_by_name(policy, update.direction() if direction is None else direction)
+    settings = {"token_budget": token_budget, "progress": progress}
+    if gradient is None:
+        names = list(dict.fromkeys([*update.gradient, *moving]))
+        gradient = slope_gradient(policy, batch, sums, names, estimator=estimator, per=per, halves=True, **settings)
+    dotted = _dotted(update, moving, gradient)
+    along = _along(policy, update, dotted.steepest, **settings)
+    shares = _terms(update, along)
+    total = slope(sums, estimator=gradient.estimator, per=gradient.per).value
+    other = {"momentum": dotted.momentum, "weight_decay": dotted.weight_decay}
+    other |= {name: float(shares[name].sum()) for name in ("kl", "entropy_bonus")}
+    correlation = None
+    if dotted.first is not None:
+        first = _terms(update, _along(policy, update, dotted.first, **settings))["share"]
+        correlation = _correlation(first, shares["share"] - first)
+    return UpdateAttribution(
+        total=total,
+        **other,
+        unexplained=total - float(shares["share"].sum()) - sum(other.values()),
+        cosine=dotted.cosine,
+        correlation=correlation,
+        estimator=gradient.estimator,
+        per=gradient.per,
+        optimizer=update.optimizer,
+        clip_factor=update.clip_factor,
+        batch=update.batch,
+        **_places(update.batch, end_tokens(policy)),
+        advantage=update.coefficients.advantage,
+        weight=update.coefficients.policy,
+        logp=_float64(along.logp),
+        entropy=_float64(along.entropy),
+        share=shares["share"],
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Dotted:
+    """What ∇R is dotted with, and `steepest`, u = γP ∘ ∇R by parameter name, with that of the first half."""
+
+    momentum: float
+    weight_decay: float
+    cosine: float
+    steepest: dict[str, Tensor]
+    first: dict[str, Tensor] | None
+
+
+def _dotted(update: PolicyGradientStep, moving: dict[str, Tensor], gradient: SlopeGradient) -> _Dotted:
+    momentum = decay = both = rebuilt = 0.0
+    actual = sum(_dot(v, v) for v in moving.values())
+    halves, rows = len(gradient.parts) == 2, _padding_rows(update.policy.model)
+    steepest, first = {}, {}
+    for name, g in update.gradient.items():
+        parts, whole = update.parts(name), gradient.whole(name)
+        momentum -= _dot(whole, parts.momentum)
+        decay -= _dot(whole, parts.decay)
+        v = parts.step(g)
+        rebuilt += _dot(v, v)
+        both += _dot(v, moving[name]) if name in moving else 0.0
+        for tangents, part in ((steepest, whole), *([(first, gradient.parts[0][name])] if halves else [])):
+            tangents[name] = parts.gain * part
+            if name in rows:
+                tangents[name][rows[name]] = 0.0  # the step's gradient is 0 there, whatever the tokens are
+    return _Dotted(momentum, decay, both / (actual * rebuilt) ** 0.5, steepest, first if halves else None)
+
+
+def _dot(x: Tensor, y: Tensor | float) -> float:
+    return float((x.double() * (y.double() if isinstance(y, Tensor) else y)).sum())
+
+
+def _padding_rows(model: nn.Module) -> dict[str, int]:
+    """Name of each embedding with a padding row -> that row, without a gradient; tied to a head it has the head's."""
+    uses: dict[int, int] = {}
+    for module in model.modules():
+        for p in module._parameters.values():
+            uses[id(p)] = uses.get(id(p), 0) + 1
+    padded = {
+        id(m.weight): m.padding_idx
+        for m in model.modules()
+        if isinstance(m, nn.Embedding) and m.padding_idx is not None and uses[id(m.weight)] == 1
+    }
+    return {name: padded[id(p)] for name, p in model.named_parameters() if id(p) in padded}
+
+
+def _along(policy: Policy, update: PolicyGradientStep, tangents: dict[str, Tensor], **settings) -> TokenStats:
+    """The update's tokens, with derivatives along `tangents`; half precision holds those of a common size better."""
+    size = max(float(u.abs().max()) for u in tangents.values() if u.numel())
+    if not size:
+        raise ValueError("update: no token of the batch depends on the parameters that it moves, expected some that do")
+    direction = Direction({name: u / size for name, u in tangents.items()})
+    found = measure(policy, update.batch, direction, keep_tokens=True, **settings).tokens
+    return found._replace(dlogp=found.dlogp.double() * size, dentropy=found.dentropy.double() * size)
+
+
+def _terms(update: PolicyGradientStep, along: TokenStats) -> dict[str, np.ndarray]:
+    """What each token adds to the slope, [n_tokens], by term of the loss."""
+    of, dlogp, dentropy = update.coefficients, _float64(along.dlogp), _float64(along.dentropy)
+    pairs = {"share": (of.policy, dlogp), "kl": (of.kl, dlogp), "entropy_bonus": (of.entropy, dentropy)}
+    return {
+        name: np.zeros(0) if weight is None else -update.clip_factor * weight * derivative
+        for name, (weight, derivative) in pairs.items()
+    }
+
+
+def _correlation(first: np.ndarray, second: np.ndarray) -> float | None:
+    """Pearson's, None where one of the two does not vary."""
+    if not (np.ptp(first) and np.ptp(second)):
+        return None
+    return float(np.corrcoef(first, second)[0, 1])
+
+
+def _places(batch: PackedBatch, ends: Sequence[int]) -> dict[str, np.ndarray]:
+    token = np.concatenate([np.array(batch.response(i), dtype=np.int64) for i in range(len(batch))])
+    return {
+        "rollout": np.repeat(np.arange(len(batch)), batch.response_lens),
+        "position": 1 + place_in_sequence(batch.response_offsets),
+        "token": token,
+        "end": np.isin(token, ends),
+    }
+
+
+def _float64(values: Tensor) -> np.ndarray:
+    return values.double().numpy()

@@ -1,0 +1,314 @@
+"""Shares of single tokens against direct products of gradients, of a model small enough to have them all."""
+
+import copy
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from models import InFloat64, random_model
+
+from dentropy import (
+    Direction,
+    PackedBatch,
+    Policy,
+    PolicyLoss,
+    measure,
+    policy_gradient_step,
+    slope,
+    update_attribution,
+)
+from dentropy.passes.parameter_attribution import parameter_attribution
+from dentropy.passes.slope_gradient import slope_gradient
+
+TINY = dict(vocab_size=6, hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2)
+STEP = 1e-3
+
+
+def drawn(seed: int, per_prompt: int = 3, prompts=((3,), (4, 5), (2, 3), (5,))) -> PackedBatch:
+    rng = np.random.default_rng(seed)
+    answers = [rng.integers(1, 6, rng.integers(1, 5)).tolist() for _ in range(per_prompt * len(prompts))]
+    asked = [list(prompt) for prompt in prompts for _ in range(per_prompt)]
+    group = np.repeat(np.arange(len(prompts)), per_prompt)
+    return PackedBatch.from_lists(asked, answers, group=group, reward=rng.random(len(group)), temperature=0.8)
+
+
+EVALUATION, UPDATE = drawn(0), drawn(1)
+RNG = np.random.default_rng(2)
+SOME_LOGP = -RNG.exponential(size=(2, UPDATE.n_tokens))
+
+
+class Tiny:
+    """The policy, and its tokens' log-probabilities and entropies as differentiable functions of its weights."""
+
+    def __init__(self):
+        self.model = random_model("llama", num_key_value_heads=1, eos_token_id=1, **TINY).double()
+        self.named = dict(self.model.named_parameters())
+        self.policy = Policy(self.model)
+
+    def values(self, batch):
+        self.model.set_attn_implementation("eager")
+        logps, entropies = [], []
+        for i in range(len(batch)):
+            ids, answer = torch.tensor([batch.prompt(i) + batch.response(i)]), torch.tensor(batch.response(i))
+            logits = self.model(input_ids=ids, use_cache=False).logits[0, len(batch.prompt(i)) - 1 : -1]
+            logp = torch.log_softmax(logits / batch.temperature, -1)
+            logps.append(logp.gather(1, answer[:, None])[:, 0])
+            entropies.append(-(logp.exp() * logp).sum(-1))
+        return torch.cat(logps), torch.cat(entropies)
+
+    def gradient(self, value) -> dict[str, torch.Tensor]:
+        found = torch.autograd.grad(value, list(self.named.values()), retain_graph=True, materialize_grads=True)
+        return dict(zip(self.named, found, strict=True))
+
+    def slope_gradient(self, batch):
+        """That of the causal measurement, in which the tokens before each weigh it."""
+        logp, entropy = self.values(batch)
+        weights = []
+        for of_rollout in logp.split(batch.response_lens.tolist()):
+            before = torch.cat([torch.zeros(1), of_rollout[:-1]]).cumsum(0)
+            weights.append((before - before.detach()).exp())
+        weight = torch.cat(weights)
+        return self.gradient((weight * entropy).sum() / weight.sum())
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    with InFloat64():
+        return Tiny()
+
+
+def named(tiny):
+    return list(tiny.named.items())
+
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=STEP),
+    "sgd, decay": lambda p: torch.optim.SGD(p, lr=STEP, weight_decay=0.1),
+    "momentum": lambda p: torch.optim.SGD(p, lr=STEP, momentum=0.9, dampening=0.3, weight_decay=0.1),
+    "nesterov": lambda p: torch.optim.SGD(p, lr=STEP, momentum=0.9, nesterov=True, weight_decay=0.1),
+    "adam": lambda p: torch.optim.Adam(p, lr=STEP, weight_decay=0.1),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=STEP, betas=(0.8, 0.95), weight_decay=0.1),
+    "amsgrad": lambda p: torch.optim.AdamW(p, lr=STEP, amsgrad=True),
+    "two rates": lambda p: torch.optim.AdamW([{"params": p[:3]}, {"params": p[3:], "lr": STEP / 10}], lr=STEP),
+}
+LOSSES = {
+    "plain": PolicyLoss(),
+    "clipped, KL, bonus": PolicyLoss(
+        average="sequence",
+        clip=(0.6, 0.9),
+        old_logp=SOME_LOGP[0],
+        reference_logp=SOME_LOGP[1],
+        kl=0.1,
+        entropy_bonus=0.2,
+    ),
+}
+
+
+def stepped(tiny, optimizer, gradient, clip=None) -> dict[str, torch.Tensor]:
+    """(after − before)/STEP of the optimizer's own step with that gradient; the weights are put back."""
+    before = {name: p.detach().clone() for name, p in tiny.named.items()}
+    for name, p in tiny.named.items():
+        p.grad = gradient[name].clone()
+    if clip is not None:
+        torch.nn.utils.clip_grad_norm_(tiny.named.values(), clip)
+    optimizer.step()
+    moved = {name: (p.detach() - before[name]) / STEP for name, p in tiny.named.items()}
+    with torch.no_grad():
+        for name, p in tiny.named.items():
+            p.copy_(before[name])
+            p.grad = None
+    return moved
+
+
+def warmed_up(tiny, name, steps=3):
+    torch.manual_seed(0)
+    optimizer = OPTIMIZERS[name](named(tiny))
+    for _ in range(steps):
+        stepped(tiny, optimizer, {name: torch.randn_like(p) for name, p in tiny.named.items()})
+    return optimizer
+
+
+def diagonal(optimizer, name: str, group: dict) -> torch.Tensor | float:
+    """ρ γ P after its step, from the state that torch left."""
+    entry = next(optimizer.state[p] for p, n in zip(group["params"], group["param_names"], strict=True) if n == name)
+    if "betas" not in group:
+        kept = 1 - group["dampening"]
+        return 1 + group["momentum"] * kept if group["nesterov"] else kept
+    (b1, b2), t = group["betas"], float(entry["step"])
+    second = entry["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
+    return group["lr"] / STEP * (1 - b1) / (1 - b1**t) / ((second / (1 - b2**t)).sqrt() + group["eps"])
+
+
+@pytest.mark.parametrize("loss, clip", [("plain", None), ("clipped, KL, bonus", 0.02)])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_share_is_the_product_of_gradients_and_all_add_up(tiny, name, loss, clip):
+    with InFloat64():
+        optimizer = warmed_up(tiny, name)
+        kind = {"adam": "adam", "adamw": "adamw", "amsgrad": "adamw", "two rates": "adamw"}.get(name, "sgd")
+        settings = dict(loss=LOSSES[loss], optimizer=kind, max_grad_norm=clip)
+        settings["optimizer_state"] = copy.deepcopy(optimizer.state_dict())
+        step = policy_gradient_step(tiny.policy, UPDATE, step_size=STEP, **settings)
+        logp, entropy = tiny.values(UPDATE)
+        of = step.coefficients
+        weights = torch.tensor(of.logp), torch.tensor(np.zeros(len(of.logp)) if of.entropy is None else of.entropy)
+        gradient = tiny.gradient((weights[0] * logp).sum() + (weights[1] * entropy).sum())
+        moved = stepped(tiny, optimizer, gradient, clip)
+        assert clip is None or step.clip_factor < 0.5
+        direction = step.direction()
+        for key, v in moved.items():  # (after − before)/STEP has lost digits to the weights
+            torch.testing.assert_close(direction.tensors[key], v, rtol=1e-9, atol=1e-11)
+        sums = measure(tiny.policy, EVALUATION, direction, keep_tokens=True)
+        found = update_attribution(tiny.policy, EVALUATION, step, sums)
+        steepest, (logp, _) = tiny.slope_gradient(EVALUATION), tiny.values(UPDATE)
+        scale = abs(found.share).sum()
+        for group in optimizer.param_groups:
+            for key in group["param_names"]:
+                steepest[key] = steepest[key] * diagonal(optimizer, key, group) * step.clip_factor
+        direct = [
+            -weight * sum(float((g[key] * u).sum()) for key, u in steepest.items())
+            for weight, g in zip(of.policy.tolist(), (tiny.gradient(x) for x in logp))
+        ]
+        np.testing.assert_allclose(found.share, direct, rtol=1e-9, atol=1e-11 * scale)
+        shares = parameter_attribution(tiny.policy, EVALUATION, direction, sums)
+    named_terms = found.tokens + found.kl + found.entropy_bonus + found.momentum + found.weight_decay
+    size = scale + abs(found.momentum) + abs(found.weight_decay) + abs(found.kl)
+    assert abs(found.unexplained) < 1e-10 * size and found.cosine == pytest.approx(1, abs=1e-12)
+    assert abs(named_terms - sum(shares.values())) < 1e-10 * size
+    assert found.total == slope(sums).value
+    assert (found.kl != 0) == (found.entropy_bonus != 0) == (loss != "plain")
+    assert (found.momentum != 0) == (name not in ("sgd", "sgd, decay"))
+
+
+def test_a_fresh_adamw_and_the_other_estimators(tiny):
+    with InFloat64():
+        step = policy_gradient_step(tiny.policy, UPDATE, step_size=STEP)
+        sums = measure(tiny.policy, EVALUATION, step.direction(), keep_tokens=True)
+        for settings in (dict(estimator="exact"), dict(estimator="mixed", per="sequence")):
+            found = update_attribution(tiny.policy, EVALUATION, step, sums, **settings)
+            assert found.total == slope(sums, **settings).value and found.momentum == found.weight_decay == 0.0
+            assert abs(found.unexplained) < 1e-9 * abs(found.share).sum()
+
+
+def test_leaving_tokens_out_of_an_sgd_update_takes_their_shares_away(tiny):
+    with InFloat64():
+        step = policy_gradient_step(tiny.policy, UPDATE, step_size=STEP, optimizer="sgd")
+        whole = measure(tiny.policy, EVALUATION, step.direction(), keep_tokens=True)
+        found = update_attribution(tiny.policy, EVALUATION, step, whole)
+        top = np.argsort(-abs(found.share))[:4]
+        kept = found.advantage.copy()
+        kept[top] = 0.0
+        less = policy_gradient_step(
+            tiny.policy, dataclasses.replace(UPDATE, advantage=kept), step_size=STEP, optimizer="sgd"
+        )
+        change = slope(whole).value - slope(measure(tiny.policy, EVALUATION, less.direction())).value
+    assert change == pytest.approx(found.share[top].sum(), rel=1e-10)
+
+
+def test_halves_are_the_gradients_of_their_rollouts_and_their_correlation_that_of_the_shares(tiny):
+    with InFloat64():
+        step = policy_gradient_step(tiny.policy, UPDATE, step_size=STEP, optimizer="sgd")
+        sums = measure(tiny.policy, EVALUATION, step.direction(), keep_tokens=True)
+        found = update_attribution(tiny.policy, EVALUATION, step, sums)
+        halves = slope_gradient(tiny.policy, EVALUATION, sums, list(tiny.named), halves=True)
+        whole = slope_gradient(tiny.policy, EVALUATION, sums, list(tiny.named))
+        logp, _ = tiny.values(UPDATE)
+        shares = []
+        for part in halves.parts:
+            along = [sum(float((g[n] * u).sum()) for n, u in part.items()) for g in (tiny.gradient(x) for x in logp)]
+            shares.append(-step.coefficients.policy * along)
+    assert len(halves.parts) == 2 and len(whole.parts) == 1
+    for name in tiny.named:
+        torch.testing.assert_close(halves.whole(name), whole.parts[0][name])
+    np.testing.assert_allclose(sum(shares), found.share, rtol=1e-9, atol=1e-14)
+    r = np.corrcoef(*shares)[0, 1]
+    assert found.correlation == pytest.approx(r) and found.reliability == pytest.approx(2 * r / (1 + r))
+
+
+def test_one_prompt_has_no_halves(tiny):
+    one = EVALUATION.take([0, 1, 2])
+    with InFloat64():
+        step = policy_gradient_step(tiny.policy, UPDATE, step_size=STEP)
+        sums = measure(tiny.policy, one, step.direction(), keep_tokens=True)
+        found = update_attribution(tiny.policy, one, step, sums)
+    assert found.correlation is None and found.reliability is None
+
+
+def test_of_another_direction_the_rest_is_unexplained_and_no_tokens(tiny):
+    with InFloat64():
+        step = policy_gradient_step(tiny.policy, UPDATE, step_size=STEP, optimizer="sgd")
+        own = update_attribution(
+            tiny.policy, EVALUATION, step, measure(tiny.policy, EVALUATION, step.direction(), keep_tokens=True)
+        )
+        torch.manual_seed(3)
+        size = step.direction().norm()
+        noise = {name: torch.randn_like(v) for name, v in step.gradient.items()}
+        length = Direction(noise).norm()
+        real = Direction({name: v + noise[name] * size / length for name, v in step.direction().tensors.items()})
+        sums = measure(tiny.policy, EVALUATION, real, keep_tokens=True)
+        found = update_attribution(tiny.policy, EVALUATION, step, sums, direction=real)
+    np.testing.assert_array_equal(found.share, own.share)
+    assert found.unexplained == pytest.approx(found.total - own.total, rel=1e-8) and found.unexplained != 0
+    flat = [torch.cat([d.tensors[n].flatten() for n in noise]) for d in (real, step.direction())]
+    assert found.cosine == pytest.approx(float(torch.nn.functional.cosine_similarity(*flat, dim=0)))
+
+
+def test_the_padding_row_of_an_embedding_is_nobodys(tiny):
+    """A policy can generate its padding token, whose embedding a trainer gives no gradient."""
+    padded = PackedBatch.from_lists([[3], [3]], [[0, 4, 0, 5], [4, 0, 2]], group=[0, 0], reward=[0.0, 1.0])
+    with InFloat64():
+        step = policy_gradient_step(tiny.policy, padded, step_size=STEP)
+        judged = PackedBatch.from_lists([[3], [5]], [[0, 2, 0, 1], [1, 0, 4]])
+        sums = measure(tiny.policy, judged, step.direction(), keep_tokens=True)
+        found = update_attribution(tiny.policy, judged, step, sums)
+    assert not step.gradient["model.embed_tokens.weight"][0].any()
+    assert abs(found.unexplained) < 1e-9 * abs(found.share).sum()
+
+
+def test_the_table_says_which_token_is_where(tiny):
+    with InFloat64():
+        step = policy_gradient_step(tiny.policy, UPDATE, step_size=STEP)
+        sums = measure(tiny.policy, EVALUATION, step.direction(), keep_tokens=True)
+        found = update_attribution(tiny.policy, EVALUATION, step, sums)
+        tokens = measure(tiny.policy, UPDATE, keep_tokens=True).tokens
+    for i in range(len(UPDATE)):
+        rows = np.flatnonzero(found.rollout == i)
+        assert found.token[rows].tolist() == UPDATE.response(i)
+        assert found.position[rows].tolist() == list(range(1, len(rows) + 1))
+    for name in ("logp", "entropy"):
+        np.testing.assert_allclose(getattr(found, name), getattr(tokens, name))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_float32_adds_up_to_rounding(name):
+    policy = Policy(random_model(name))
+    step = policy_gradient_step(policy, UPDATE, step_size=STEP)
+    sums = measure(policy, EVALUATION, step.direction(), keep_tokens=True)
+    found = update_attribution(policy, EVALUATION, step, sums)
+    assert abs(found.unexplained) < 2e-5 * abs(found.share).sum()
+
+
+def test_bad_requests_are_refused(tiny):
+    state = torch.optim.AdamW(random_model("gpt2").named_parameters()).state_dict()
+    muon = {"state": {}, "param_groups": [{"params": ["lm_head.weight"], "ns_steps": 5, "momentum": 0.95, "lr": 0.1}]}
+    sgd = torch.optim.SGD(named(tiny), lr=STEP, momentum=0.9).state_dict()
+    for settings, said in [
+        (dict(optimizer="muon"), "optimizer: 'muon' .Muon's step orthogonalizes"),
+        (dict(optimizer="sgd", optimizer_state=muon), "Muon's step orthogonalizes"),
+        (dict(optimizer_state=muon), "Muon's step orthogonalizes"),
+        (dict(optimizer_state=state), "optimizer_state: .* names are not the policy's"),
+        (dict(optimizer_state=sgd), "has momentum, as an SGD's"),
+        (dict(optimizer="sgd", optimizer_state=torch.optim.Adam(named(tiny)).state_dict()), "has betas, as an Adam's"),
+        (dict(max_grad_norm=0), "max_grad_norm: 0"),
+        (dict(batch=dataclasses.replace(UPDATE, reward=None)), "batch: no rewards"),
+        (dict(batch=dataclasses.replace(UPDATE, reward=np.ones(len(UPDATE)))), "do not differ within any prompt group"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            policy_gradient_step(tiny.policy, **(dict(batch=UPDATE, step_size=STEP) | settings))
+    with InFloat64():
+        step = policy_gradient_step(tiny.policy, UPDATE, step_size=STEP)
+        sums = measure(tiny.policy, EVALUATION, step.direction())
+        with pytest.raises(ValueError, match="keep_tokens=True"):
+            update_attribution(tiny.policy, EVALUATION, step, sums)
+        with pytest.raises(ValueError, match="update: a step of another policy"):
+            update_attribution(Policy(tiny.model), EVALUATION, step, sums)
