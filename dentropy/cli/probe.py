@@ -144,12 +144,13 @@ def run(options) -> None:
     tokenizer = LazyTokenizer(options.policy, options.trust_remote_code)
     with about("--policy"):
         policy = Policy.from_pretrained(options.policy, **loading(options), compile_layers=options.compile_layers)
+    recognized: list[str] = []  # said once all input stands: what is refused gets one line
     with about("--rollouts"):
-        batch = _rollouts(options.rollouts, options, policy, tokenizer)
+        batch = _rollouts(options.rollouts, options, policy, tokenizer, recognized.append)
     update, divided = None, None
     if options.update_rollouts is not None:
         with about("--update-rollouts"):
-            update = _rollouts(options.update_rollouts, options, policy, tokenizer)
+            update = _rollouts(options.update_rollouts, options, policy, tokenizer, recognized.append)
         batch, update, divided = apart(batch, update, options.split)
     direction = _direction(options, policy)
     step = None
@@ -159,6 +160,8 @@ def run(options) -> None:
     etas = etas or check_etas([step * direction.step_size for step in DEFAULT_STEPS])
     for_report = tokenizer.load_for_the_report()
     parameters = not options.skip_parameters
+    for text in recognized:
+        remark(text)
     with token_bar("passes", tokens_to_run(policy, batch, etas, parameters, step)) as progress:
         result = probe(
             policy,
@@ -177,7 +180,7 @@ def run(options) -> None:
     finish(dataclasses.replace(result, source=source), out, for_report)
 
 
-def _rollouts(path: str, options, policy, tokenizer):
+def _rollouts(path: str, options, policy, tokenizer, say):
     from dentropy.rollouts.reading import read_rollouts
     from dentropy.rollouts.sampling import end_tokens
 
@@ -190,7 +193,7 @@ def _rollouts(path: str, options, policy, tokenizer):
         temperature=options.temperature,
         reward=options.reward_column,
         step=options.step,
-        say=remark,
+        say=say,
     )
 
 

@@ -199,7 +199,7 @@ class PackedBatch:
                 raise ValueError(f"token_ids[{i}]: empty, expected at least one token (a start token will do)")
         masks = [columns.loss_mask(mask, i, len(rows[i])) for i, mask in enumerate(loss_mask)]
         if not any(mask.any() for mask in masks):
-            raise ValueError("loss_mask: no token of any row is generated, expected at least one")
+            raise ValueError("loss_mask: 0 at every token (the responses all are empty), expected 1 at one at least")
         ends = [int(np.flatnonzero(mask)[-1]) + 1 if mask.any() else len(mask) for mask in masks]
         return cls._of(
             [ids[:end] for ids, end in zip(rows, ends, strict=True)],

@@ -9,6 +9,7 @@ from pathlib import Path
 from dentropy.rollouts.batch import PackedBatch
 from dentropy.rollouts.files import Rows, rows_in
 from dentropy.rollouts.folders import LISTED, files_of, number, one_of
+from dentropy.rollouts.formats import plain
 from dentropy.rollouts.formats.format import Asked, Format
 from dentropy.rollouts.formats.known import recognized
 
@@ -42,7 +43,7 @@ def read_rollouts(
         temperature: of sampling; trainers do not record it. Where rows have one, it has to be that.
         reward: the column that is the reward, where several may be.
         step: the one to read, where there are several.
-        say: called once with what was recognized, in words.
+        say: called once with what was recognized, in words, where that is not dentropy's own format.
 
     Returns:
         The batch. Its groups are those the format tells (verl's uid, open-instruct's prompt_idx, AReaL's task_id,
@@ -73,7 +74,8 @@ def read_rollouts(
         path, [_heated(*line, form, temperature) for line in lines], tokenizer, append_eos, end_tokens, max_new_tokens
     )
     steps = {row["step"] for _, row in lines if row.get("step") is not None}
-    say(f"{path}: {form.name} ({len(batch)} rows{''.join(f', step {found}' for found in steps)})")
+    if form is not plain.FORMAT:
+        say(f"{path}: {form.name} ({len(batch)} rows{''.join(f', step {found}' for found in steps)})")
     return batch
 
 

@@ -401,4 +401,4 @@ def test_dentropys_own_files_are_read_as_ever(tmp_path):
     again, said, _ = read(tmp_path / "own", temperature=None)
     for column in ("tokens", "generated", "row_lens", "group", "reward", "temperature", "sampler_logp"):
         assert np.array_equal(getattr(again, column), getattr(batch, column)), column
-    assert "dentropy's names (3 rows)" in said[0]
+    assert not said

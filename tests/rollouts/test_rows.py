@@ -79,7 +79,7 @@ def test_temperatures_are_one_number_where_they_are_equal():
         (dict(loss_mask=[MASKS[0], [0], MASKS[2]]), r"loss_mask\[1\]: shape \(1,\), expected one flag .* 2 tokens"),
         (dict(loss_mask=[MASKS[0], MASKS[1], [0, 2, 1]]), r"loss_mask\[2\]: int64 values other than 0 and 1"),
         (dict(loss_mask=[MASKS[0], MASKS[1], [1, 1, 1]]), r"loss_mask\[2\]: 1 at the row's first token, which nothing"),
-        (dict(loss_mask=[[0] * len(ids) for ids in ROWS]), "loss_mask: no token of any row is generated"),
+        (dict(loss_mask=[[0] * len(ids) for ids in ROWS]), "loss_mask: 0 at every token"),
         (dict(temperature=[1.0, 1.0]), "temperature: 2 of them, expected one per rollout, 3"),
         (dict(temperature=[1.0, 0.0, 1.0]), r"temperature\[1\]: 0.0, expected a positive number"),
         (dict(advantage=[1.0, 2.0]), r"advantage: shape \(2,\), expected one number per rollout .*\[5\]"),
