@@ -129,7 +129,7 @@ def probe(
         no_curvature=no_curvature,
         trust=None if seconds["causal"] is None else trust_range(slopes["causal"], seconds["causal"]),
         changes=tuple(changes),
-        forecast=_forecast(base, changes, slopes["causal"], batch.reward, base_entropy, pass_at_k),
+        forecast=forecast_within_reach(base, changes, slopes["causal"], batch.reward, base_entropy, pass_at_k),
         parameters=shares,
         audit=on_policy_audit(base),
         without_end=without_end(batch, end_tokens(policy)),
@@ -211,7 +211,7 @@ def _with_second_order(
     return sums, passes, None
 
 
-def _forecast(
+def forecast_within_reach(
     base: SequenceSums,
     changes: Sequence[Change],
     first: Estimate,
@@ -219,7 +219,10 @@ def _forecast(
     base_entropy: float,
     pass_at_k: Sequence[int],
 ) -> Forecast:
-    """What the step buys and costs, at every η that is not too far away to be measured."""
+    """What the step buys and costs, at every η that is not too far away to be measured.
+
+    Of `changes` only `eta`, `moved` and `measured` are read.
+    """
     near = {
         change.eta: change
         for change in changes

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dentropy.estimators import (
-    Estimate,
-    ImportanceResult,
+    Statistic,
     curvature,
     importance,
     importance_diagnostics,
@@ -24,7 +23,7 @@ from dentropy.estimators import (
     prediction_error,
     slope,
 )
-from dentropy.experiment.probe import probe
+from dentropy.experiment.probe import forecast_within_reach, probe
 from dentropy.experiment.readings import told_apart
 from dentropy.experiment.results import ProbeResult
 from dentropy.experiment.watched_policy import WatchedPolicy
@@ -109,7 +108,8 @@ class StepWatch:
             and state; None where that moves nothing.
         predicted: the change of entropy foreseen, Estimate; None without a direction: none.
         moved: the table after the step; this and what follows are None until `look_back`.
-        measured: ImportanceResult, on the same rollouts.
+        measured: ImportanceResult, on the same rollouts, with prefix weights, whose derivative `slope` is.
+        forecast: Forecast of length, KL and, where `batch` has them, rewards; None without a direction.
         diagnostics: of its weights; the verdict is "unusable" below the noise floor.
         noise_floor: what rounding in `measured` stays below in 95% of cases; None without a direction.
         error: predicted less measured, with the standard error of the pair; None without a direction.
@@ -133,6 +133,7 @@ class StepWatch:
         step_size = max((float(group["lr"]) for group in optimizer.param_groups), default=0.0)
         self.direction = _direction(stored, step_size)
         self.slope = self.curvature = self.slope_intended = self.predicted = None
+        self.forecast = None
         self.moved = self.measured = self.diagnostics = self.noise_floor = self.error = self.realized_fraction = None
         with watched.policy() as policy:
             self._predict(policy, stored, step_size)
@@ -149,12 +150,13 @@ class StepWatch:
         """Measures the step that was taken since: fills `measured` and what goes with it."""
         with self._watched.policy() as policy:
             self.moved = measure(policy, self.batch, keep_tokens=True, **self._settings)
-        self.measured = importance(self.base, self.moved)
+        self.measured = importance(self.base, self.moved, weights="prefix")
         self.diagnostics = importance_diagnostics(self.measured)
         self.realized_fraction = self._realized()
         if self.direction is None:
             return
         self.error = prediction_error(self.predicted, self.measured)
+        self.forecast = forecast_within_reach(self.base, [self], self.slope, self.batch.reward, self.entropy, ())
         self._hold_against_rounding()
 
     def look_back_by(self, batch: PackedBatch) -> BackwardChange:
@@ -163,10 +165,10 @@ class StepWatch:
         They are weighted from the new weights to the old. Raises as `measure` and `importance` do.
         """
         with self._watched.policy() as policy:
-            now = measure(policy, batch, **self._settings)
+            now = measure(policy, batch, keep_tokens=True, **self._settings)
         with self._watched.policy(self._before) as policy:
-            past = measure(policy, batch, **self._settings)
-        back = importance(now, past)  # R(before) − R(after)
+            past = measure(policy, batch, keep_tokens=True, **self._settings)
+        back = importance(now, past, weights="prefix")  # R(before) − R(after)
         return BackwardChange(-back.delta, back.stderr, back.ess_fraction, importance_diagnostics(back).verdict)
 
     def numbers(self) -> dict[str, float]:
@@ -183,7 +185,33 @@ class StepWatch:
             found |= {"ess_fraction": self.measured.ess_fraction, "khat": self.diagnostics.khat}
             found |= {"verdict": VERDICTS[self.diagnostics.verdict], "noise_floor": self.noise_floor}
             found |= {"realized_fraction": self.realized_fraction}
+        found |= {} if self.forecast is None else self._of_forecast()
         return {name: float(value) for name, value in found.items() if value is not None}
+
+    def _of_forecast(self) -> dict[str, float | None]:
+        """Length in tokens and KL(before‖after) in nats, both per rollout, and reward: slope·η or η²/2 times the Fisher
+        information, and measured where the step is not too far for that."""
+        found: dict[str, float | None] = {}
+        for name in ("length", "reward"):
+            change = getattr(self.forecast, name)
+            if change is None:
+                continue
+            first, stderr = change.slope, change.slope.stderr
+            found |= {name: change.base, f"{name}_predicted_delta": first.value * self.eta}
+            found |= {f"{name}_predicted_delta_stderr": None if stderr is None else stderr * self.eta}
+            if self.eta in change.changes:
+                found |= _with_error(f"{name}_measured_delta", change.changes[self.eta])
+        kl = self.forecast.kl
+        if (predicted := kl.forecast(self.eta)) is not None:
+            found |= _with_error("kl_predicted", predicted)
+        if self.eta in kl.measured:
+            found |= _with_error("kl_measured", kl.measured[self.eta])
+        return found
+
+    @property
+    def eta(self) -> float | None:
+        """Where the step lies along `direction`; None without one."""
+        return None if self.direction is None else self.direction.step_size
 
     @property
     def entropy(self) -> float:
@@ -222,10 +250,10 @@ class StepWatch:
 
     def _hold_against_rounding(self) -> None:
         with self._watched.policy(self._before) as policy:
-            exact, eta = slope(self.base, estimator="exact"), self.direction.step_size
+            eta = self.eta
             settings = self._settings
             self.noise_floor = noise_floor(
-                policy, self.batch, self.direction, self.base, self.measured, exact, eta, **settings
+                policy, self.batch, self.direction, self.base, self.measured, self.slope, eta, **settings
             )
         if abs(self.measured.delta) < self.noise_floor:
             reason = f"|ΔH| is {abs(self.measured.delta):.1e}, below the noise floor, {self.noise_floor:.1e}"
@@ -244,5 +272,5 @@ def _direction(change: dict[str, Tensor], step_size: float) -> Direction | None:
     return Direction(moving, step_size) if moving else None
 
 
-def _with_error(name: str, found: Estimate | ImportanceResult) -> dict[str, float | None]:
+def _with_error(name: str, found: Statistic) -> dict[str, float | None]:
     return {name: found.value, f"{name}_stderr": found.stderr}

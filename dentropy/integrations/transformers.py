@@ -44,6 +44,9 @@ class EntropyForecast(TrainerCallback):
         dentropy/noise_floor                  what rounding in measured_delta stays below
         dentropy/realized_fraction            ⟨stored change, intended change⟩ / ‖intended‖²: below 1 where weights of
                                               half precision lose part of the update
+        dentropy/length, kl_predicted, kl_measured   tokens per rollout before the step, and KL(before‖after) in nats
+                                              per rollout, with _stderr
+        dentropy/length_predicted_delta, length_measured_delta   of the step, with _stderr
         dentropy/predicted_total, measured_total   summed over the recorded steps
         dentropy/failed                       records that failed, each with a warning; once there is one
 

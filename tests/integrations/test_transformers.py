@@ -23,6 +23,7 @@ pytestmark = [
     pytest.mark.filterwarnings("error:policy. "),
 ]
 KEYS = {"entropy", "predicted_delta", "measured_delta", "ess_fraction", "verdict", "realized_fraction"}
+KEYS |= {"length", "length_predicted_delta", "length_measured_delta", "kl_predicted", "kl_measured"}
 LORA = dict(r=2, target_modules=["q_proj", "v_proj"], lora_dropout=0.1)
 
 
@@ -145,10 +146,10 @@ def test_the_rollouts_are_fresh_ones_of_the_trainers_temperature(tmp_path, monke
     def judging(self, batch):
         backward.append((batch, back(self, batch)))
         with self._watched.policy() as policy:
-            now = measure(policy, batch)
+            now = measure(policy, batch, keep_tokens=True)
         with self._watched.policy(self._before) as policy:
-            past = measure(policy, batch)
-        assert backward[-1][1].delta == -importance(now, past).delta
+            past = measure(policy, batch, keep_tokens=True)
+        assert backward[-1][1].delta == -importance(now, past, weights="prefix").delta
         return backward[-1][1]
 
     monkeypatch.setattr(StepWatch, "__init__", watching)
