@@ -4,7 +4,9 @@
 
 Enumerable policies of the tests, prompts drawn at random, 64 or 512 rollouts in 16 equal groups or in unequal ones of 1
 to 16 rollouts. A line is one policy with one such set of rollouts, measured at the η where the exact ESS is 95% or 80%.
-Verdicts are those of the sequence-weighted measurement. The same lines, as a table, are written beside the JSON.
+Prediction errors, verdicts and misses are given for the measurement with sequence weights and for that with prefix
+weights, which is what `probe` shows; a prediction error takes the slope that is the measurement's derivative. The same
+lines, as a table, are written beside the JSON.
 """
 
 import argparse
@@ -21,6 +23,7 @@ from chains import tables_of_jets
 from oracles import TinyPolicy
 
 from dentropy.estimators import curvature, importance, importance_diagnostics, predict, prediction_error, slope
+from dentropy.passes.noise_floor import DERIVATIVE
 
 
 def favour_one(prefix: tuple[int, ...]) -> list[float]:
@@ -50,6 +53,7 @@ GROUPS = {
 }
 ESS = (0.95, 0.8)
 SLOPES, CURVATURES, WEIGHTS = ("causal", "exact", "mixed"), ("exact", "causal"), ("sequence", "prefix")
+VERDICTS = ("reliable", "strained", "unusable")
 COLUMNS = {
     "policy": lambda row: row["policy"],
     "rollouts": lambda row: str(row["rollouts"]),
@@ -60,11 +64,12 @@ COLUMNS = {
     "ESS": lambda row: f"{row['ess']:.0%}",
     "ΔH: sequence, prefix": lambda row: shares(row["measured"], WEIGHTS),
     "ΔH warned": lambda row: f"{row['measured']['sequence']['warned']:.0%}",
-    "prediction error": lambda row: f"{row['prediction_error']['covered']:.3f}",
-    "reliable, strained, unusable": lambda row: ", ".join(f"{row['verdicts'][v]:.0%}" for v in VERDICTS),
-    "misses of the reliable": lambda row: "–" if row["missed"] is None else f"{row['missed']:.0%}",
+    "prediction error: sequence, prefix": lambda row: shares(row["prediction_error"], WEIGHTS),
+    "sequence: reliable, strained, unusable": lambda row: verdicts(row, "sequence"),
+    "misses of the reliable": lambda row: missed(row, "sequence"),
+    "prefix: reliable, strained, unusable": lambda row: verdicts(row, "prefix"),
+    "misses of these reliable": lambda row: missed(row, "prefix"),
 }
-VERDICTS = ("reliable", "strained", "unusable")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -121,18 +126,27 @@ def measured_lines(policy: TinyPolicy, sizes: list[int], etas: list[float], batc
     for eta, ess in zip(etas, ESS, strict=True):
         moved, change = tables(policy, prompt, sequence, sizes, eta), policy.truth(eta)[0] - before
         measured = {w: [importance(b, m, weights=w) for b, m in zip(base, moved, strict=True)] for w in WEIGHTS}
-        errors = [
-            prediction_error(predict(s, eta), m) for s, m in zip(slopes["causal"], measured["sequence"], strict=True)
-        ]
-        found = {w: covered(values, change) for w, values in measured.items()}
-        verdicts = [importance_diagnostics(m).verdict for m in measured["sequence"]]
-        row = common | {"ess": ess, "eta": eta, "change": float(change), "measured": found}
-        row["prediction_error"] = covered(errors, eta * first - change)
-        row["verdicts"] = {v: verdicts.count(v) / batches for v in VERDICTS}
-        trusted = [m for m, v in zip(measured["sequence"], verdicts, strict=True) if v == "reliable"]
-        row["missed"] = 1 - covered(trusted, change)["covered"] if trusted else None
+        errors = {
+            w: [prediction_error(predict(s, eta), m) for s, m in zip(slopes[DERIVATIVE[w]], measured[w], strict=True)]
+            for w in WEIGHTS
+        }
+        row = common | {"ess": ess, "eta": eta, "change": float(change)}
+        row["measured"] = {w: covered(values, change) for w, values in measured.items()}
+        row["prediction_error"] = {w: covered(values, eta * first - change) for w, values in errors.items()}
+        row |= by_verdict(measured, change)
         rows.append(row)
     return rows
+
+
+def by_verdict(measured: dict[str, list], change: float) -> dict[str, dict]:
+    """By the measurement's weights: the share of each verdict, and of the reliable ones those that miss."""
+    shares_of, missed_of = {}, {}
+    for weights, values in measured.items():
+        found = [importance_diagnostics(m).verdict for m in values]
+        trusted = [m for m, verdict in zip(values, found, strict=True) if verdict == "reliable"]
+        shares_of[weights] = {v: found.count(v) / len(found) for v in VERDICTS}
+        missed_of[weights] = 1 - covered(trusted, change)["covered"] if trusted else None
+    return {"verdicts": shares_of, "missed": missed_of}
 
 
 def tables(policy: TinyPolicy, prompt, sequence, sizes: list[int], eta: float, order: int = 0) -> list:
@@ -156,6 +170,15 @@ def covered(estimates: list, truth: float) -> dict[str, float | None]:
 
 def shares(found: dict[str, dict], names: tuple[str, ...]) -> str:
     return ", ".join(f"{found[name]['covered']:.3f}" for name in names)
+
+
+def verdicts(row: dict, weights: str) -> str:
+    return ", ".join(f"{row['verdicts'][weights][v]:.0%}" for v in VERDICTS)
+
+
+def missed(row: dict, weights: str) -> str:
+    share = row["missed"][weights]
+    return "–" if share is None else f"{share:.0%}"
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from dentropy.stats.tables import SequenceSums
 BLOCKS = 8  # other roundings
 T_QUANTILE = 2.306  # Student's t, 95%, for a standard deviation that is known from BLOCKS of them
 SHARE = 0.2  # of the rollouts that are scored again, so that five η cost one plain pass
+LEAST = 4  # rollouts of a block, where there are as many
 SEED = 0
 # By the weights of a measurement, the slope that is its derivative.
 DERIVATIVE = {"prefix": "causal", "sequence": "exact"}
@@ -56,14 +57,18 @@ def noise_floor(
     w_i T_i is Σ_j w_{<j}). With a and c the means over the sample of d_i² and of
     d_i d_j, i ≠ j within a block, the floor is 2.306 σ (Student's t, σ being known from eight roundings),
 
-        σ² = S a + S (S − 1) max(0, c) + [(1 − φ) η R']² ,      φ = ⟨fl(θ + ηv) − θ, ηv⟩ / ‖ηv‖² .
+        σ² = S a + S (S − 1) max(0, c + s) + [(1 − φ) η R']² ,      φ = ⟨fl(θ + ηv) − θ, ηv⟩ / ‖ηv‖² .
 
-    c is what the rollouts share, which no number of them averages out. φ is the share of the update that is left in
-    weights of this precision and R' the slope, so that an update that is rounded away is seen as such.
+    c is what the rollouts share, which no number of them averages out. Blocks of m rollouts know it to within the
+    standard error s = a (1 − m/S) / sqrt(4 m (m − 1)), that of c where they share nothing, and S² multiplies it: a
+    sample cannot rule out that much. So the floor is up to 5 times larger than of all rollouts. φ is
+    the share of the update that is left in weights of this precision and R' the slope, so that an update that is
+    rounded away is seen as such.
 
     The rollouts are drawn at random from the S of this batch with a response: the sample stands for them, whatever
     the prompts have in common, while few heavy weights w_i may hide in the rest. Few rollouts cost more than a fifth:
-    16 are scored at least, and every block goes over all weights once, of which it holds a copy.
+    a block has four of them at least, if there are four, and every block goes over all weights once, of which it
+    holds a copy.
 
     Args:
         policy, batch, direction: as measured.
@@ -106,21 +111,17 @@ def noise_floor(
                 table = measure(policy, batch.take(rollouts), **settings)
             others.append((rollouts, table))
     differences = _differences(base, measured, others)
-    square = np.mean(differences**2)
-    size = differences.shape[1]
-    product = np.mean(differences.sum(1) ** 2 - np.sum(differences**2, 1)) / max(1, size * (size - 1))
-    n = np.count_nonzero(batch.response_lens)
     rounded_away = lost * first.value
-    return T_QUANTILE * float(np.sqrt(n * square + n * (n - 1) * max(0.0, product) + rounded_away**2))
+    return T_QUANTILE * float(np.sqrt(_variance(differences, np.count_nonzero(batch.response_lens)) + rounded_away**2))
 
 
 def sampled_rollouts(batch: PackedBatch) -> np.ndarray:
-    """The rollouts whose rounding is looked at, int64 [BLOCKS, at least 2]: in random order, none twice in a block.
+    """The rollouts whose rounding is looked at, int64 [BLOCKS, size]: in random order, none twice in a block.
 
-    SHARE of those with a response; but two to a block where they are so few, so that some are in several blocks.
+    SHARE of those with a response; but LEAST to a block where they are so few, so that some are in several blocks.
     """
     rollouts = np.random.default_rng(SEED).permutation(np.flatnonzero(batch.response_lens))
-    size = min(len(rollouts), max(2, ceil(SHARE * len(rollouts) / BLOCKS)))
+    size = min(len(rollouts), max(LEAST, ceil(SHARE * len(rollouts) / BLOCKS)))
     return np.resize(rollouts, (BLOCKS, size))
 
 
@@ -140,6 +141,18 @@ def _differences(
         again = importance(replace(base.take(rows), rollout=other.rollout), other, weights=measured.weights)
         differences.append(centred(again) - here[rows])
     return np.array(differences) / np.sum(np.exp(measured.log_weights - largest) * measured.size)
+
+
+def _variance(differences: np.ndarray, n: int) -> float:
+    """S a + S (S − 1) max(0, c + s) of `noise_floor`, S = `n`, from d [blocks, rollouts of a block]."""
+    blocks, size = differences.shape
+    square = np.mean(differences**2)
+    if size == 1:
+        return float(n * square)
+    pairs = size * (size - 1)
+    product = np.mean(differences.sum(1) ** 2 - np.sum(differences**2, 1)) / pairs
+    unseen = square * (1 - size / n) * np.sqrt(2 / (blocks * pairs))
+    return float(n * square + n * (n - 1) * max(0.0, product + unseen))
 
 
 @torch.no_grad()

@@ -1,5 +1,7 @@
 from pathlib import Path
 
+import pytest
+
 from dentropy.experiment.run_folder import load
 from dentropy.experiment.summary import summary
 
@@ -10,9 +12,17 @@ def test_a_saved_run_has_the_summary_it_had(run, result):
     assert summary(load(run)) == result.summary()
 
 
-def test_a_run_of_before_reads_as_before():
-    """results.json of the demo as version 0.1.0 wrote it, its lists cut short, and what `show` printed of it."""
-    assert summary(load(SAVED)) == (SAVED / "summary.txt").read_text(encoding="utf-8").rstrip("\n")
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_run_of_before_reads_as_before(version):
+    """results.json as its version of the schema was written, and what `show` printed of it then.
+
+    1 is the demo of version 0.1.0, its lists cut short;
+    2 is a small run, whose line on the cost has other words by now.
+    """
+    saved = SAVED.with_name(f"schema_{version}")
+    content = load(saved)
+    assert content["schema_version"] == version
+    assert summary(content) == (saved / "summary.txt").read_text(encoding="utf-8").rstrip("\n")
 
 
 def test_the_schema_is_that_of_before(result):

@@ -1,5 +1,7 @@
 """The table of rollouts: what it takes for columns, and how tables are joined."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -45,6 +47,19 @@ def test_concatenate_refuses_what_would_lose_a_column():
         SequenceSums.concatenate([table(), table(dlogp=np.ones(2))])
     with pytest.raises(ValueError, match=r"^parts\[1\]: .* and tokens \['logp', 'entropy'\], expected"):
         SequenceSums.concatenate([table(), table(tokens=TokenStats(torch.ones(2), torch.ones(2)))])
+
+
+def test_take_gives_rows_in_the_order_asked_with_their_own_tokens():
+    stats, rows = token_values(53), [6, 2, 2, 4]  # of 33, 1, 1 and 0 tokens
+    whole = replace(sequence_sums(stats, ENDS, group=np.arange(8) // 2), tokens=stats)
+    taken = whole.take(rows)
+    assert taken.rollout.tolist() == rows and taken.group.tolist() == [3, 1, 1, 2]
+    assert taken.n_tokens.tolist() == [33, 1, 1, 0]
+    for name, column in whole.columns().items():
+        assert taken.columns()[name].tolist() == [column[row] for row in rows]
+    for part, field in zip(taken.tokens, stats, strict=True):
+        assert part.tolist() == [*field[20:53].tolist(), float(field[5]), float(field[5])]
+    assert replace(whole, tokens=None).take(np.array(rows)).tokens is None
 
 
 def test_a_table_checks_and_converts_its_columns():
