@@ -66,6 +66,8 @@ def tile_state(u, d, e, scale, ORDER: tl.constexpr, MASKED: tl.constexpr = True)
     total = _sum(weight)
     share = 1.0 / tl.maximum(total, 1.0)
     mean_x = _sum(weight * x) * share
+    # x is not centred: products with it round at its size, as x itself has. Its largest, 0, has the weight 1 of at
+    # most n, so Var x ≥ (E x)² / n: the mean is at most √n standard deviations, n the logits of a tile.
     zero = tl.zeros_like(mean_x)
     base_d, mean_d, c_xd, c_dd = zero, zero, zero, zero
     base_e, mean_e, c_xe, c_xdd = zero, zero, zero, zero

@@ -209,7 +209,8 @@ def reference_columns(model, batch, direction) -> dict[str, list[float]]:
     primals = {name: p.detach() for name, p in model.named_parameters()}
     tangents = {name: direction.tensors.get(name, torch.zeros_like(p)).to(p) for name, p in primals.items()}
     columns = {
-        name: [] for name in ("logp", "entropy", "dlogp", "dentropy", "entropy_dlogp", "entropy_to_go", "length_to_go")
+        name: []
+        for name in ("logp", "entropy", "dlogp", "dentropy", "entropy_dlogp", "entropy_to_go", "length_to_go", "fisher")
     }
     for i in range(len(batch)):
         ids, n = torch.tensor([batch.prompt(i) + batch.response(i)]), len(batch.response(i))
@@ -218,9 +219,9 @@ def reference_columns(model, batch, direction) -> dict[str, list[float]]:
             logits = functional_call(model, parameters, (), dict(input_ids=ids, use_cache=False)).logits[0]
             logp = torch.log_softmax(logits[len(batch.prompt(i)) - 1 : -1] / batch.temperature, -1)
             target = torch.tensor(batch.response(i), dtype=torch.int64)[:, None]
-            return logp.gather(1, target)[:, 0], -(logp.exp() * logp).sum(-1)
+            return logp.gather(1, target)[:, 0], -(logp.exp() * logp).sum(-1), logp
 
-        (logp, h), (dlogp, dh) = jvp(token_quantities, (primals,), (tangents,))
+        (logp, h, of_all), (dlogp, dh, score) = jvp(token_quantities, (primals,), (tangents,))
         later = [float(h[k + 1 :].sum()) for k in range(n)]
         columns["logp"].append(float(logp.sum()))
         columns["entropy"].append(float(h.sum()))
@@ -229,6 +230,7 @@ def reference_columns(model, batch, direction) -> dict[str, list[float]]:
         columns["entropy_dlogp"].append(float((h * dlogp).sum()))
         columns["entropy_to_go"].append(sum(float(dlogp[k]) * later[k] for k in range(n)))
         columns["length_to_go"].append(sum(float(dlogp[k]) * (n - 1 - k) for k in range(n)))
+        columns["fisher"].append(float((of_all.exp() * score.square()).sum()))  # E (d log p / dη)², term by term
     return columns
 
 

@@ -41,6 +41,7 @@ _CHANGES = [
     (PLAIN, "return (softcap or 1.0) / temperature", "return 1.0 / temperature"),
     (PLAIN, "-scale * covariance", "-covariance"),
     (PLAIN, "variance = scale**2 *", "variance = scale *"),
+    (PLAIN, "fisher=scale**2 * variance", "fisher=scale * variance"),
     (HEAD, "temperature=temperature / self.scale", "temperature=temperature"),
     (HEAD, "self.softcap / self.scale", "self.scale / self.softcap"),
     (REVERSE, "dz /= temperature", "dz *= temperature"),
@@ -48,10 +49,12 @@ _CHANGES = [
     # merges of shards and segments
     (MERGE, "centre = (share * base).sum(0)", "centre = base[0]"),
     (MERGE, "within * rescale / everything", "within / everything"),
+    (MERGE, "spread * rescale / everything", "spread / everything"),
     (MERGE, "highest = top.amax(0)", "highest = top[0]"),
     (SHARDS, "[: dist.get_rank(process_group)].sum()", "[: dist.get_rank(process_group) + 1].sum()"),
     (MOMENTS, "mean_x_b = b.mean_x + shift_b", "mean_x_b = b.mean_x"),
-    (MOMENTS, "between = total_a * share_b * apart_x", "between = total_a * share_a * apart_x"),
+    (MOMENTS, "between = total_a * share_b", "between = total_a * share_a"),
+    (MOMENTS, "c_dd_b + between_d * apart_d", "c_dd_b + between_d * apart_x"),
     # sums of what comes later
     (REFERENCE, "h[k + 1 :].sum()", "h[k:].sum()"),
     (SUMS, "- 1.0 - np.arange", "- np.arange"),
@@ -93,8 +96,8 @@ _CHANGES = [
     (ATTENTION, "(distance >= window)", "(distance > window)"),
     (ATTENTION, "hidden = distance < 0", "hidden = distance < 1"),
     (FORWARD, "torch.add(primal, v, alpha=eta)", "torch.add(primal, v, alpha=-eta)"),
-    (WALK, "firsts = np.cumsum(lengths) - lengths + prompts - 1", "firsts = np.cumsum(lengths) - lengths + prompts"),
-    (WALK, "tokens[_ranges(starts + prompts, responses)]", "tokens[_ranges(starts + prompts - 1, responses)]"),
+    (WALK, "predicts = batch.generated[places + 1]", "predicts = batch.generated[places]"),
+    (WALK, "tokens[places[predicts] + 1]", "tokens[places[predicts]]"),
     (REVERSE, "dz.scatter_add_(-1, targets[:, None], b)", "dz.scatter_add_(-1, targets[:, None], -b)"),
     (SAMPLING, "top_k=0,", "top_k=50,"),
     # fresh rollouts

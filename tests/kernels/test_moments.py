@@ -149,6 +149,13 @@ def moved(segment, *amounts):
     return torch.stack([t if amount is None else amount + 0.01 * t for t, amount in zip(segment, amounts)])
 
 
+def under_one_top(segment, gap):
+    """The first logit stands `gap` above the others, which are nearly equal; the derivatives have 1000 in common."""
+    u, d, e = moved(segment, -gap, 1e3, -1e3)
+    u[:, 0] = 0.0
+    return torch.stack([u, d, e])
+
+
 # Each makes a list of segments [3, rows, V] from such a list of at least 3.
 CASES = {
     "noise": lambda s: s,
@@ -160,6 +167,9 @@ CASES = {
         moved(s[0], -1e3, 0.0, 0.0),
         *(moved(a, None, 30.0, -30.0) for a in s[1:]),
     ],
+    "one top far above the others": lambda s: [under_one_top(a, 1e4) for a in s],
+    "one top just above the others": lambda s: [under_one_top(a, 0.1) for a in s],
+    "one top above those of weight 1 together": lambda s: [under_one_top(a, math.log(30)) for a in s],
     "the first masked": lambda s: [masked(s[0]), *(moved(a, None, 30.0, -30.0) for a in s[1:])],
     "the last masked": lambda s: [*s[:-1], masked(s[-1])],
     "all but one masked": lambda s: [masked(s[0]), s[1], *map(masked, s[2:])],

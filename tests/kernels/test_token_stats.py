@@ -92,6 +92,7 @@ HARD_ROWS = {
     "z * 100": lambda z, y, d, e: (z * 100, y, d, e),
     "the maximum comes last": lambda z, y, d, e: (z.sort(-1).values, y, d.sort(-1).values, e),
     "the maximum stands alone": lambda z, y, d, e: (0.05 * z - 4 * (1 - one_hot(z, 3) / 50), y, d, e),
+    "all but the maximum at -10000": lambda z, y, d, e: (200 * one_hot(z, 3) - 1e4 + 0.01 * z, y, 1e3 + d, e - 1e3),
     "constant derivatives": lambda z, y, d, e: (z, y, torch.full_like(d, 30.0), torch.full_like(e, -7.0)),
     "derivative 30 + noise": lambda z, y, d, e: (z, y, 30 + 0.01 * d, 0.01 * e),
     "second derivative 30 + noise": lambda z, y, d, e: (z, y, 0.1 * d, 30 + 0.01 * e),
@@ -125,14 +126,15 @@ def test_constant_derivatives_move_nothing(token_stats, draw):
     assert all(field.abs().max() < UNIT for field in stats[2:])
 
 
+@pytest.mark.parametrize("common", [30.0, 1e3])
 @pytest.mark.parametrize("masked", [0, BLOCK + 1, SEGMENT], ids=["nothing", "first tile", "first segment"])
-def test_a_common_part_of_the_derivatives_costs_no_digits(token_stats, draw, masked):
+def test_a_common_part_of_the_derivatives_costs_no_digits(token_stats, draw, masked, common):
     logits, targets, dlogits, d2logits = draw(4, LARGE)
-    dlogits, d2logits = 30 + 0.01 * dlogits, -30 + 0.01 * d2logits
+    dlogits, d2logits = common + 0.01 * dlogits, -common + 0.01 * d2logits
     logits[:, :masked] = -math.inf
     targets = masked + targets % (LARGE - masked)
     stats = token_stats(logits, targets, dlogits, d2logits)
-    kept = logits[:, masked:], targets - masked, dlogits[:, masked:] - 30, d2logits[:, masked:] + 30  # exact
+    kept = logits[:, masked:], targets - masked, dlogits[:, masked:] - common, d2logits[:, masked:] + common  # exact
     assert_as_accurate_as_plain_pytorch(stats, *kept)
 
 

@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -62,6 +63,25 @@ def test_causal_slope_and_curvature_are_the_differences_of_the_measurement_with_
     second = (16 * (delta[1] + delta[-1]) - (delta[2] + delta[-2])) / (12 * step**2)
     assert slope(base).value == pytest.approx(first, rel=1e-9)
     assert curvature(base, estimator="causal").value == pytest.approx(second, rel=1e-5)
+
+
+def test_divergence_of_all_that_can_be_drawn_is_half_of_fisher_times_the_square_of_the_step():
+    model = random_model("llama", vocab_size=6).double()
+    prompt, end, others = [3, 4], 2, (0, 1, 3, 4, 5)
+    prefixes = [prefix for n in range(3) for prefix in itertools.product(others, repeat=n)]
+    drawn = [[*prefix, end] for prefix in prefixes] + [*map(list, itertools.product(others, repeat=3))]
+    batch, direction = PackedBatch.from_lists([prompt] * len(drawn), drawn), random_direction(model)
+    with InFloat64():
+        policy = Policy(model)
+        base = measure(policy, batch, direction)
+        moved = {eta: measure(policy, batch, direction, eta=eta) for eta in (1e-5, -1e-5, 1e-6, -1e-6)}
+    chance = np.exp(base.logp)
+    assert chance.sum() == pytest.approx(1, rel=1e-12)
+    kl = {eta: chance @ (base.logp - found.logp) for eta, found in moved.items()}
+    half = chance @ base.fisher / 2
+    assert chance @ np.square(base.dlogp) / 2 == pytest.approx(half, rel=1e-10)
+    errors = [abs((kl[eta] + kl[-eta]) / (2 * eta**2) / half - 1) for eta in (1e-5, 1e-6)]  # of order η²
+    assert errors[1] < 1e-5 and errors[1] < 0.02 * errors[0]
 
 
 @pytest.mark.parametrize(
