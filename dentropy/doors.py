@@ -1,4 +1,4 @@
-"""What comes from outside passes here: regular files, JSON, and the work of libraries on a user's files.
+"""What comes from outside passes here: regular files, JSON, torch.save's, and the work of libraries on a user's files.
 
 A library can fail in any way, so what is guarded is a step, not a list of errors: whatever is raised there is a
 ValueError of one line. An error of dentropy's own is left as it is.
@@ -7,6 +7,7 @@ ValueError of one line. An error of dentropy's own is left as it is.
 import dis
 import json
 import traceback
+import zipfile
 from pathlib import Path
 
 LONGEST_REASON = 600  # characters
@@ -74,6 +75,20 @@ def json_value(text: str | bytes, where: str, expected: str = "an object"):
     """The value of a JSON text, UTF-8 where it is bytes; ValueError for what is none, or is nested too deep to read."""
     with third_party(f"{where}: broken JSON", expected):
         return json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text)
+
+
+def saved_by_torch(path: str | Path, expected: str, argument: str = ""):
+    """What torch.save wrote, tensors on the CPU, without running anything that a pickle could name.
+
+    ValueError for what it did not write, for its older form, and for more than tensors, numbers, text and containers.
+    """
+    import torch
+
+    where = f"{argument}{argument and ': '}{regular_file(path, expected, argument)}"
+    if not zipfile.is_zipfile(path):  # the older form is read by another, more trusting path
+        raise ValueError(f"{where}: not a file of torch.save, expected {expected}")
+    with third_party(f"{where}: cannot be read", expected):
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _entries(error: BaseException):

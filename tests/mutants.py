@@ -24,6 +24,9 @@ FORWARD = ("dentropy/passes/forward_mode.py", "tests/passes/test_forward_mode.py
 WALK = ("dentropy/passes/microbatches.py", "tests/passes/test_forward_mode.py")
 REVERSE = ("dentropy/passes/reverse_mode.py", "tests/passes/test_reverse_mode.py")
 GRADIENT = ("dentropy/passes/policy_gradient.py", "tests/passes/test_policy_gradient.py")
+UID = ("dentropy/rollouts/formats/verl.py", "tests/rollouts/test_reading.py")
+PADDING = ("dentropy/rollouts/formats/nemo_rl.py", "tests/rollouts/test_reading.py")
+TEMPLATE = ("dentropy/rollouts/lost_template.py", "tests/rollouts/test_reading.py")
 SAMPLING = ("dentropy/rollouts/sampling.py", "tests/rollouts/test_sampling.py")
 PROBE = ("dentropy/experiment/probe.py", "tests/experiment/test_probe.py")
 WATCH = ("dentropy/experiment/step_watch.py", "tests/experiment/test_step_watch.py")
@@ -100,6 +103,10 @@ _CHANGES = [
     (WALK, "tokens[places[predicts] + 1]", "tokens[places[predicts]]"),
     (REVERSE, "dz.scatter_add_(-1, targets[:, None], b)", "dz.scatter_add_(-1, targets[:, None], -b)"),
     (SAMPLING, "top_k=0,", "top_k=50,"),
+    # what trainers write
+    (UID, 'return uid.rsplit("_", 2)[0]', 'return uid.rsplit("_", 1)[0]'),
+    (PADDING, '"token_ids": ids[:n], "loss_mask": kept[:n]', '"token_ids": ids, "loss_mask": kept'),
+    (TEMPLATE, "if len(found) == 1:", "if found:"),
     # fresh rollouts
     (PROBE, "-base_influence - measured.influence", "-base_influence"),
     (PROBE, "-base_influence - measured.influence", "-base_influence + measured.influence"),

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from dentropy.doors import is_refusal, json_value, regular_file, third_party
-from dentropy.rollouts import batch
+from dentropy.rollouts import batch, columns
 
 
 def test_whatever_a_library_raises_is_one_line_that_names_the_step():
@@ -40,7 +40,7 @@ def test_what_is_no_failure_of_the_library_passes(passes):
 
 def test_only_a_raise_of_our_own_is_a_refusal():
     with pytest.raises(ValueError, match="expected a positive number") as error:
-        batch.checked_temperature(-1)
+        columns.checked_temperature(-1)
     assert is_refusal(error.value)
     for bug in (lambda: int("x"), lambda: np.zeros(2) + np.zeros(3)):
         with pytest.raises(ValueError, match="invalid literal|could not be broadcast") as error:

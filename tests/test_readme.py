@@ -1,9 +1,26 @@
+import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
+import trainer_files as files
+
+from dentropy.cli import main
+from dentropy.demo.run import POLICY, draw_rollouts, load_policy, load_tokenizer
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
+# Where each trainer leaves its files, as the README's commands name the places.
+WRITTEN = {
+    "TRL": ("RUN/completions/completions_00003.parquet", files.trl, files.as_parquet),
+    "verl": ("DUMPS/3.jsonl", files.verl, files.as_json_lines),
+    "prime-rl": ("RUN/token_exports/step_3/rank_0.jsonl", files.prime_rl, files.as_json_lines),
+    "NeMo-RL": ("LOGS/train_data_step3.jsonl", files.nemo_rl, files.as_json_lines),
+    "open-instruct": ("ROLLOUTS/run_rollouts_000000.jsonl", files.open_instruct, files.as_json_lines),
+    "AReaL": ("RUN/rollout/3/0.jsonl", files.areal, files.as_json_lines),
+    "slime": ("data_3.pt", files.slime, files.as_saved),
+}
 
 
 def test_python_examples_run_and_agree(capsys):
@@ -21,3 +38,57 @@ def test_python_examples_run_and_agree(capsys):
 def test_setup_is_two_commands():
     assert 'pip install -e ".[probe]" && dentropy demo' in README
     assert 'pip install -e ".[test]" && pytest' in README
+
+
+def commands_of_trainers():
+    """{trainer: its command}, with what stands for the options that all have."""
+    others = re.search(r"`OTHERS` is\s+`(.*?)`", README, re.DOTALL)[1]
+    found = re.findall(r"^- ([\w-]+),.*?`dentropy (probe [^`]*) OTHERS`", README, re.DOTALL | re.MULTILINE)
+    return {trainer: f"{command} {others}".split() for trainer, command in found}
+
+
+def test_every_trainer_has_a_command():
+    assert list(commands_of_trainers()) == list(WRITTEN)
+
+
+@pytest.mark.slow
+def test_commands_for_trainers_run_and_agree(tmp_path, monkeypatch):
+    """Rollouts of the demo's policy, written as each trainer would: each command sees the same ones."""
+    policy, tokenizer = load_policy()
+    drawn = draw_rollouts(policy, tokenizer, 3, 2, seed=0)
+    drawn = drawn.take([i for i in range(len(drawn)) if drawn.response(i)[-1] == tokenizer.eos_token_id])
+    with torch.no_grad():
+        next(policy.model.parameters()).mul_(1.001)
+    policy.model.save_pretrained(tmp_path / "NEXT_DIR")
+    shutil.copytree(POLICY, tmp_path / "DIR")
+    monkeypatch.setattr(files, "letters", load_tokenizer)
+    monkeypatch.setattr(files, "STEP", 3)
+    monkeypatch.chdir(tmp_path)
+    drawn.to_jsonl("own.jsonl")
+    probed = {"dentropy": run(["probe", "--rollouts", "own.jsonl", *commands_of_trainers()["slime"][3:]])}
+    rollouts = [
+        files.Rollout(
+            *drawn.row(i), int(drawn.group[i]), float(drawn.reward[i]), *[[-0.5] * int(drawn.response_lens[i])] * 2
+        )
+        for i in range(len(drawn))
+    ]
+    for trainer, words in commands_of_trainers().items():
+        place, rows, write = WRITTEN[trainer]
+        (tmp_path / trainer / place).parent.mkdir(parents=True)
+        write(tmp_path / trainer / place, rows(rollouts))
+        (tmp_path / trainer / place).with_name("STABLE").touch()
+        for name in ("DIR", "NEXT_DIR"):
+            (tmp_path / trainer / name).symlink_to(tmp_path / name)
+        monkeypatch.chdir(tmp_path / trainer)
+        probed[trainer] = run(words)
+    assert {content["n_tokens"] for content in probed.values()} == {drawn.n_tokens}
+    for name in ("base_entropy", "step_size"):
+        assert len({content[name] for content in probed.values()}) == 1, name
+
+
+def run(words):
+    """The results of a command."""
+    assert main(words) == 0
+    content = json.loads(Path("run/results.json").read_text())
+    shutil.rmtree("run")
+    return content

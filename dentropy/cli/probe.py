@@ -10,7 +10,7 @@ from dentropy.cli.apart import apart, check_files
 from dentropy.cli.keeping import finish
 from dentropy.cli.options import LazyTokenizer, add_model_options, load_libraries, loading
 from dentropy.cli.terminal import about, remark
-from dentropy.doors import regular_file, third_party
+from dentropy.doors import saved_by_torch
 
 DEFAULT_STEPS = (-1.0, -0.5, 0.5, 1.0, 2.0)
 
@@ -175,6 +175,8 @@ def run(options) -> None:
             update=step,
             progress=progress,
         )
+    for line in recognized:  # not before: bad input is one line
+        remark(line)
     named = {name: getattr(options, name) for name in ("policy", "rollouts", "after", "direction", "update_rollouts")}
     source = {name: str(value) for name, value in (named | {"split": divided}).items() if value is not None}
     finish(dataclasses.replace(result, source=source), out, for_report)
@@ -233,18 +235,8 @@ def _step(options, policy, update, step_size):
 
 
 def load_state(path: str) -> dict:
-    """What torch.save wrote of an optimizer, without running anything that a pickle could name."""
-    import zipfile
-
-    import torch
-
-    regular_file(path, "a file of torch.save", "optimizer_state")
-    if not zipfile.is_zipfile(path):  # the older form is read by another, more trusting path
-        raise ValueError(f"optimizer_state: {path} is not a file of torch.save, expected one of a state_dict()")
-    with third_party(f"optimizer_state: {path} cannot be read", "a state_dict() of tensors and numbers by torch.save"):
-        state = torch.load(path, map_location="cpu", weights_only=True)
+    """The state_dict() of an optimizer."""
+    state = saved_by_torch(path, "an optimizer's state_dict() by torch.save", "optimizer_state")
     if not isinstance(state, dict):
-        raise ValueError(
-            f"optimizer_state: {path} holds a {type(state).__name__}, expected an optimizer's state_dict()"
-        )
+        raise ValueError(f"optimizer_state: {path}: a {type(state).__name__}, expected an optimizer's state_dict()")
     return state

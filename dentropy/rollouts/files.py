@@ -3,15 +3,13 @@
 A row comes with where it stands, for errors: file and line, item or row.
 """
 
-import zipfile
 from pathlib import Path
 
-from dentropy.doors import json_value, regular_file, third_party
-from dentropy.rollouts.readers import json_lines
+from dentropy.doors import json_value, regular_file, saved_by_torch, third_party
+from dentropy.rollouts.readers import PARQUET, json_lines
 
 Rows = list[tuple[str, dict]]
 SUFFIXES = (".jsonl", ".json", ".parquet", ".pt")
-PARQUET = b"PAR1"
 ZIP = b"PK"
 
 
@@ -26,7 +24,7 @@ def rows_in(path: Path) -> Rows:
     if start.startswith(PARQUET):
         rows = _parquet(path)
     elif start.startswith(ZIP):
-        rows = _saved_by_torch(path)
+        rows = _samples(path)
     elif start.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
         rows = _array(path)
     else:
@@ -51,15 +49,10 @@ def _parquet(path: Path) -> Rows:
     return _objects(items, f"{path}: row")
 
 
-def _saved_by_torch(path: Path) -> Rows:
-    """Of slime, the only one here that writes such files; pickles run code, so nothing but plain values is loaded."""
-    import torch
-
+def _samples(path: Path) -> Rows:
+    """Of slime, the only one here that writes with torch.save."""
     expected = "slime's {rollout_id, samples} by torch.save"
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"{path}: not a file of torch.save, expected {expected}")
-    with third_party(f"{path}: cannot be read", expected):
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+    saved = saved_by_torch(path, expected)
     if not isinstance(saved, dict) or not isinstance(saved.get("samples"), list):
         raise ValueError(f"{path}: a {type(saved).__name__} without a list of samples, expected {expected}")
     rows = _objects(saved["samples"], f"{path}: sample")

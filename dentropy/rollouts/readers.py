@@ -15,6 +15,7 @@ from dentropy.rollouts.text import TextReader
 PROMPT = ("prompt_ids",), ("prompt", "input")  # columns of token ids, columns of text
 RESPONSE = ("response_ids", "completion_ids"), ("response", "completion", "output")
 LARGEST_ID = 2**63 - 1
+PARQUET = b"PAR1"  # what such a file begins with
 # By what a file begins with; the marks of UTF-32 begin with those of UTF-16.
 OTHER_ENCODINGS = {
     codecs.BOM_UTF32_LE: "UTF-32",
@@ -27,11 +28,6 @@ OTHER_ENCODINGS = {
 def json_lines(path: Path) -> Iterator[tuple[str, dict]]:
     """(where, row) for every line that is not blank."""
     regular_file(path, "a file of JSON lines")
-    if path.suffix == ".parquet":
-        raise ValueError(
-            f"{path}: a Parquet file, expected JSON lines; "
-            "pandas.read_parquet(...).to_json(..., orient='records', lines=True) makes them"
-        )
     with open(path, "rb") as file:
         for number, raw in enumerate(file, 1):
             where = f"{path}: line {number}"
@@ -50,6 +46,11 @@ def _text(raw: bytes, where: str, first: bool) -> str:
         for mark, encoding in OTHER_ENCODINGS.items():
             if raw.startswith(mark):
                 raise ValueError(f"{where}: {encoding} text, expected UTF-8")
+        if raw.startswith(PARQUET):
+            raise ValueError(
+                f"{where}: Parquet, expected JSON lines (read_rollouts reads rollouts in Parquet; for prompts, "
+                "pandas.read_parquet(...).to_json(..., orient='records', lines=True) makes them)"
+            )
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:

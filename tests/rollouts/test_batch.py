@@ -236,7 +236,7 @@ def test_files_that_are_not_there_or_not_json_lines(tmp_path):
     with pytest.raises(ValueError, match="no such file"):
         PackedBatch.from_jsonl(tmp_path / "nowhere.jsonl")
     (tmp_path / "completions.parquet").write_bytes(b"PAR1")
-    with pytest.raises(ValueError, match="to_json"):
+    with pytest.raises(ValueError, match="Parquet, expected JSON lines .read_rollouts reads .*to_json"):
         PackedBatch.from_jsonl(tmp_path / "completions.parquet")
 
 

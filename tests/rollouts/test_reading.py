@@ -343,6 +343,15 @@ def test_lengths_that_text_does_not_give_back_are_said(tmp_path):
     assert len(warned) == 1 and "1 of 3 rollouts encode to another number of tokens" in warned[0]
 
 
+def test_padding_of_nemo_rl_is_no_part_of_a_rollout(tmp_path):
+    """Also where the mask says that it was generated, and in a row of which nothing was."""
+    rows = changed("nemo-rl", token_loss_mask=[[0] * 6])
+    rows[2]["token_loss_mask"] = [[0, 1, 1, 1, 1, 1]]
+    batch, _, _ = read(files.as_json_lines(tmp_path / "n", rows))
+    assert [batch.row(i)[0] for i in range(3)] == [r.tokens for r in ROLLOUTS]
+    assert batch.response_lens.tolist() == [3, 0, 2] and batch.sampler_logp.tolist()[3:] == ROLLOUTS[2].logp
+
+
 class TestFiles:
     def test_nothing_in_a_pickle_is_run(self, tmp_path):
         class Harm:
