@@ -16,18 +16,20 @@ ROOT = Path(dentropy.__file__).parents[1]
 # What each may import beside itself, whether at once or inside a function.
 MAY_IMPORT = {
     "doors": set(),
+    "shown": set(),
     "kernels": set(),
-    "stats": {"kernels"},
+    "stats": {"shown", "kernels"},
     "reference": {"stats"},
-    "rollouts": {"doors"},
-    "model": {"doors", "stats", "kernels"},
-    "estimators": {"stats"},
-    "passes": {"doors", "model", "rollouts", "estimators", "stats"},
-    "experiment": {"doors", "passes", "model", "rollouts", "estimators", "stats"},
+    "rollouts": {"doors", "shown"},
+    "model": {"doors", "shown", "stats", "kernels"},
+    "estimators": {"shown", "stats"},
+    "passes": {"doors", "shown", "model", "rollouts", "estimators", "stats"},
+    "experiment": {"doors", "shown", "passes", "model", "rollouts", "estimators", "stats"},
     "integrations": {"doors", "experiment", "passes", "model", "rollouts", "estimators", "stats"},
     "demo": {"experiment", "passes", "model", "rollouts", "estimators", "stats"},
     "examples": {"demo", "integrations", "experiment"},
     "cli": {"doors", "demo", "experiment", "passes", "model", "rollouts", "estimators", "stats"},
+    "__main__": {"cli"},
 }
 
 

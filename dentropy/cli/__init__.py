@@ -6,12 +6,12 @@ one line on stderr.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
 from dentropy import __version__
 from dentropy.cli import demo, probe, sample, show
+from dentropy.cli.command_line import Parser
 from dentropy.cli.terminal import Terminal
 from dentropy.doors import is_refusal
 
@@ -50,21 +50,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The parser of all commands; what it makes of a command line has the command to call in `run`."""
-    top = _Parser(prog="dentropy", description="What a weight update does to a language-model policy's entropy.")
+    top = Parser(prog="dentropy", description="What a weight update does to a language-model policy's entropy.")
     top.add_argument("--version", action="version", version=f"dentropy {__version__}")
     commands = top.add_subparsers(required=True, metavar="{demo,probe,sample,show}")
     for command in (demo, probe, sample, show):
         command.add(commands)
     return top
-
-
-class _Parser(argparse.ArgumentParser):
-    """Reports a bad command line in one line; the usage is in --help."""
-
-    def error(self, message: str):
-        raise ValueError(f"{message} (see {self.prog} --help)")
 
 
 def _is_negative_number(argument: str) -> bool:

@@ -10,6 +10,7 @@ import numpy as np
 from dentropy.estimators.groups import Groups
 from dentropy.estimators.jackknife import LeftOut
 from dentropy.estimators.optional import load
+from dentropy.shown import count, line, number
 
 # With 9 degrees of freedom a standard error is itself uncertain by 1/sqrt(2·9), about a quarter of itself.
 FEW_DEGREES = 9
@@ -52,8 +53,8 @@ class Statistic:
     jackknife_reason: str | None
     dof: float | None
     warnings: tuple[str, ...]
-    influence: np.ndarray = field(repr=False)
-    leave_one_out: np.ndarray | None = field(repr=False)
+    influence: np.ndarray
+    leave_one_out: np.ndarray | None
     groups: Groups
     per: str
 
@@ -104,6 +105,17 @@ class Statistic:
             **fields,
         )
 
+    def __repr__(self) -> str:
+        what, unit, *more = self._shown()
+        told = f"{what} {number(self.value, self.stderr, unit)}".lstrip()
+        reason = None if self.stderr_reason is None else f"no standard error: {self.stderr_reason}"
+        doubts = count(len(self.warnings), "warning") if self.warnings else None
+        return line(self, told, *more, repr(self.groups), reason, doubts)
+
+    def _shown(self) -> tuple[str, ...]:
+        """For the repr: the number's name and unit, and what else to say of it."""
+        return "", ""
+
     @property
     def group(self) -> np.ndarray:
         return self.groups.group
@@ -138,7 +150,7 @@ class Statistic:
         return self.value - half, self.value + half
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Estimate(Statistic):
     """A derivative of the entropy along a direction, or what follows from one, with its error and its origin.
 
@@ -152,11 +164,17 @@ class Estimate(Statistic):
     estimator      which form of the slope was used; empty for a difference of two
     """
 
-    contributions: np.ndarray = field(repr=False)
+    contributions: np.ndarray
     parts: dict[str, float]
     part_stderrs: dict[str, float | None] = field(default_factory=dict)
     name: str
     estimator: str
+
+    def _shown(self) -> tuple[str, ...]:
+        if self.name == "difference":  # of slopes, curvatures or measurements: it does not know which
+            return self.name, ""
+        power = {"slope": " per unit of η", "curvature": " per unit of η²"}.get(self.name, "")
+        return f"{self.estimator} {self.name}", f"nats per {self.per}{power}"
 
 
 def check_estimate(argument: str, found: object, name: str, estimator: str | None = None) -> None:

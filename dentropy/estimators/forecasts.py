@@ -17,6 +17,7 @@ from dentropy.estimators.mean_change import MeanChange, Rollouts
 from dentropy.estimators.pass_at_k import check_pass_at_k, pass_at_k_forecast
 from dentropy.estimators.reward_forecast import checked_values, value_forecast
 from dentropy.estimators.slopes import slope
+from dentropy.shown import lines, number
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -47,6 +48,18 @@ class Forecast:
     values: dict[str, MeanChange] = field(default_factory=dict)
     exchange_rate: ExchangeRate | None = None
     exchange_rates: dict[float, ExchangeRate] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        """The slopes; the changes are counted."""
+        means = {"entropy": (self.entropy, "nats per token"), "length": (self.length, "tokens")}
+        means |= {} if self.reward is None else {"reward": (self.reward, "")}
+        means |= {f"pass@{k}": (found, "") for k, found in self.pass_at_k.items()}
+        means |= {name: (found, "") for name, found in self.values.items()}
+        rows = [(name, _slope_text(found, unit)) for name, (found, unit) in means.items()]
+        if self.kl.fisher is not None:
+            text = number(self.kl.fisher.value, self.kl.fisher.stderr, "nats per rollout per unit of η²/2")
+            rows.append(("KL", text))
+        return lines(self, [*rows, ("changes", f"at {len(self.entropy.changes)} η")])
 
 
 def forecast(
@@ -121,6 +134,11 @@ def forecast(
         exchange_rate=None if found is None else exchange_rate(entropy.slope, found.slope),
         exchange_rates={} if found is None else {eta: _rate_at(eta, entropy, found) for eta in moved},
     )
+
+
+def _slope_text(found: MeanChange, unit: str) -> str:
+    slope_text = number(found.slope.value, found.slope.stderr, f"{unit} per unit of η".lstrip())
+    return f"{found.base:.3e}, slope {slope_text}"
 
 
 def _rate_at(eta: float, entropy: MeanChange, reward: MeanChange) -> ExchangeRate:

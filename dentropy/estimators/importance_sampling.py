@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,7 +20,7 @@ WEIGHTS = ("sequence", "prefix")
 _QUANTILES = {"min": 0.0, "p05": 0.05, "p25": 0.25, "median": 0.5, "p75": 0.75, "p95": 0.95, "max": 1.0}
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class ImportanceResult(Statistic):
     """A measured change of entropy, in nats per token (nats per sequence with per="sequence").
 
@@ -56,13 +56,16 @@ class ImportanceResult(Statistic):
     max_weight: float
     mean_weight: float
     log_weight_quantiles: dict[str, float]
-    log_weights: np.ndarray = field(repr=False)
-    contributions: np.ndarray = field(repr=False)
-    moved_entropy: np.ndarray = field(repr=False)
-    size: np.ndarray = field(repr=False)
+    log_weights: np.ndarray
+    contributions: np.ndarray
+    moved_entropy: np.ndarray
+    size: np.ndarray
     weights: str
     worst_position: int | None
     worst_ess_fraction: float | None
+
+    def _shown(self) -> tuple[str, ...]:
+        return "ΔH", f"nats per {self.per}", f"{self.weights} weights", f"ESS {self.ess_fraction:.1%}"
 
     @property
     def delta(self) -> float:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from dentropy.stats.tables import SequenceSums
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class PositiveMean(Statistic):
     """A mean of numbers that are not negative, whose distribution is skewed: its interval is on the log scale."""
 

@@ -119,13 +119,16 @@ def difference(first: Statistic, second: Statistic) -> Estimate:
     return _combine({"first": (1.0, first), "second": (-1.0, second)}, name="difference", estimator="")
 
 
-@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class TrustRange(Statistic):
     """How far along the direction a prediction can be trusted. The fields of `Statistic` for η*, and:
 
     eta_star      η* = 2 |R' / R''|, where the linear and the quadratic term are equal; inf where R'' is 0
     linear_limit  0.1 η*: up to here the linear and the quadratic prediction are within 10% of each other
     """
+
+    def _shown(self) -> tuple[str, ...]:
+        return "η*", "in units of η"
 
     @property
     def eta_star(self) -> float:

@@ -14,6 +14,7 @@ from dentropy.experiment.changes import Change, FreshCheck
 from dentropy.experiment.summary import summary
 from dentropy.passes.update_attribution import UpdateAttribution
 from dentropy.rollouts.batch import PackedBatch
+from dentropy.shown import count, data_frame, html_table, lines, number
 from dentropy.stats.tables import SequenceSums
 
 
@@ -71,6 +72,40 @@ class ProbeResult:
     source: dict[str, str] = field(default_factory=dict)
     fresh: FreshCheck | None = None
 
+    def __repr__(self) -> str:
+        """What was found at the η nearest to the step itself; `summary` has all."""
+        near = min(self.changes, key=lambda change: abs(change.eta - self.step_size))
+        slope, unit = self.slopes["causal"], "nats per token"
+        rows = [
+            ("rollouts", self._rollouts()),
+            ("entropy", number(self.base_entropy, self.base_stderr, unit)),
+            ("slope", number(slope.value, slope.stderr, f"{unit} per unit of η")),
+            (f"ΔH at η = {near.eta:g}", f"predicted {number(near.linear.value, near.linear.stderr, unit)}"),
+            ("", f"measured  {number(near.measured.value, near.measured.stderr, unit)}, {near.diagnostics.verdict}"),
+        ]
+        return lines(self, rows)
+
+    def _repr_html_(self) -> str:
+        """Prediction and measurement at every η, for a notebook."""
+        rows = [
+            (
+                f"{change.eta:g}",
+                number(change.linear.value, change.linear.stderr),
+                number(change.measured.value, change.measured.stderr),
+                f"{change.measured.ess_fraction:.1%}",
+                change.diagnostics.verdict,
+            )
+            for change in self.changes
+        ]
+        entropy = number(self.base_entropy, self.base_stderr)
+        caption = f"Change of the entropy in nats per token, {entropy} before: {self._rollouts()}"
+        return html_table(caption, ("η", "predicted ± SE", "measured ± SE", "ESS", "verdict"), rows)
+
+    def _rollouts(self) -> str:
+        prompts, n_tokens = count(np.unique(self.base.group).size, "prompt"), int(self.base.n_tokens.sum())
+        where = f"{self.dtype} on {self.device}"
+        return f"{count(len(self.base), 'rollout')} of {prompts}, {count(n_tokens, 'token')}, {where}"
+
     @property
     def noise_floor(self) -> float:
         """The largest of the changes', in nats per token."""
@@ -123,6 +158,10 @@ class ProbeResult:
         if self.curvature is not None:
             estimates |= {"curvature": self.curvature, "curvature_exact": self.exact_curvature}
         return rollout_rows.columns(self.base, self.batch.reward, estimates, self.changes)
+
+    def to_pandas(self):
+        """`columns` as a pandas DataFrame: the table of rollouts.csv. ImportError without pandas."""
+        return data_frame(self.columns())
 
     def save(self, out: str | Path, tokenizer=None) -> Path:
         """Write the run folder `out`, as results.md describes it.

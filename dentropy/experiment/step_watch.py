@@ -34,6 +34,7 @@ from dentropy.passes.measure import measure
 from dentropy.passes.microbatches import AUTO
 from dentropy.passes.noise_floor import noise_floor
 from dentropy.rollouts.batch import PackedBatch
+from dentropy.shown import line, number
 
 VERDICTS = {"unusable": 0, "strained": 1, "reliable": 2}
 
@@ -137,6 +138,23 @@ class StepWatch:
         self.moved = self.measured = self.diagnostics = self.noise_floor = self.error = self.realized_fraction = None
         with watched.policy() as policy:
             self._predict(policy, stored, step_size)
+
+    def __repr__(self) -> str:
+        unit, found, measured = "nats per token", self.predicted, self.measured
+        foreseen = (
+            "a step that moves nothing" if found is None else f"predicted ΔH {number(found.value, found.stderr, unit)}"
+        )
+        if measured is None:
+            return line(self, foreseen, "not measured yet")
+        part = self.realized_fraction
+        realized = None if part is None else f"{part:.1%} of the step realized"
+        return line(
+            self,
+            foreseen,
+            f"measured ΔH {number(measured.value, measured.stderr, unit)}",
+            self.diagnostics.verdict,
+            realized,
+        )
 
     def report(self) -> ProbeResult | None:
         """The whole experiment on this step, attribution included; before the step is taken. None without a

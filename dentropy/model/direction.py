@@ -13,6 +13,7 @@ from dentropy.doors import regular_file, third_party
 from dentropy.model.binding import Binding, on_host
 from dentropy.model.difference import difference, warn_if_rounded_away
 from dentropy.model.optimizer_step import learning_rate, own_parameters, stepped_copies
+from dentropy.shown import count, line
 
 
 class Direction:
@@ -49,6 +50,10 @@ class Direction:
             raise ValueError(
                 f"direction: all {len(self.tensors)} tensors are zero, expected an update that moves something"
             )
+
+    def __repr__(self) -> str:
+        size = count(sum(v.numel() for v in self.tensors.values()), "weight")
+        return line(self, f"{size} in {count(len(self.tensors), 'tensor')}", f"step_size {self.step_size:g}")
 
     def norm(self) -> float:
         """‖v‖, the Euclidean norm over all tensors."""

@@ -30,6 +30,7 @@ from dentropy.model.memory import is_out_of_memory
 from dentropy.model.packed_row import PackedRow
 from dentropy.model.precision import full_float32
 from dentropy.model.usable import check_usable
+from dentropy.shown import count, line
 from dentropy.stats.tables import TokenStats
 from dentropy.stats.token_stats import linear_token_stats, token_stats
 
@@ -102,6 +103,16 @@ class Policy:
             ) from error
         if compile_layers:
             self._compiled_layers = FusedLayers(self._decoder_layers())
+
+    def __repr__(self) -> str:
+        return line(
+            self,
+            type(self.model).__name__,
+            count(sum(p.numel() for p in self.model.parameters()), "parameter"),
+            f"{str(self.dtype).removeprefix('torch.')} on {self.device}",
+            "packed rows" if self.packs else "one sequence at a time",
+            "head split off" if self.splits_head else "the model's own head",
+        )
 
     @property
     def device(self) -> torch.device:

@@ -26,6 +26,7 @@ from dentropy.passes.policy_gradient import PolicyGradientStep
 from dentropy.passes.slope_gradient import SlopeGradient, slope_gradient
 from dentropy.rollouts.batch import PackedBatch
 from dentropy.rollouts.sampling import end_tokens
+from dentropy.shown import count, lines
 from dentropy.stats.segments import place_in_sequence
 from dentropy.stats.tables import SequenceSums, TokenStats
 
@@ -76,6 +77,13 @@ class UpdateAttribution:
     logp: np.ndarray
     entropy: np.ndarray
     share: np.ndarray
+
+    def __repr__(self) -> str:
+        terms = ("total", "tokens", "kl", "entropy_bonus", "momentum", "weight_decay", "unexplained")
+        rows = [(name.replace("_", " "), f"{getattr(self, name): .3e}") for name in terms]
+        trust = "?" if self.reliability is None else f"{self.reliability:.2f}"
+        of = f"{self.estimator} slope, nats per {self.per} per unit of η, by {count(len(self.share), 'token')}"
+        return lines(self, [("of", f"{of} of {self.optimizer}"), *rows, ("reliability of the shares", trust)])
 
     @property
     def tokens(self) -> float:

@@ -27,6 +27,7 @@ from dentropy.rollouts.readers import (
     sampler_logps_of,
     token_rows,
 )
+from dentropy.shown import count, line
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +67,18 @@ class PackedBatch:
 
     def __len__(self) -> int:
         return len(self.row_lens)
+
+    def __repr__(self) -> str:
+        low, high = (f"{bound(self.temperature):g}" for bound in (np.min, np.max))
+        return line(
+            self,
+            f"{count(len(self), 'rollout')} of {count(self.n_groups, 'prompt')}",
+            f"{self.n_tokens:,} generated of {count(len(self.tokens), 'token')}",
+            f"temperature {low}" + ("" if low == high else f" to {high}"),
+            None if self.reward is None else f"mean reward {np.mean(self.reward):.4g}",
+            None if self.advantage is None else "advantages",
+            None if self.sampler_logp is None else "the sampler's log-probabilities",
+        )
 
     @property
     def n_tokens(self) -> int:

@@ -10,6 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dentropy.shown import count, data_frame, html_table, line
+
+SHOWN_ROWS = 5  # in a notebook
+
 
 class TokenStats(NamedTuple):
     """Log-probability and entropy of each token's distribution, with derivatives along one direction.
@@ -117,6 +121,35 @@ class SequenceSums:
 
     def __len__(self) -> int:
         return len(self.n_tokens)
+
+    def __repr__(self) -> str:
+        n_tokens = self.n_tokens.sum()
+        return line(
+            self,
+            f"{count(len(self), 'rollout')} of {count(np.unique(self.group).size, 'prompt')}",
+            count(int(n_tokens), "token"),
+            f"entropy {self.entropy.sum() / n_tokens:.4g} nats per token" if n_tokens else None,
+            count(len(self.columns()), "column"),
+            None if self.tokens is None else "with its tokens",
+        )
+
+    def _repr_html_(self) -> str:
+        """The first rows, for a notebook."""
+        columns = self.columns()
+        rows = zip(*(column[:SHOWN_ROWS].tolist() for column in columns.values()), strict=True)
+        caption = f"{repr(self)[1:-1]}; {'all' if len(self) <= SHOWN_ROWS else f'the first {SHOWN_ROWS}'} rows"
+        return html_table(caption, list(columns), [[f"{value:.4g}" for value in row] for row in rows])
+
+    def to_pandas(self):
+        """The columns that are present as a pandas DataFrame, a row per rollout; ImportError without pandas.
+
+        Example:
+            >>> import numpy as np
+            >>> one = np.ones(1)
+            >>> SequenceSums(n_tokens=one, logp=-one, entropy=one, group=[0], rollout=[0]).to_pandas().shape
+            (1, 5)
+        """
+        return data_frame(self.columns())
 
     def columns(self) -> dict[str, np.ndarray]:
         """The columns that are present, by name, in the order of the table above (without `tokens`)."""

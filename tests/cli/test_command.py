@@ -1,12 +1,17 @@
+import json
 import os
+import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from commands import DIRECTION, completed
 
 from dentropy import __version__
 from dentropy.cli import main
+
+SAVED = Path(__file__).parents[1] / "experiment" / "schema_1" / "results.json"
 
 
 def test_version_and_help(capsys):
@@ -32,9 +37,43 @@ def test_the_command_itself_in_a_process_of_its_own(tmp_path):
     assert (tmp_path / "run" / "results.json").exists() and "Files in" in good.stdout
 
 
-def test_help_loads_nothing_heavy():
-    code = (
-        "import sys; from dentropy.cli import parser; parser();"
-        "sys.exit(any(name in sys.modules for name in ('transformers', 'matplotlib', 'triton')))"
-    )
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+@pytest.mark.parametrize("words", [["--version"], ["--help"], ["probe", "--help"], ["sample", "--help"]])
+def test_version_and_help_need_and_load_nothing_heavy(words):
+    """As `python -m dentropy`, in at most half a second of CPU; what is imported is listed by Python itself."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [sys.executable, "-X", "importtime", "-m", "dentropy", *words]
+    done = subprocess.run(command, capture_output=True, text=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    loaded = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
+    assert done.returncode == 0 and done.stdout.startswith(("dentropy ", "usage: dentropy "))
+    assert "argparse" in loaded and "dentropy" in loaded
+    assert not loaded & {"torch", "triton", "numpy", "transformers", "matplotlib", "scipy", "pandas", "tqdm"}
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("prob", "; did you mean probe for prob? (see dentropy --help)"),
+        ("--verzion", "; did you mean --version for --verzion? (see dentropy --help)"),
+        ("probe --rolouts x --polcy=y --etas -1e-6", "; did you mean --rollouts for --rolouts?; did you mean --policy"),
+        ("show old_run --jsn", "unrecognized arguments: --jsn; did you mean --json for --jsn? (see dentropy show"),
+        ("sample --prompts policy --see 1", "required: --policy, --out (see dentropy sample --help)"),
+        ("show old_run --zzz", "unrecognized arguments: --zzz (see dentropy show --help)"),
+    ],
+)
+def test_a_mistyped_word_is_answered_with_the_nearest(text, said, capsys):
+    """And neither abbreviations, nor values that resemble an option, nor words like none."""
+    assert main(text.split()) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and said in err
+
+
+def test_show_json_is_the_content_in_ascii(tmp_path, capsys):
+    content = json.loads(SAVED.read_text(encoding="utf-8"))
+    content["source"]["policy"] = "\x1b[2J\x7f\x9b\u202eé"
+    (tmp_path / "results.json").write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    assert main(["show", str(tmp_path), "--json"]) == 0
+    printed = capsys.readouterr().out
+    assert json.loads(printed) == content
+    assert all(" " <= c <= "~" or c == "\n" for c in printed)
