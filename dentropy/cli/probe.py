@@ -175,8 +175,6 @@ def run(options) -> None:
             update=step,
             progress=progress,
         )
-    for line in recognized:  # not before: bad input is one line
-        remark(line)
     named = {name: getattr(options, name) for name in ("policy", "rollouts", "after", "direction", "update_rollouts")}
     source = {name: str(value) for name, value in (named | {"split": divided}).items() if value is not None}
     finish(dataclasses.replace(result, source=source), out, for_report)

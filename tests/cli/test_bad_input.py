@@ -23,7 +23,7 @@ BAD = {
     "broken JSON": (f"{DIRECTION} --rollouts broken.jsonl", "line 2: broken JSON"),
     "token outside the vocabulary": (f"{DIRECTION} --rollouts outside.jsonl", "token id 99 is outside the vocab"),
     "no rollouts in the file": (f"{DIRECTION} --rollouts empty.jsonl", "no rollouts"),
-    "empty responses": (f"{DIRECTION} --rollouts empty_responses.jsonl", "no token of any row is generated"),
+    "empty responses": (f"{DIRECTION} --rollouts empty_responses.jsonl", "all are empty"),
     "no rewards": (f"{UPDATE} others.jsonl", "no rewards"),
     "direction of another model": ("probe --direction other.safetensors", "other.weight"),
     "direction of another shape": ("probe --direction shape.safetensors", "lm_head.weight has shape (2,)"),
