@@ -41,7 +41,7 @@ from dentropy.passes.parameter_attribution import moving_by_name, parameter_shar
 from dentropy.passes.policy_gradient import PolicyGradientStep
 from dentropy.passes.second_order import bend, difference_step, doubt, with_second_order
 from dentropy.passes.slope_gradient import slope_gradient
-from dentropy.passes.update_attribution import UpdateAttribution, update_attribution
+from dentropy.passes.update_attribution import PARTS, UpdateAttribution, update_attribution
 from dentropy.rollouts.batch import PackedBatch
 from dentropy.rollouts.sampling import end_tokens, without_end
 from dentropy.stats.sequence_sums import sequence_sums
@@ -157,7 +157,7 @@ def _explained(
         return None, None
     moving = moving_by_name(policy, direction)
     names = list(dict.fromkeys([*moving, *([] if update is None else update.gradient)]))
-    gradient = slope_gradient(policy, batch, base, names, halves=update is not None, **settings)
+    gradient = slope_gradient(policy, batch, base, names, parts=1 if update is None else PARTS, **settings)
     shares = parameter_shares(moving, gradient) if parameters else None
     if update is None:
         return shares, None

@@ -9,7 +9,7 @@ from dentropy.passes.update_attribution import UpdateAttribution
 
 COLUMNS = ("rollout", "position", "token", "advantage", "weight", "logp", "entropy", "share")
 TERMS = ("total", "tokens", "kl", "entropy_bonus", "momentum", "weight_decay", "unexplained", "cosine", "clip_factor")
-WORDS = ("correlation", "reliability", "estimator", "optimizer")
+WORDS = ("noise_fraction", "estimator", "optimizer")
 QUINTILES = 5
 
 

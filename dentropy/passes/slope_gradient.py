@@ -2,12 +2,14 @@
 
     ∇R = (1/D) Σ_k (∇h_k + a_k ∇logp_k) ,        a_k as in `token_attribution`, held constant.
 
-It is a sum over rollouts, so two halves of the prompts kept apart say how much of it is noise.
+It is a sum over rollouts, so parts of the prompts kept apart say how much of it is noise.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 
 import numpy as np
 from torch import Tensor, nn
@@ -20,7 +22,7 @@ from dentropy.passes.reverse_mode import gradient
 from dentropy.rollouts.batch import PackedBatch
 from dentropy.stats.tables import SequenceSums
 
-HALVES_SEED = 0
+PARTS_SEED = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,17 +30,19 @@ class SlopeGradient:
     """∇R by parameter name, nats per token (or sequence) per unit of each weight, float32 or better.
 
     Attributes:
-        parts: one dict for all rollouts, or one for each half of the prompts; ∇R is their sum.
+        parts: one dict for each part of the prompts; ∇R is their sum.
+        portions: the fraction of the prompts in each.
         estimator, per: as in `slope`.
     """
 
     parts: tuple[dict[str, Tensor], ...]
+    portions: tuple[float, ...]
     estimator: str
     per: str
 
     def whole(self, name: str) -> Tensor:
         """∇R at one parameter."""
-        return self.parts[0][name] if len(self.parts) == 1 else self.parts[0][name] + self.parts[1][name]
+        return reduce(add, (part[name] for part in self.parts))
 
 
 @in_turn
@@ -50,18 +54,18 @@ def slope_gradient(
     *,
     estimator: str = "causal",
     per: str = "token",
-    halves: bool = False,
+    parts: int = 1,
     token_budget: int | str = AUTO,
     progress: Callable[[int], None] | None = None,
 ) -> SlopeGradient:
-    """∇R at the parameters `names`. Memory: the activations of token_budget tokens and a gradient, or one per half.
+    """∇R at the parameters `names`. Memory: the activations of token_budget tokens and a gradient of each part.
 
     Args:
         policy, batch: those of the measurement.
         sums: `measure(policy, batch, direction, keep_tokens=True)` at eta = 0.
         names: of the model's parameters.
         estimator, per: as in `slope`.
-        halves: keep the gradients of two halves of the prompts, drawn at random, apart; of one prompt there are none.
+        parts: keep the gradients of so many parts of the prompts apart, drawn at random; of fewer prompts, one each.
         token_budget, progress: as in `measure`.
 
     Raises:
@@ -70,11 +74,11 @@ def slope_gradient(
     score, total = score_coefficients(sums, estimator=estimator, per=per)
     parameters = [policy.model.get_parameter(name) for name in names]
     row = np.repeat(np.arange(len(batch)), batch.response_lens)
-    parts = []
+    found, portions = [], []
     with _every_embedding_row(policy.model):
-        for rows in _halves(batch) if halves else [np.arange(len(batch))]:
+        for rows, portion in _parts(batch, parts):
             inside = np.isin(row, rows)
-            found = gradient(
+            of_part = gradient(
                 policy,
                 batch.take(rows),
                 parameters,
@@ -83,17 +87,20 @@ def slope_gradient(
                 token_budget=token_budget,
                 progress=progress,
             )
-            parts.append(dict(zip(names, found, strict=True)))
-    return SlopeGradient(tuple(parts), estimator, per)
+            found.append(dict(zip(names, of_part, strict=True)))
+            portions.append(portion)
+    return SlopeGradient(tuple(found), tuple(portions), estimator, per)
 
 
-def _halves(batch: PackedBatch) -> list[np.ndarray]:
-    """The rollouts, ascending, of a random half of the prompts and of the others; all of them where there is one prompt
-    with responses."""
+def _parts(batch: PackedBatch, count: int) -> Iterator[tuple[np.ndarray, float]]:
+    """The rollouts of each part, ascending, and its fraction of the prompts with responses."""
     prompts = np.unique(batch.group[batch.response_lens > 0])
-    drawn = np.random.default_rng(HALVES_SEED).permutation(prompts)[: len(prompts) // 2]
-    first = np.isin(batch.group, drawn)
-    return [np.flatnonzero(first), np.flatnonzero(~first)] if len(drawn) else [np.arange(len(batch))]
+    count = max(1, min(count, len(prompts)))
+    if count == 1:
+        yield np.arange(len(batch)), 1.0
+        return
+    for drawn in np.array_split(np.random.default_rng(PARTS_SEED).permutation(prompts), count):
+        yield np.flatnonzero(np.isin(batch.group, drawn)), len(drawn) / len(prompts)
 
 
 @contextmanager

@@ -30,6 +30,8 @@ from dentropy.shown import count, lines
 from dentropy.stats.segments import place_in_sequence
 from dentropy.stats.tables import SequenceSums, TokenStats
 
+PARTS = 4  # of the prompts, each with a gradient of its own in memory
+
 
 @dataclass(frozen=True, eq=False)
 class UpdateAttribution:
@@ -43,7 +45,8 @@ class UpdateAttribution:
         unexplained: `total` less all of these and the tokens' shares: for the step's own direction rounding, for
             another one what the named terms do not explain.
         cosine: of the step's direction and the one that `total` is along.
-        correlation: of the shares from two halves of the evaluation's prompts; None where there are none.
+        noise_fraction: the part of Σ share² that is noise of the evaluation's rollouts, estimated: near 0 single shares
+            can be relied on, about 1 or above they are all noise; None for rollouts of one prompt.
         estimator, per: of the slope.
         optimizer, clip_factor: of the step.
         batch: the update's rollouts.
@@ -62,7 +65,7 @@ class UpdateAttribution:
     weight_decay: float
     unexplained: float
     cosine: float
-    correlation: float | None
+    noise_fraction: float | None
     estimator: str
     per: str
     optimizer: str
@@ -90,14 +93,6 @@ class UpdateAttribution:
         """The sum of the shares."""
         return float(self.share.sum())
 
-    @property
-    def reliability(self) -> float | None:
-        """2r/(1 + r), r the correlation of the halves' shares: what that of these shares with those of as many other
-        rollouts would be (Spearman and Brown, 1910); None without halves, and at r = −1, where it has no value."""
-        if self.correlation is None or self.correlation <= -1:
-            return None
-        return 2 * self.correlation / (1 + self.correlation)
-
 
 @in_turn
 def update_attribution(
@@ -115,14 +110,14 @@ def update_attribution(
 ) -> UpdateAttribution:
     """The share of every token of `update` in the slope on `batch`; with the other terms they are the slope.
 
-    One reverse pass over the batch and two forward-mode passes over the update's rollouts (the second for the halves).
+    One reverse pass over the batch and two forward-mode passes over the update's rollouts (the second for the noise).
 
     Args:
         policy, batch: those of the measurement.
         update: `policy_gradient_step(policy, rollouts, ...)`, of other rollouts than the batch's.
         sums: `measure(policy, batch, direction, keep_tokens=True)` at eta = 0.
         direction: the one `sums` was measured along; None is the step's own, `update.direction()`.
-        gradient: the reverse pass where it was made already: `slope_gradient(..., halves=True)` at the parameters of
+        gradient: the reverse pass where it was made already: `slope_gradient(..., parts=PARTS)` at the parameters of
             step and direction, with these `estimator` and `per`.
         estimator, per: as in `slope`.
         token_budget, progress: as in `measure`.
@@ -148,23 +143,20 @@ def update_attribution(
     settings = {"token_budget": token_budget, "progress": progress}
     if gradient is None:
         names = list(dict.fromkeys([*update.gradient, *moving]))
-        gradient = slope_gradient(policy, batch, sums, names, estimator=estimator, per=per, halves=True, **settings)
+        gradient = slope_gradient(policy, batch, sums, names, estimator=estimator, per=per, parts=PARTS, **settings)
     dotted = _dotted(update, moving, gradient)
-    along = _along(policy, update, dotted.steepest, **settings)
+    along = _along(policy, update.batch, dotted.steepest, **settings)
     shares = _terms(update, along)
     total = slope(sums, estimator=gradient.estimator, per=gradient.per).value
     other = {"momentum": dotted.momentum, "weight_decay": dotted.weight_decay}
     other |= {name: float(shares[name].sum()) for name in ("kl", "entropy_bonus")}
-    correlation = None
-    if dotted.first is not None:
-        first = _terms(update, _along(policy, update, dotted.first, **settings))["share"]
-        correlation = _correlation(first, shares["share"] - first)
+    noise = _noise(policy, update, gradient, **settings)
     return UpdateAttribution(
         total=total,
         **other,
         unexplained=total - float(shares["share"].sum()) - sum(other.values()),
         cosine=dotted.cosine,
-        correlation=correlation,
+        noise_fraction=None if noise is None else noise / float((shares["share"] ** 2).sum()),
         estimator=gradient.estimator,
         per=gradient.per,
         optimizer=update.optimizer,
@@ -181,20 +173,17 @@ def update_attribution(
 
 @dataclass(frozen=True, eq=False)
 class _Dotted:
-    """What ∇R is dotted with, and `steepest`, u = γP ∘ ∇R by parameter name, with that of the first half."""
+    """What ∇R is dotted with, and `steepest`, u = γP ∘ ∇R by parameter name."""
 
     momentum: float
     weight_decay: float
     cosine: float
     steepest: dict[str, Tensor]
-    first: dict[str, Tensor] | None
 
 
 def _dotted(update: PolicyGradientStep, moving: dict[str, Tensor], gradient: SlopeGradient) -> _Dotted:
     momentum = decay = both = rebuilt = 0.0
     actual = sum(_dot(v, v) for v in moving.values())
-    halves, rows = len(gradient.parts) == 2, _padding_rows(update.policy.model)
-    steepest, first = {}, {}
     for name, g in update.gradient.items():
         parts, whole = update.parts(name), gradient.whole(name)
         momentum -= _dot(whole, parts.momentum)
@@ -202,11 +191,39 @@ def _dotted(update: PolicyGradientStep, moving: dict[str, Tensor], gradient: Slo
         v = parts.step(g)
         rebuilt += _dot(v, v)
         both += _dot(v, moving[name]) if name in moving else 0.0
-        for tangents, part in ((steepest, whole), *([(first, gradient.parts[0][name])] if halves else [])):
-            tangents[name] = parts.gain * part
-            if name in rows:
-                tangents[name][rows[name]] = 0.0  # the step's gradient is 0 there, whatever the tokens are
-    return _Dotted(momentum, decay, both / (actual * rebuilt) ** 0.5, steepest, first if halves else None)
+    return _Dotted(momentum, decay, both / (actual * rebuilt) ** 0.5, _steepest(update, gradient.whole))
+
+
+def _steepest(update: PolicyGradientStep, at: Callable[[str], Tensor]) -> dict[str, Tensor]:
+    """γP ∘ a gradient, by parameter name."""
+    found, rows = {}, _padding_rows(update.policy.model)
+    for name in update.gradient:
+        found[name] = update.parts(name).gain * at(name)
+        if name in rows:
+            found[name][rows[name]] = 0.0  # the step's gradient is 0 there, whatever the tokens are
+    return found
+
+
+def _noise(policy: Policy, update: PolicyGradientStep, gradient: SlopeGradient, **settings) -> float | None:
+    """Σ_j of the shares' squared standard errors for prompts drawn at random, estimated; None from one part.
+
+    With a portion f of n prompts' independent terms, ∇R_k − f ∇R has the mean 0 and f (1 − f) times the variance of ∇R.
+    A part of the update's rollouts is enough for each, and all the parts together are one pass.
+    """
+    of, noise, count = update.coefficients.policy, 0.0, len(gradient.parts)
+    if count == 1:
+        return None
+    row = np.repeat(np.arange(len(update.batch)), update.batch.response_lens)
+    for k, (part, portion) in enumerate(zip(gradient.parts, gradient.portions, strict=True)):
+        apart = _steepest(update, lambda name, g=part, f=portion: g[name] - f * gradient.whole(name))
+        rows = np.arange(k, len(update.batch), count)
+        inside = np.isin(row, rows)
+        if not inside.any() or not any(u.any() for u in apart.values()):
+            continue
+        along = _along(policy, update.batch.take(rows), apart, **settings)
+        share = update.clip_factor * of[inside] * _float64(along.dlogp)
+        noise += float((share**2).sum()) / (portion * (1 - portion))
+    return noise
 
 
 def _dot(x: Tensor, y: Tensor | float) -> float:
@@ -227,13 +244,13 @@ def _padding_rows(model: nn.Module) -> dict[str, int]:
     return {name: padded[id(p)] for name, p in model.named_parameters() if id(p) in padded}
 
 
-def _along(policy: Policy, update: PolicyGradientStep, tangents: dict[str, Tensor], **settings) -> TokenStats:
-    """The update's tokens, with derivatives along `tangents`; half precision holds those of a common size better."""
+def _along(policy: Policy, batch: PackedBatch, tangents: dict[str, Tensor], **settings) -> TokenStats:
+    """Tokens of the update, with derivatives along `tangents`; half precision holds those of a common size better."""
     size = max(float(u.abs().max()) for u in tangents.values() if u.numel())
     if not size:
         raise ValueError("update: no token of the batch depends on the parameters that it moves, expected some that do")
     direction = Direction({name: u / size for name, u in tangents.items()})
-    found = measure(policy, update.batch, direction, keep_tokens=True, **settings).tokens
+    found = measure(policy, batch, direction, keep_tokens=True, **settings).tokens
     return found._replace(dlogp=found.dlogp.double() * size, dentropy=found.dentropy.double() * size)
 
 
@@ -245,13 +262,6 @@ def _terms(update: PolicyGradientStep, along: TokenStats) -> dict[str, np.ndarra
         name: np.zeros(0) if weight is None else -update.clip_factor * weight * derivative
         for name, (weight, derivative) in pairs.items()
     }
-
-
-def _correlation(first: np.ndarray, second: np.ndarray) -> float | None:
-    """Pearson's, None where one of the two does not vary."""
-    if not (np.ptp(first) and np.ptp(second)):
-        return None
-    return float(np.corrcoef(first, second)[0, 1])
 
 
 def _places(batch: PackedBatch, ends: Sequence[int]) -> dict[str, np.ndarray]:

@@ -44,7 +44,7 @@ def test_one_reverse_pass_serves_parameters_and_tokens(setting, monkeypatch):
 
     monkeypatch.setattr(slope_gradient, "gradient", counted)
     found = probe(policy, batch, step.direction(), ETAS, update=step, progress=counts.append)
-    assert sum(ran) == batch.n_tokens and len(ran) == 2
+    assert sum(ran) == batch.n_tokens and len(ran) == 4
     assert sum(counts) == tokens_to_run(policy, batch, ETAS, update=step)
     without = probe(policy, batch, step.direction(), ETAS)
     assert found.cost["update"] == 2 * step.batch.n_tokens == found.cost["tokens"] - without.cost["tokens"]
@@ -104,19 +104,14 @@ def shown(result, **changes):
 
 
 def test_the_page_colours_only_what_can_be_relied_on(result):
-    reliable = shown(result, correlation=0.9)
-    assert "correlate 0.900, so those of all have a reliability of 0.947" in reliable.text
+    reliable = shown(result, noise_fraction=0.1)
+    assert "a part of 0.100 is noise of the rollouts" in reliable.text
     rows = reliable.all("h4", within="update-tokens")
     sums = np.bincount(result.update.rollout, result.update.share, len(result.update.batch))
     order = np.argsort(-abs(sums), kind="stable")
     assert [row["text"].split("prompt")[0] for row in rows] == [f"Rollout {i}" for i in order]
-    for correlation, said in (
-        (0.1, "mostly noise, and not coloured"),
-        (None, "is not known"),
-        (-0.9, "mostly noise"),
-        (-1.0, "is not known"),
-    ):
-        noisy = shown(result, correlation=correlation)
+    for noise, said in ((0.3, "are not coloured"), (1.2, "all noise, and not coloured"), (None, "is not known")):
+        noisy = shown(result, noise_fraction=noise)
         assert said in noisy.text and not noisy.all("span", class_="token", within="update-tokens")
 
 

@@ -205,33 +205,38 @@ def test_leaving_tokens_out_of_an_sgd_update_takes_their_shares_away(tiny):
     assert change == pytest.approx(found.share[top].sum(), rel=1e-10)
 
 
-def test_halves_are_the_gradients_of_their_rollouts_and_their_correlation_that_of_the_shares(tiny):
+def test_the_noise_is_the_shares_squared_standard_errors(tiny):
+    """Of a prompt to each part n σ² is n times the sample variance, by hand; tokens in turn are asked of each part."""
     with InFloat64():
         step = policy_gradient_step(tiny.policy, UPDATE, step_size=STEP, optimizer="sgd")
         sums = measure(tiny.policy, EVALUATION, step.direction(), keep_tokens=True)
         found = update_attribution(tiny.policy, EVALUATION, step, sums)
-        halves = slope_gradient(tiny.policy, EVALUATION, sums, list(tiny.named), halves=True)
+        apart = slope_gradient(tiny.policy, EVALUATION, sums, list(tiny.named), parts=9)
         whole = slope_gradient(tiny.policy, EVALUATION, sums, list(tiny.named))
+        uneven = slope_gradient(tiny.policy, EVALUATION, sums, list(tiny.named), parts=3)
         logp, _ = tiny.values(UPDATE)
-        shares = []
-        for part in halves.parts:
-            along = [sum(float((g[n] * u).sum()) for n, u in part.items()) for g in (tiny.gradient(x) for x in logp)]
-            shares.append(-step.coefficients.policy * along)
-    assert len(halves.parts) == 2 and len(whole.parts) == 1
+        gradients = [tiny.gradient(x) for x in logp]
+    assert apart.portions == (0.25,) * 4 and whole.portions == (1.0,) and uneven.portions == (0.5, 0.25, 0.25)
     for name in tiny.named:
-        torch.testing.assert_close(halves.whole(name), whole.parts[0][name])
-    np.testing.assert_allclose(sum(shares), found.share, rtol=1e-9, atol=1e-14)
-    r = np.corrcoef(*shares)[0, 1]
-    assert found.correlation == pytest.approx(r) and found.reliability == pytest.approx(2 * r / (1 + r))
+        for parts in (apart, uneven):
+            torch.testing.assert_close(parts.whole(name), whole.parts[0][name])
+    along = [[sum(float((g[n] * u).sum()) for n, u in part.items()) for g in gradients] for part in apart.parts]
+    shares = -step.coefficients.policy * np.array(along)
+    np.testing.assert_allclose(shares.sum(0), found.share, rtol=1e-9, atol=1e-14)
+    squared = 4 / 3 * 4 * (shares - shares.mean(0)) ** 2  # each part's estimate of n σ²; their mean is 4 var
+    np.testing.assert_allclose(squared.mean(0), 4 * shares.var(0, ddof=1))
+    part = found.rollout % 4
+    noise = squared[part, np.arange(len(part))].sum()
+    assert found.noise_fraction == pytest.approx(noise / (found.share**2).sum(), rel=1e-9)
 
 
-def test_one_prompt_has_no_halves(tiny):
+def test_one_prompt_has_no_parts(tiny):
     one = EVALUATION.take([0, 1, 2])
     with InFloat64():
         step = policy_gradient_step(tiny.policy, UPDATE, step_size=STEP)
         sums = measure(tiny.policy, one, step.direction(), keep_tokens=True)
         found = update_attribution(tiny.policy, one, step, sums)
-    assert found.correlation is None and found.reliability is None
+    assert found.noise_fraction is None
 
 
 def test_of_another_direction_the_rest_is_unexplained_and_no_tokens(tiny):

@@ -11,8 +11,8 @@ from dentropy.experiment.report.sections import NATS, section
 from dentropy.experiment.report.tables import Bar, bars
 from dentropy.experiment.report.tags import Markup, tag
 
-# Reliability below which noise is more than half of what single shares vary by.
-RELIABLE = 0.5
+# The most noise in coloured shares: as the estimate can be half of what is true, at most half of them then is.
+QUIET = 0.25
 TERMS = {
     "tokens": "The update's tokens",
     "kl": "KL penalty",
@@ -80,19 +80,22 @@ def _cosine(found: dict) -> Markup | None:
 
 
 def _trust(found: dict) -> str:
-    if found["reliability"] is None:
-        return "How reliable single shares are is not known: it takes two prompts. They are not coloured."
+    noise = found["noise_fraction"]
+    if noise is None:
+        return "How much of single shares is noise is not known: it takes two prompts. They are not coloured."
     said = (
-        f"Two halves of the prompts give shares that correlate {rounded(found['correlation'])}, so those of all have a "
-        f"reliability of {rounded(found['reliability'])}"
+        f"Of the squares of single shares a part of {rounded(noise)} is noise of the rollouts, estimated from four "
+        "parts of the prompts; it can be wrong by a factor of two"
     )
     if _reliable(found):
-        return f"{said} (1: no noise)."
-    return f"{said}, below {RELIABLE}: single shares are mostly noise, and not coloured. Their sums say more."
+        return f"{said}. At most {QUIET} of it is asked for to colour tokens."
+    if noise < 1:
+        return f"{said}. Above {QUIET} tokens are not coloured. Sums of shares say more."
+    return f"{said}. The parts disagree: single shares are all noise, and not coloured. Sums of shares say more."
 
 
 def _reliable(found: dict) -> bool:
-    return found["reliability"] is not None and found["reliability"] >= RELIABLE
+    return found["noise_fraction"] is not None and found["noise_fraction"] <= QUIET
 
 
 def _text(found: dict, shown: Sequence[dict], step: float) -> Markup | None:
