@@ -228,7 +228,7 @@ def test_identities_of_a_distribution_that_moves(token_stats, draw):
     logits, _, *tangents = draw(1, vocabulary)
     every = torch.arange(vocabulary, device=logits.device)
     stats = token_stats(*(logits.expand(vocabulary, -1), every, *(t.expand(vocabulary, -1) for t in tangents)))
-    logp, h, dlogp, dh, d2logp, d2h = (field.double() for field in stats)
+    logp, h, dlogp, dh, d2logp, d2h, fisher = (field.double() for field in stats)
     p = logp.exp()
     d2p = p * (d2logp + dlogp**2)
     for got, want in (
@@ -238,6 +238,7 @@ def test_identities_of_a_distribution_that_moves(token_stats, draw):
         (-p * logp, h[0]),
         (-p * logp * dlogp, dh[0]),
         (-d2p * logp - p * dlogp**2, d2h[0]),
+        (p * dlogp**2, fisher[0]),
     ):
         assert got.sum().item() == pytest.approx(float(want), rel=1e-5, abs=2e-6)
 
@@ -271,7 +272,7 @@ def test_powers_of_the_step(token_stats, draw):
     zero = torch.zeros_like(zero)
 
     def fields(dlogits, d2logits):
-        return torch.stack(token_stats(logits, targets, dlogits, d2logits)[2:]).unflatten(0, (2, 2))
+        return torch.stack(token_stats(logits, targets, dlogits, d2logits)[2:6]).unflatten(0, (2, 2))
 
     def same(got, want):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)

@@ -18,24 +18,41 @@ from dentropy.passes.reverse_mode import gradient
 pytestmark = quiet_fallback
 
 
-def one_alone(model, batch, i, weights):
-    """(log-probability, entropy) of the generated tokens of rollout i, from the model's own forward on all of it."""
-    tokens, generated = batch.row(i)
+def distributions(model, batch, i, weights):
+    """log p over the vocabulary for every token of rollout i but the first, from the model on all of it."""
+    tokens, _ = batch.row(i)
     logits = functional_call(model, weights, (), dict(input_ids=torch.tensor([tokens]), use_cache=False)).logits[0]
-    logp = torch.log_softmax(logits[:-1] / float(batch.temperatures[i]), -1)
+    return torch.log_softmax(logits[:-1] / float(batch.temperatures[i]), -1)
+
+
+def one_alone(model, batch, i, weights):
+    """(log-probability, entropy) of the generated tokens of rollout i."""
+    (tokens, generated), logp = batch.row(i), distributions(model, batch, i, weights)
     chosen = logp.gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
     keep = torch.tensor(generated[1:])
     return chosen[keep], -(logp.exp() * logp).sum(-1)[keep]
 
 
+def along(model, direction, found):
+    """`found` of the weights as a function of η."""
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    return lambda eta: found(
+        {name: p + eta * direction.tensors.get(name, torch.zeros_like(p)) for name, p in weights.items()}
+    )
+
+
+def fisher(model, batch, i, direction):
+    """Σ over the generated tokens of E_p (d log p/dη)²."""
+    zero, one = torch.zeros(()).double(), torch.ones(()).double()
+    logp, dlogp = jvp(along(model, direction, lambda weights: distributions(model, batch, i, weights)), (zero,), (one,))
+    keep = torch.tensor(batch.row(i)[1][1:])
+    return float((logp.exp() * dlogp**2).sum(-1)[keep].sum())
+
+
 def derivatives(model, batch, i, direction, order):
     """[(logp, h), (dlogp, dh), (d2logp, d2h)] up to `order`, each [T_i]."""
-    weights = {name: p.detach() for name, p in model.named_parameters()}
     zero, one = torch.zeros(()).double(), torch.ones(()).double()
-
-    def values(eta):
-        moved = {name: p + eta * direction.tensors.get(name, torch.zeros_like(p)) for name, p in weights.items()}
-        return one_alone(model, batch, i, moved)
+    values = along(model, direction, lambda weights: one_alone(model, batch, i, weights))
 
     if order == 1:
         found = jvp(values, (zero,), (one,))
@@ -89,7 +106,8 @@ def test_every_column_is_that_of_each_rollout_alone(name, order):
         sums = measure(Policy(model), batch, direction, **settings)
         model.set_attn_implementation("eager")
         alone = [derivatives(model, batch, i, direction, order) for i in range(len(batch))]
-    expected = [by_definition(tokens) for tokens in alone]
+        variances = [fisher(model, batch, i, direction) for i in range(len(batch))]
+    expected = [by_definition(tokens) | {"fisher": v} for tokens, v in zip(alone, variances, strict=True)]
     assert set(sums.columns()) - {"group", "rollout"} == set(expected[0])
     for column in expected[0]:
         truth = np.array([row[column] for row in expected])
