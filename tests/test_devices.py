@@ -219,7 +219,7 @@ def test_probe(device):
         return np.array([*slopes, *(importance(base, at).delta for at in moved)])
 
     truth, plain = (numbers(*table) for table in tables)
-    got = np.array([e.value for e in result.slopes.values()] + [c.measured.delta for c in result.changes])
-    stderr = np.array([e.stderr for e in result.slopes.values()] + [c.measured.stderr for c in result.changes])
+    got = np.array([e.value for e in result.slopes.values()] + [c.sequence.measured.delta for c in result.changes])
+    stderr = np.array([e.stderr for e in result.slopes.values()] + [c.sequence.measured.stderr for c in result.changes])
     assert (abs(got - truth) <= 2 * abs(plain - truth) + 1e-5 * stderr).all()
     assert result.curvature is not None and result.device
