@@ -1,6 +1,6 @@
 """What the recorder costs: GRPO steps of the demo's policy with it, every step and every tenth, over those without.
 
-    python bench/trainer_overhead.py --out bench/results/trainer_overhead.json
+    python bench/trainer_overhead.py --out bench/results/statistics/trainer_overhead.json
 
 A step makes 64 rollouts, a record 128 of its own (its defaults). The three forms take turns; times are of train().
 """

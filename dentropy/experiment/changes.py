@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dentropy.estimators import Estimate, ImportanceDiagnostics, ImportanceResult
 from dentropy.stats.tables import SequenceSums
@@ -74,3 +74,9 @@ class FreshCheck:
     stderr: float | None
     difference: float
     difference_stderr: float | None
+
+
+def lost_in_rounding(diagnostics: ImportanceDiagnostics, delta: float, noise_floor: float) -> ImportanceDiagnostics:
+    """Those of a measurement below its noise floor, which is none, whatever its weights say."""
+    reason = f"|ΔH| is {abs(delta):.1e}, below the noise floor of the arithmetic, {noise_floor:.1e}"
+    return replace(diagnostics, verdict="unusable", reason=reason)

@@ -29,7 +29,7 @@ from dentropy.estimators.groups import Groups
 from dentropy.estimators.importance_sampling import paired_rows
 from dentropy.estimators.pass_at_k import check_pass_at_k
 from dentropy.estimators.prefix_weights import LARGEST_LOG_WEIGHT, token_ratios
-from dentropy.experiment.changes import Change, Form, FreshCheck
+from dentropy.experiment.changes import Change, Form, FreshCheck, lost_in_rounding
 from dentropy.experiment.cost import cost
 from dentropy.experiment.results import ProbeResult
 from dentropy.model.direction import Direction
@@ -71,15 +71,16 @@ def probe(
 
     A pass with tangents at the base weights gives the slope; a plain pass at θ + η·v per η gives the measurement
     (importance sampling on the same rollouts, with prefix weights and beside it with sequence weights: see "Which form"
-    in mathematics.md) and one over a fifth of the rollouts, 16 at least, its noise floor; one reverse pass
-    gives each parameter's share, unless `parameters` is False (it needs a gradient's memory). With `update`, the step
-    that `direction` is or is to be explained by, the same reverse pass and two passes with tangents over its rollouts
-    give the share of each of their tokens. Second derivatives, for
-    the curvature, are second differences of values: of those at ±η where two of the `etas` are such a pair and a good
-    step for it, else of two plain passes more. `prompts` says what the standard errors are for: prompts drawn at
-    "random", or this "fixed" set. `pass_at_k` are the k whose pass@k the forecast has too. `token_budget` is that of
-    `measure`, for every pass by itself: they differ in what a token needs. `progress` is called with the number of
-    tokens just finished, `tokens_to_run` in all: what turns out not to be needed counts as finished.
+    in mathematics.md) and one over a fifth of the rollouts, 32 at least, its noise floor; one reverse pass gives each
+    parameter's share, unless `parameters` is False (it needs a gradient's memory). With `update`, the step that
+    `direction` is or is to be explained by, the same reverse pass and two passes with tangents over its rollouts give
+    the share of each of their tokens. Second derivatives, for the curvature, are second differences of values: of those
+    at ±η where two of the `etas` are such a pair and a good step for it, else of two plain passes more.
+
+    `prompts` says what the standard errors are for: prompts drawn at "random", or this "fixed" set. `pass_at_k` are the
+    k whose pass@k the forecast has too. `token_budget` is that of `measure`, for every pass by itself: they differ in
+    what a token needs. `progress` is called with the number of tokens just finished, `tokens_to_run` in all: what turns
+    out not to be needed counts as finished.
 
     Raises ValueError, before any work, for etas that are empty, not finite, repeated, or 0 only, and for `pass_at_k`
     that the rewards or the groups do not allow (see `forecast`); see `measure` for what it refuses.
@@ -252,12 +253,11 @@ def _form(measured: ImportanceResult, eta: float, first: Estimate, second: Estim
 
 
 def _change(prefix: Form, sequence: Form, moved: SequenceSums, eta: float, noise_floor: float) -> Change:
-    """Both forms at one η; a measurement below the noise floor is none, whatever its weights say."""
+    """Both forms at one η."""
     found = Change(**vars(prefix), eta=eta, moved=moved, noise_floor=noise_floor, sequence=sequence)
     if not found.below_noise:
         return found
-    reason = f"|ΔH| is {abs(found.measured.delta):.1e}, below the noise floor of the arithmetic, {noise_floor:.1e}"
-    return replace(found, diagnostics=replace(found.diagnostics, verdict="unusable", reason=reason))
+    return replace(found, diagnostics=lost_in_rounding(found.diagnostics, found.measured.delta, noise_floor))
 
 
 def _has_second_order(policy: Policy) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from dentropy.estimators import (
     prediction_error,
     slope,
 )
+from dentropy.experiment.changes import lost_in_rounding
 from dentropy.experiment.probe import forecast_within_reach, probe
 from dentropy.experiment.readings import told_apart
 from dentropy.experiment.results import ProbeResult
@@ -268,14 +269,11 @@ class StepWatch:
 
     def _hold_against_rounding(self) -> None:
         with self._watched.policy(self._before) as policy:
-            eta = self.eta
-            settings = self._settings
             self.noise_floor = noise_floor(
-                policy, self.batch, self.direction, self.base, self.measured, self.slope, eta, **settings
+                policy, self.batch, self.direction, self.base, self.measured, self.slope, self.eta, **self._settings
             )
         if abs(self.measured.delta) < self.noise_floor:
-            reason = f"|ΔH| is {abs(self.measured.delta):.1e}, below the noise floor, {self.noise_floor:.1e}"
-            self.diagnostics = replace(self.diagnostics, verdict="unusable", reason=reason)
+            self.diagnostics = lost_in_rounding(self.diagnostics, self.measured.delta, self.noise_floor)
 
 
 def _difference(after: Tensor, before: Tensor) -> Tensor:
