@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dentropy import __version__
 from dentropy.cli import demo, probe, sample, show
 from dentropy.cli.command_line import Parser
-from dentropy.cli.terminal import Terminal
+from dentropy.cli.terminal import Terminal, quiet
 from dentropy.doors import is_refusal
 
 INTERRUPTED = 130  # as a shell says it of a command ended by Ctrl-C
@@ -35,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with terminal.open():
         try:
             options = parser().parse_args(arguments)
-            options.run(options)
+            with quiet(options.quiet):
+                options.run(options)
         except KeyboardInterrupt:
             terminal.complain("interrupted")
             return INTERRUPTED
@@ -57,6 +58,8 @@ def parser() -> Parser:
     commands = top.add_subparsers(required=True, metavar="{demo,probe,sample,show}")
     for command in (demo, probe, sample, show):
         command.add(commands)
+    for command in commands.choices.values():
+        command.add_argument("--quiet", action="store_true", help="no progress: results, warnings and errors only")
     return top
 
 

@@ -12,6 +12,7 @@ from dentropy.cli.options import LazyTokenizer, add_model_options, load_librarie
 from dentropy.cli.terminal import about, remark
 from dentropy.doors import saved_by_torch
 
+OPTIMIZER = "optimizer.pt"  # the name under which trainers save its state in a checkpoint's folder
 DEFAULT_STEPS = (-1.0, -0.5, 0.5, 1.0, 2.0)
 
 
@@ -37,7 +38,11 @@ def add(commands) -> None:
         "as both --rollouts and --update-rollouts",
     )
     command.add_argument("--optimizer", choices=("sgd", "adam", "adamw"), help="of --update-rollouts (default: adamw)")
-    command.add_argument("--optimizer-state", metavar="FILE", help="its saved state (torch.save of state_dict())")
+    command.add_argument(
+        "--optimizer-state",
+        metavar="PATH",
+        help="its saved state (torch.save of state_dict()), or a checkpoint with it",
+    )
     command.add_argument(
         "--max-grad-norm", type=float, metavar="X", help="at which its gradient's norm is clipped (default: it is not)"
     )
@@ -233,8 +238,11 @@ def _step(options, policy, update, step_size):
 
 
 def load_state(path: str) -> dict:
-    """The state_dict() of an optimizer."""
-    state = saved_by_torch(path, "an optimizer's state_dict() by torch.save", "optimizer_state")
+    """The state_dict() of an optimizer, in a file or in a checkpoint's folder."""
+    inside = Path(path) / OPTIMIZER
+    path = inside if inside.is_file() else path
+    expected = f"an optimizer's state_dict() by torch.save, or a folder with {OPTIMIZER}"
+    state = saved_by_torch(path, expected, "optimizer_state")
     if not isinstance(state, dict):
         raise ValueError(f"optimizer_state: {path}: a {type(state).__name__}, expected an optimizer's state_dict()")
     return state

@@ -10,7 +10,9 @@ import sys
 import unicodedata
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+
+from dentropy.experiment.progress import hidden
 
 # Control and format characters (escape, backspace, right-to-left marks, ...), and separators of lines.
 STEERING = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
@@ -62,7 +64,20 @@ def say(text: str) -> None:
 
 def remark(text: str) -> None:
     """What was understood of an input, on stderr, in one line."""
-    print(f"dentropy: {visible(' '.join(text.split()))}", file=sys.stderr)
+    if not _quiet:
+        print(f"dentropy: {visible(' '.join(text.split()))}", file=sys.stderr)
+
+
+@contextmanager
+def quiet(wanted: bool) -> Iterator[None]:
+    """Where it is wanted, neither remarks nor progress: results, warnings and errors are all that is said."""
+    global _quiet
+    before, _quiet = _quiet, wanted
+    try:
+        with hidden() if wanted else nullcontext():
+            yield
+    finally:
+        _quiet = before
 
 
 @contextmanager
@@ -87,4 +102,5 @@ def visible(text: str) -> str:
     )
 
 
+_quiet = False
 _options: list[str] = []  # what calls are about now, the innermost last

@@ -8,12 +8,15 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 from dentropy.doors import json_value, third_party
 
 # How many layers a config asks for, under the names that models give it.
 LAYER_COUNTS = frozenset({"num_hidden_layers", "num_layers", "n_layers", "n_layer"})
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+HUB_TIMEOUT = 5  # seconds
 
 # What old checkpoints hold beside weights: constants that the model makes by itself.
 _CONSTANT = re.compile(r"(?:^|\.)(?:masked_bias|position_ids|(?:original_)?inv_freq|(?:cos|sin)_cached)$")
@@ -90,15 +93,30 @@ def is_folder(source, argument: str) -> bool:
 
 @contextmanager
 def _network(allowed: bool) -> Iterator[None]:
-    """Unless it is allowed, huggingface_hub is offline: `local_files_only` alone does not keep it from asking."""
+    """Unless it is allowed and the hub answers, huggingface_hub is offline and takes what was fetched before.
+
+    `local_files_only` alone does not keep it from asking, and where nothing answers it tries again for minutes.
+    """
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = before or not allowed
+    constants.HF_HUB_OFFLINE = before or not (allowed and _hub_answers())
     try:
         yield
     finally:
         constants.HF_HUB_OFFLINE = before
+
+
+def _hub_answers() -> bool:
+    from huggingface_hub import constants
+
+    try:
+        urlopen(Request(constants.ENDPOINT, method="HEAD"), timeout=HUB_TIMEOUT).close()
+    except HTTPError:  # an answer, if no good one
+        return True
+    except OSError:
+        return False
+    return True
 
 
 def _check_files(folder: Path, where: str) -> None:

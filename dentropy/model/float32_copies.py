@@ -11,9 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dentropy.model.in_place import in_place_of_parameters
-
-# Where accelerate keeps the forward that its mixed precision stands before.
-ORIGINAL_FORWARD = "_original_forward"
+from dentropy.model.usable import ORIGINAL_FORWARD
 
 
 def is_half(x: Tensor) -> bool:

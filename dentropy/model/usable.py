@@ -2,12 +2,16 @@
 
 from torch import Tensor, nn
 
+# Where accelerate keeps the forward that its mixed precision stands before.
+ORIGINAL_FORWARD = "_original_forward"
+
 
 def check_usable(model: nn.Module) -> None:
     """ValueError for wrapped, compiled, sharded, merged, absent or quantized weights, and for soft prompts."""
     kind = type(model).__name__
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: {kind}, expected a causal language model of transformers (AutoModelForCausalLM)")
+    _check_not_autocast(model)
     _check_own_forward(model)
     for wrapper in ("module", "_orig_mod"):
         # FSDP answers for the model inside it, PEFT too, but PEFT's type knows how to give it out.
@@ -22,6 +26,15 @@ def check_usable(model: nn.Module) -> None:
         raise ValueError(
             f"model: soft prompts ({model.active_peft_config.peft_type.value}), which are no weights of the model that "
             "reads them, expected adapters in its layers (LoRA) or none"
+        )
+
+
+def _check_not_autocast(model: nn.Module) -> None:
+    own = vars(model)
+    if ORIGINAL_FORWARD in own and own.get("forward", own[ORIGINAL_FORWARD]) is not own[ORIGINAL_FORWARD]:
+        raise ValueError(
+            "model: its forward runs in accelerate's mixed precision, in which small changes of the weights are lost, "
+            "expected the model's own: accelerator.unwrap_model(model, keep_fp32_wrapper=False)"
         )
 
 

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from dentropy import Policy
 from dentropy.cli import main
-from dentropy.cli.probe import DEFAULT_STEPS
+from dentropy.cli.probe import DEFAULT_STEPS, load_state
 from dentropy.model.exact_pass import LENGTHS
 
 
@@ -37,14 +37,15 @@ class TestProbe:
         content = self.run(tmp_path, "--direction v.safetensors --etas -1e-4 2e-4 --step-size 1e-4")
         assert [m["eta"] for m in content["measured"]] == [-1e-4, 2e-4] and content["step_size"] == 1e-4
 
-    @pytest.mark.parametrize("optimizer", ["", "--optimizer sgd", "--optimizer-state {}/state.pt"])
+    @pytest.mark.parametrize("optimizer", ["--optimizer sgd", "--optimizer-state {}"])
     def test_rewarded_rollouts(self, tmp_path, optimizer):
         model = random_model("llama", vocab_size=16)
         state = torch.optim.AdamW(model.parameters(), lr=1e-3)
         for p in model.parameters():
             p.grad = torch.ones_like(p)
         state.step()
-        torch.save(state.state_dict(), tmp_path / "state.pt")
+        torch.save(state.state_dict(), tmp_path / "optimizer.pt")
+        assert load_state(tmp_path).keys() == load_state(tmp_path / "optimizer.pt").keys() == {"state", "param_groups"}
         options = f"--step-size 1e-4 --update-rollouts rewarded.jsonl {optimizer.format(tmp_path)}"
         content = self.run(tmp_path, options)
         assert content["step_size"] == 1e-4 and content["source"]["update_rollouts"] == "rewarded.jsonl"

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from dentropy.cli import main
-from dentropy.cli.terminal import Terminal, about, visible
+from dentropy.cli.terminal import Terminal, about, quiet, remark, say, visible
+from dentropy.experiment.progress import token_bar
 
 SAVED = Path(__file__).parents[1] / "experiment" / "schema_1" / "results.json"
 ESCAPE = "\x1b]0;owned\x07\x9b2J\u202e"
@@ -60,3 +61,24 @@ def test_a_bug_of_our_own_keeps_its_traceback(bug, monkeypatch):
 def test_lines_and_letters_are_left_as_they_are():
     text = "ΔH at η = 1\n  ± 0.1 \N{NO-BREAK SPACE}x 漢字"
     assert visible(text) == text
+
+
+def test_quiet_leaves_results_warnings_and_errors(capsys):
+    terminal = Terminal(["probe"])
+    with terminal.open(), quiet(True), token_bar("passes", 2) as progress:
+        remark("rollouts: a file of TRL")
+        warnings.warn("few rollouts", stacklevel=1)
+        say("slope 1")
+        progress(1)
+        terminal.complain("rollouts: none")
+    out, err = capsys.readouterr()
+    assert out == "slope 1\n" and err == "dentropy: warning: few rollouts\ndentropy: rollouts: none\n"
+    remark("rollouts: a file of TRL")
+    assert capsys.readouterr().err == "dentropy: rollouts: a file of TRL\n"
+
+
+@pytest.mark.parametrize("command", ["demo", "probe", "sample", "show"])
+def test_every_command_can_be_quiet(command, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    assert "--quiet" in capsys.readouterr().out

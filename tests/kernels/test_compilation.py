@@ -11,8 +11,8 @@ import pytest
 # Bytes of a thread without a place in registers: some dozens cost little, kilobytes are a tile too large.
 STACK = 512
 TENSOR_MEMORY = 512  # columns of it, where there is any
-# Every call on one architecture takes two minutes. These always run: each kernel in its largest form where shared memory
-# is least, and what has instructions of its own on sm_90.
+# Every call on one architecture takes two minutes. These always run: each kernel in its largest form where shared
+# memory is least, and what has instructions of its own on sm_90.
 LARGEST = {
     86: (
         "logits, softcap",

@@ -84,6 +84,18 @@ def test_a_folder_that_is_not_there_is_not_looked_for_on_the_network(policy):
     assert "is not a folder" in refused(load_checkpoint, policy / "config.json", "policy", "auto")
 
 
+def test_a_hub_that_does_not_answer_is_not_asked_again_and_again(monkeypatch):
+    def wait(seconds):
+        raise AssertionError(f"tried again in {seconds} s")
+
+    monkeypatch.setattr("time.sleep", wait)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and does not listen: connections are refused
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{taken.getsockname()[1]}")
+        assert "nobody/nothing" in refused(load_checkpoint, "nobody/nothing", "policy", None)
+        assert "nobody/nothing" in refused(load_tokenizer, "nobody/nothing", "policy")
+
+
 @pytest.mark.parametrize("fetched, named", [(None, "some/where is not on this machine"), ("x", "could not be loaded")])
 def test_an_adapter_asks_the_network_for_no_base(policy, monkeypatch, fetched, named):
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: fetched)

@@ -4,6 +4,7 @@ import socket
 
 import pytest
 import torch
+from accelerate import Accelerator
 from models import random_model
 from torch import nn
 
@@ -46,6 +47,14 @@ def test_quantized_weights_are_refused():
     model.is_quantized = True
     with pytest.raises(ValueError, match="quantiz"):
         Policy(model)
+
+
+def test_accelerates_mixed_precision_is_named():
+    accelerator = Accelerator(mixed_precision="bf16", cpu=True)
+    model = accelerator.prepare(random_model("llama"))
+    with pytest.raises(ValueError, match="accelerate's mixed precision.*, expected the model's own: .*unwrap_model"):
+        Policy(model)
+    Policy(accelerator.unwrap_model(model, keep_fp32_wrapper=False))
 
 
 @pytest.fixture
