@@ -1,5 +1,6 @@
 """Set up before any test module is imported."""
 
+import gc
 from importlib import import_module
 from importlib.util import find_spec
 from pkgutil import iter_modules
@@ -18,3 +19,13 @@ if find_spec("triton") is not None and not torch.cuda.is_available():
         patch.setenv("TRITON_INTERPRET", "1")
         for module in iter_modules(find_spec("dentropy.kernels").submodule_search_locations):
             import_module(f"dentropy.kernels.{module.name}")
+
+
+def pytest_collection_finish():
+    """What is imported stays: no collection of garbage need walk through it again, which would take seconds each."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish():
+    gc.unfreeze()

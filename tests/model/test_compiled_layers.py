@@ -23,8 +23,22 @@ from dentropy import Direction, PackedBatch, Policy, measure, moved_weights, pol
 from dentropy.model.compiled_layers import layers, trace
 from dentropy.passes.microbatches import Microbatch
 
-QUICK = ["llama", "gpt2"]
-SLOW = ["gpt_neox", "qwen2", "qwen3", "mistral", "phi3", "gemma2", "gemma3", "olmo2", "granite", "cohere", "starcoder2"]
+# Each compilation takes seconds: one of each kind always, the others among the slow.
+QUICK = ["llama"]
+SLOW = [
+    "gpt2",
+    "gpt_neox",
+    "qwen2",
+    "qwen3",
+    "mistral",
+    "phi3",
+    "gemma2",
+    "gemma3",
+    "olmo2",
+    "granite",
+    "cohere",
+    "starcoder2",
+]
 DENSE = QUICK + [pytest.param(name, marks=pytest.mark.slow) for name in SLOW]
 mm = torch.ops.aten.mm.default
 compile_for_real = torch.compile
@@ -124,6 +138,7 @@ def test_an_architecture(name):
     assert forms(policy) == makes
 
 
+@pytest.mark.slow
 def test_each_make_has_a_form(graphs):
     """gemma2's layers see all or a window, which is longer than some sequences and shorter than others."""
     model = random_model("gemma2")
@@ -136,6 +151,7 @@ def test_each_make_has_a_form(graphs):
     assert forms(policy) == len(graphs) == 2
 
 
+@pytest.mark.slow
 def test_the_compiler_itself(monkeypatch):
     monkeypatch.setattr(torch, "compile", compile_for_real)
     model = random_model("llama")
@@ -148,7 +164,7 @@ def test_the_compiler_itself(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", QUICK[1:] + SLOW)
+@pytest.mark.parametrize("name", SLOW)
 def test_the_compiler_itself_on_an_architecture(name, monkeypatch):
     monkeypatch.setattr(torch, "compile", compile_for_real)
     test_an_architecture(name)
@@ -166,7 +182,8 @@ def test_in_float64_to_its_rounding(name, graphs):
     assert forms(policy) > 0
 
 
-@pytest.mark.parametrize("name", ["llama", pytest.param("gemma3", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_in_bfloat16_no_worse_than_uncompiled(name, graphs):
     """Against the same weights in float64: compiled rounds no more often."""
     model = random_model(name).bfloat16()
@@ -197,14 +214,17 @@ class TestWhatMoves:
         assert [self.products(graph) for graph in graphs] == counts
         assert not any("attention_adjoint" in str(node.target) for graph in graphs for node in graph.graph.nodes)
 
+    @pytest.mark.slow
     def test_everything(self, graphs):
         model = random_model("llama")
         self.check(model, everything(model), graphs, [21])
 
+    @pytest.mark.slow
     def test_the_embedding_only(self, graphs):
         model = random_model("llama")
         self.check(model, random_direction(model, names=lambda name: "embed_tokens" in name), graphs, [14])
 
+    @pytest.mark.slow
     def test_one_layer_only(self, graphs):
         """The layers before it have no tangent, its first products have none in x."""
         model = random_model("llama", num_hidden_layers=3)
@@ -223,6 +243,7 @@ class TestWhatMoves:
         # then ḃ and b), W·ẋ for o, gate, up, down, and both rules for down's factors; in the second all have ẋ too.
         assert first == 11 + 3 + 4 + 4 and second == 11 + 4 + 7 + 4
 
+    @pytest.mark.slow
     def test_only_the_active_adapter(self, graphs):
         """Which one that is stands in a list of each layer, its scaling in a dict."""
         settings = dict(target_modules=["q_proj", "down_proj"])
@@ -236,6 +257,7 @@ class TestWhatMoves:
             assert_same(found, measure(Policy(model), batch, direction))
         assert forms(policy) == 4  # of each adapter one for the first layer, which x reaches without a tangent
 
+    @pytest.mark.slow
     def test_nothing_and_elsewhere(self, graphs):
         """At eta != 0 there is no tangent; the weights there and θ itself use one form, whatever is frozen."""
         model = random_model("llama")
@@ -252,6 +274,7 @@ class TestWhatMoves:
 
 
 class TestLayersThatLookAlike:
+    @pytest.mark.slow
     def test_buffers_and_plain_tensors_are_the_layers_own(self, graphs):
         """One form for layers that differ in their buffers; new values and places do not become old ones."""
         model = random_model("llama")
@@ -285,6 +308,7 @@ class TestLayersThatLookAlike:
         assert_same(found, measure(Policy(model), batch, direction))
         assert len(graphs) == 1 and [form is None for form in policy._compiled_layers._settled.values()] == [0, 1, 1]
 
+    @pytest.mark.slow
     def test_settings_that_change_between_passes(self, graphs):
         model = random_model("llama")
         direction, batch, policy = everything(model), random_batch(), Policy(model, compile_layers=True)
@@ -296,6 +320,7 @@ class TestLayersThatLookAlike:
             assert_same(found, measure(Policy(model), batch, direction))
         assert len(graphs) == 2
 
+    @pytest.mark.slow
     def test_dropout_is_off_and_modes_are_kept(self, graphs):
         model = random_model("gpt2", resid_pdrop=0.5, attn_pdrop=0.5)
         direction, batch, policy = everything(model), random_batch(), Policy(model, compile_layers=True)
@@ -339,11 +364,11 @@ class TestRefusals:
         with nothing_said():
             assert_same(measure(policy, batch, direction, token_budget=17), found)
 
-    @pytest.mark.parametrize(("name", "count"), [("mixtral", 1), ("gpt_oss", 2)])
+    @pytest.mark.parametrize(("name", "count"), [("mixtral", 1), pytest.param("gpt_oss", 2, marks=pytest.mark.slow)])
     def test_routing(self, name, count):
         self.settle(random_model(name), "DecoderLayer cannot be compiled (GuardOnDataDependentSymNode", count)
 
-    @pytest.mark.parametrize("worth", [2.0, float("nan")])
+    @pytest.mark.parametrize("worth", [pytest.param(2.0, marks=pytest.mark.slow), float("nan")])
     def test_a_wrong_form(self, worth, monkeypatch):
         def wrong(graph, **_settings):
             return lambda *inputs: [None if x is None else x * worth for x in graph(*inputs)]
@@ -355,7 +380,9 @@ class TestRefusals:
             found = measure(policy, batch, direction, token_budget=17)
         assert_same(found, measure(Policy(model), batch, direction))
 
-    @pytest.mark.parametrize("lost", ["output", "tangent", "no tangent"])
+    @pytest.mark.parametrize(
+        "lost", ["tangent", *(pytest.param(x, marks=pytest.mark.slow) for x in ("output", "no tangent"))]
+    )
     def test_a_form_that_loses_one_part(self, lost, monkeypatch):
         def wrong(graph, **_settings):
             changes = {
@@ -382,6 +409,7 @@ class TestRefusals:
             layer.mlp.act_fn = Branch()
         self.settle(model, "its graph would depend on the number of tokens")
 
+    @pytest.mark.slow
     def test_a_layer_that_returns_more(self):
         model = random_model("llama")
         for layer in model.model.layers:
@@ -389,6 +417,7 @@ class TestRefusals:
         model.model.forward = partial(of_pairs, model.model)
         self.settle(model, "it returns 2 values, expected one tensor", count=2)  # the forwards are two makes
 
+    @pytest.mark.slow
     def test_a_layer_that_changes_a_buffer(self):
         class Counting(torch.nn.Module):
             def __init__(self):
@@ -404,6 +433,7 @@ class TestRefusals:
             layer.mlp.act_fn = Counting()
         self.settle(model, "it changes its arguments or its buffers")
 
+    @pytest.mark.slow
     def test_hooks(self):
         model, called = random_model("llama"), []
         for layer in model.model.layers:
@@ -411,7 +441,13 @@ class TestRefusals:
         self.settle(model, "hooks on its modules would not run")
         assert called
 
-    @pytest.mark.parametrize("error", [RuntimeError("no C++ compiler"), TypeError("not a size"), AssertionError("no")])
+    @pytest.mark.parametrize(
+        "error",
+        [
+            RuntimeError("no C++ compiler"),
+            *(pytest.param(e, marks=pytest.mark.slow) for e in (TypeError("not a size"), AssertionError("no"))),
+        ],
+    )
     def test_whatever_the_compiler_raises_is_named(self, error, monkeypatch):
         def failing(_graph, **_settings):
             raise error
@@ -466,7 +502,7 @@ class Unlisted(torch.nn.ModuleDict):
 
 
 class TestOutOfMemory:
-    @pytest.mark.parametrize("wrapped", [False, True])
+    @pytest.mark.parametrize("wrapped", [pytest.param(False, marks=pytest.mark.slow), True])
     def test_in_the_first_compiled_run_halves_the_budget_and_is_no_verdict(self, wrapped, monkeypatch):
         left = [2]
 
@@ -509,6 +545,7 @@ class TestInPlace:
             raise ZeroDivisionError
         assert "forward" not in vars(first) and second.forward is own
 
+    @pytest.mark.slow
     def test_a_layer_used_twice(self, graphs):
         model = random_model("llama")
         model.model.layers[1] = model.model.layers[0]
@@ -529,6 +566,7 @@ class TestInPlace:
         measure(policy, batch, everything(model), order=2, second_order="nested")
         assert not graphs
 
+    @pytest.mark.slow
     def test_the_model_and_the_memory_are_left_as_found(self):
         """Nothing of a microbatch outlives it: neither its activations nor marks on the model's parameters."""
         model = random_model("llama", num_hidden_layers=1)
@@ -548,6 +586,7 @@ class Forwarding:
         return self.inner(*args, **kwargs)
 
 
+@pytest.mark.slow
 def test_sizes_that_coincide_are_told_apart(graphs):
     """The first microbatch has as many tokens as the model is wide, or a head."""
     for name, totals in (("llama", [32]), ("gpt_neox", [4, 4])):
