@@ -1,6 +1,6 @@
 """How often the recorder's prediction and its measurement agree, over the steps of real GRPO runs of the demo's policy.
 
-    python bench/trainer_coverage.py --out bench/results/statistics/trainer_coverage.json
+    python bench/trainer_coverage.py --processes 2 --out bench/results/statistics/trainer_coverage.json
 
 A step counts as agreeing where prediction less measurement, both on the recorder's own rollouts, lies within its paired
 95% interval. Measurements called unusable are counted apart. Beside it, whether the trainer's next rollouts, which
@@ -11,6 +11,9 @@ import argparse
 import json
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from itertools import repeat
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +24,11 @@ from trl import GRPOConfig, GRPOTrainer
 
 from dentropy.demo import task
 from dentropy.demo.run import POLICY, load_tokenizer
-from dentropy.estimators import predict, prediction_error
 from dentropy.integrations.transformers import PREFIX, EntropyForecast
 
-# The curvature's term is left out where it is below this part of the error.
+# Of the quadratic error's standard error: a curvature term below this part of it is left out.
 SMALL_PART = 0.2
-ROLLOUTS = {"n_prompts": 64, "per_prompt": 1}
+ROLLOUTS = {"n_prompts": 128, "per_prompt": 1}
 
 
 class Agreement(EntropyForecast):
@@ -41,14 +43,11 @@ class Agreement(EntropyForecast):
 def agreement(step) -> dict:
     """Whether the paired interval of prediction less measurement holds 0: with the curvature, without, and by the rule
     that leaves a small curvature out."""
-    eta = step.direction.step_size
-    linear = prediction_error(predict(step.slope, eta), step.measured)
-    term = eta**2 / 2 * step.curvature.value
-    small = abs(term) < SMALL_PART * step.error.stderr
+    small = abs(step.eta**2 / 2 * step.curvature.value) < SMALL_PART * step.quadratic_error.stderr
     row = {
-        "quadratic": holds_zero(step.error),
-        "linear": holds_zero(linear),
-        "rule": holds_zero(linear if small else step.error),
+        "quadratic": holds_zero(step.quadratic_error),
+        "linear": holds_zero(step.error),
+        "rule": holds_zero(step.error if small else step.quadratic_error),
     }
     return row | {"linear by the rule": bool(small), "verdict": step.diagnostics.verdict}
 
@@ -60,11 +59,13 @@ def holds_zero(estimate) -> bool:
 
 def run(seed: int, steps: int, lr: float, folder: str) -> list[dict]:
     """One training run."""
+    torch.set_num_threads(1)
     arguments = GRPOConfig(
         output_dir=folder,
         seed=seed,
         max_steps=steps,
         learning_rate=lr,
+        lr_scheduler_type="constant",
         per_device_train_batch_size=16,
         num_generations=4,
         max_completion_length=task.MAX_ANSWER + 1,
@@ -125,19 +126,20 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="a JSON file to write")
     parser.add_argument("--steps", type=int, default=50, help="of a run")
     parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--lr", type=float, default=2e-5)
+    parser.add_argument("--lr", type=float, default=3e-5)
+    parser.add_argument("--processes", type=int, default=1, help="runs at a time")
     options = parser.parse_args()
-    torch.set_num_threads(1)
     rows, start = [], time.time()
-    with tempfile.TemporaryDirectory() as folder:
-        for seed in range(options.first_seed, options.first_seed + options.seeds):
-            rows += run(seed, options.steps, options.lr, folder)
-            found = summary(rows) | {"seeds": seed + 1 - options.first_seed, "learning_rate": options.lr, **ROLLOUTS}
-            print(f"{time.time() - start:.0f} s: {json.dumps(found)}", flush=True)
+    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(options.processes, get_context("spawn")) as pool:
+        folders = [str(Path(folder, str(seed))) for seed in range(options.seeds)]
+        runs = pool.map(run, range(options.seeds), repeat(options.steps), repeat(options.lr), folders)
+        for seeds, found in enumerate(runs, 1):
+            rows += found
+            content = summary(rows) | {"seeds": seeds, "learning_rate": options.lr, **ROLLOUTS}
+            print(f"{time.time() - start:.0f} s: {json.dumps(content)}", flush=True)
             if options.out:
                 options.out.parent.mkdir(parents=True, exist_ok=True)
-                options.out.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
+                options.out.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
 if __name__ == "__main__":

@@ -34,16 +34,17 @@ def tiny_model(dtype=torch.float32):
 
 
 def answers(prompts, completions, **_):
-    """A reward that differs within groups: the share of digits."""
-    return [sum(c.isdigit() for c in text) / 6 + len(text) / 20 for text in completions]
+    """A reward that differs within groups, the share of digits, and draws from every generator of training."""
+    drawn = random.random() + np.random.rand() + float(torch.rand(()))  # noqa: NPY002 the global one
+    return [sum(c.isdigit() for c in text) / 6 + len(text) / 20 * (1 + drawn / 100) for text in completions]
 
 
-def sampling_trainer(kind, folder, *, model=None, dataset=None, settings=None, **more):
+def sampling_trainer(kind, folder, *, model=None, dataset=None, settings=None, functions=None, **more):
     """GRPO's ("grpo") or RLOO's ("rloo"), on the prompts of the demo's task."""
     config, trainer = {"grpo": (GRPOConfig, GRPOTrainer), "rloo": (RLOOConfig, RLOOTrainer)}[kind]
     return trainer(
         tiny_model() if model is None else model,
-        answers,
+        functions or answers,
         args=config(output_dir=str(folder), **SETTINGS | SAMPLING | (settings or {})),
         train_dataset=Dataset.from_dict({"prompt": task.prompts(16, 0)}) if dataset is None else dataset,
         processing_class=load_tokenizer(),

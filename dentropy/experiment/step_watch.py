@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -35,7 +36,7 @@ from dentropy.passes.measure import measure
 from dentropy.passes.microbatches import AUTO
 from dentropy.passes.noise_floor import noise_floor
 from dentropy.rollouts.batch import PackedBatch
-from dentropy.shown import line, number
+from dentropy.shown import count, html_table, lines, number
 
 VERDICTS = {"unusable": 0, "strained": 1, "reliable": 2}
 
@@ -73,7 +74,7 @@ def watch_step(
         >>> batch = draw_rollouts(policy, tokenizer, n_prompts=16, per_prompt=2, seed=0)
         >>> with watch_step(policy, optimizer, batch) as step:
         ...     optimizer.step()
-        >>> step.error.value == step.predicted.value - step.measured.delta, step.realized_fraction
+        >>> step.quadratic_error.value == step.predicted.value - step.measured.delta, step.realized_fraction
         (True, 1.0)
     """
     step = StepWatch(WatchedPolicy(model, optimizer), optimizer, batch, token_budget=token_budget)
@@ -114,7 +115,8 @@ class StepWatch:
         forecast: Forecast of length, KL and, where `batch` has them, rewards; None without a direction.
         diagnostics: of its weights; the verdict is "unusable" below the noise floor.
         noise_floor: what rounding in `measured` stays below in 95% of cases; None without a direction.
-        error: predicted less measured, with the standard error of the pair; None without a direction.
+        error: η·slope less measured, with the standard error of the pair; None without a direction.
+        quadratic_error: predicted less measured, so with the curvature's term; None without a curvature.
         realized_fraction: ⟨stored change, intended change⟩ / ‖intended‖²: how much of the step that was meant is in
             the weights after it; None where nothing was meant.
     """
@@ -135,27 +137,33 @@ class StepWatch:
         step_size = max((float(group["lr"]) for group in optimizer.param_groups), default=0.0)
         self.direction = _direction(stored, step_size)
         self.slope = self.curvature = self.slope_intended = self.predicted = None
-        self.forecast = None
-        self.moved = self.measured = self.diagnostics = self.noise_floor = self.error = self.realized_fraction = None
+        self.moved = self.measured = self.diagnostics = self.noise_floor = self.forecast = None
+        self.error = self.quadratic_error = self.realized_fraction = None
         with watched.policy() as policy:
             self._predict(policy, stored, step_size)
 
     def __repr__(self) -> str:
+        """What is known by now."""
+        return lines(self, self._shown())
+
+    def _repr_html_(self) -> str:
+        """The same, for a notebook."""
+        return html_table("One optimizer step", ("", "value ± SE"), self._shown())
+
+    def _shown(self) -> list[tuple[str, str]]:
         unit, found, measured = "nats per token", self.predicted, self.measured
-        foreseen = (
-            "a step that moves nothing" if found is None else f"predicted ΔH {number(found.value, found.stderr, unit)}"
-        )
+        rollouts = f"{count(len(self.base), 'rollout')} of {count(np.unique(self.base.group).size, 'prompt')}"
+        rows = [("rollouts", rollouts), ("entropy", f"{self.entropy:.3e} {unit} before")]
+        if found is None:
+            rows.append(("predicted ΔH", "none: the step moves nothing"))
+        else:
+            rows.append(("slope", number(self.slope.value, self.slope.stderr, f"{unit} per unit of η")))
+            rows.append(("predicted ΔH", number(found.value, found.stderr, unit)))
         if measured is None:
-            return line(self, foreseen, "not measured yet")
+            return [*rows, ("measured ΔH", "not yet")]
+        rows.append(("measured ΔH", f"{number(measured.value, measured.stderr, unit)}, {self.diagnostics.verdict}"))
         part = self.realized_fraction
-        realized = None if part is None else f"{part:.1%} of the step realized"
-        return line(
-            self,
-            foreseen,
-            f"measured ΔH {number(measured.value, measured.stderr, unit)}",
-            self.diagnostics.verdict,
-            realized,
-        )
+        return rows if part is None else [*rows, ("realized", f"{part:.1%} of the step")]
 
     def report(self) -> ProbeResult | None:
         """The whole experiment on this step, attribution included; before the step is taken. None without a
@@ -174,7 +182,9 @@ class StepWatch:
         self.realized_fraction = self._realized()
         if self.direction is None:
             return
-        self.error = prediction_error(self.predicted, self.measured)
+        self.error = prediction_error(predict(self.slope, self.eta), self.measured)
+        if self.curvature is not None:
+            self.quadratic_error = prediction_error(self.predicted, self.measured)
         self.forecast = forecast_within_reach(self.base, [self], self.slope, self.batch.reward, self.entropy, ())
         self._hold_against_rounding()
 

@@ -29,10 +29,14 @@ class PromptSource:
         if len(self._rows) == 0:
             raise ValueError("prompts: none, expected at least one")
 
-    def draw(self, count: int, generator: np.random.Generator) -> list[list[int]]:
-        """Token ids of `count` prompts, drawn at random with replacement: each is a draw of its own."""
-        chosen = generator.integers(len(self._rows), size=count)
-        return [self._encode(self._rows[int(index)][COLUMN]) for index in chosen]
+    def draw(self, count: int, generator: np.random.Generator) -> tuple[list[list[int]], list[dict]]:
+        """Token ids of `count` prompts, drawn at random with replacement, each a draw of its own; and their rows."""
+        rows = [self._rows[int(index)] for index in generator.integers(len(self._rows), size=count)]
+        return [self._encode(row[COLUMN]) for row in rows], rows
+
+    def first(self) -> dict:
+        """A row: those that `draw` gives are like it."""
+        return self._rows[0]
 
     def _encode(self, prompt) -> list[int]:
         if isinstance(prompt, str):

@@ -19,6 +19,7 @@ from dentropy.experiment.step_watch import VERDICTS, StepWatch
 from dentropy.experiment.watched_policy import WatchedPolicy
 from dentropy.integrations import next_rollouts
 from dentropy.integrations.prompts import PromptSource
+from dentropy.integrations.trainer_rewards import TrainerRewards, not_here
 from dentropy.passes.microbatches import AUTO
 from dentropy.rollouts.batch import PackedBatch
 from dentropy.rollouts.sampling import end_tokens, sample
@@ -47,6 +48,8 @@ class EntropyForecast(TrainerCallback):
         dentropy/length, kl_predicted, kl_measured   tokens per rollout before the step, and KL(before‖after) in nats
                                               per rollout, with _stderr
         dentropy/length_predicted_delta, length_measured_delta   of the step, with _stderr
+        dentropy/reward, reward_predicted_delta, reward_measured_delta   the same of the mean reward, in a callback
+                                              placed by `attach` in GRPO and RLOO
         dentropy/predicted_total, measured_total   summed over the recorded steps
         dentropy/failed                       records that failed, each with a warning; once there is one
 
@@ -62,7 +65,10 @@ class EntropyForecast(TrainerCallback):
 
     Training goes on as without it, bit for bit: weights, optimizer state, random states, gradients, buffers, training
     mode and attention setting. Half-precision weights are measured on float32 copies; a warning says before the first
-    step what these need.
+    step what these need. The trainer's reward functions are called at every record, with its columns and its state,
+    for the forecast of the reward; a function that keeps a state of its own, such as a generator, sees these calls:
+    rewards=False spares it. A warning says where there is no such forecast: with models or async functions as rewards,
+    tools, rollout_func and `prompts`.
 
     Args:
         every: steps from one record to the next; the first step is always recorded.
@@ -74,6 +80,7 @@ class EntropyForecast(TrainerCallback):
         report_every: records from one run folder (report, attribution, numbers, figures) to the next; 0 for none.
         folder: where they go, as step-000100; None means "dentropy" in the trainer's output_dir.
         seed: of the generator that draws prompts and rollouts, the callback's own.
+        rewards: whether the trainer's reward functions are called.
         token_budget: as in `measure`.
 
     Raises:
@@ -99,6 +106,7 @@ class EntropyForecast(TrainerCallback):
         report_every: int = 10,
         folder: str | Path | None = None,
         seed: int = 0,
+        rewards: bool = True,
         token_budget: int | str = AUTO,
     ):
         for name, count, least in (
@@ -110,7 +118,7 @@ class EntropyForecast(TrainerCallback):
             if count < least:
                 raise ValueError(f"{name}: {count}, expected at least {least}")
         self.every, self.n_prompts, self.per_prompt, self.report_every = every, n_prompts, per_prompt, report_every
-        self.seed, self.folder, self.token_budget = seed, folder, token_budget
+        self.seed, self.folder, self.rewards, self.token_budget = seed, folder, rewards, token_budget
         self._prompts, self._max_new_tokens, self._temperature = prompts, max_new_tokens, temperature
         self._trainer = None
         self._forget()
@@ -129,7 +137,7 @@ class EntropyForecast(TrainerCallback):
 
     def _forget(self) -> None:
         """What belongs to one run of train()."""
-        self._watched = self._source = self._step = self._past = None
+        self._watched = self._source = self._rewards = self._step = self._past = None
         self._ready: dict[str, float] = {}
         self._totals = dict.fromkeys(TOTALS, 0.0)
         self._recorded = self._failed = 0
@@ -155,6 +163,8 @@ class EntropyForecast(TrainerCallback):
         self._judges = why_not is None and self._trainer is not None
         if why_not is not None and next_rollouts.buffered(self._trainer) is not None:
             warnings.warn(f"EntropyForecast: the trainer's rollouts judge no step: {why_not}", stacklevel=2)
+        if self.rewards and getattr(self._trainer, "reward_funcs", None):
+            self._rewards = self._trainer_rewards()
         for entry in state.log_history:  # of the run that is resumed
             self._totals |= {name: entry[PREFIX + name] for name in TOTALS if PREFIX + name in entry}
 
@@ -213,11 +223,11 @@ class EntropyForecast(TrainerCallback):
         """Rollouts of the policy as it is, to prompts of the training data: others than the trainer's, by a generator
         that belongs to this step."""
         generator = np.random.default_rng([self.seed, number])
-        prompts = self._source.draw(self.n_prompts, generator)
+        prompts, rows = self._source.draw(self.n_prompts, generator)
         tokenizer = getattr(processing_class, "tokenizer", processing_class)
         with self._watched.policy() as policy:
             ends = {*end_tokens(policy), getattr(tokenizer, "eos_token_id", None)} - {None}
-            return sample(
+            batch = sample(
                 policy,
                 prompts,
                 per_prompt=self.per_prompt,
@@ -226,6 +236,23 @@ class EntropyForecast(TrainerCallback):
                 seed=int(generator.integers(2**31)),
                 eos_token_id=sorted(ends),
             )
+            return batch if self._rewards is None else self._with_rewards(batch, rows)
+
+    def _trainer_rewards(self) -> TrainerRewards | None:
+        why_not = "prompts= are not the training data's" if self._prompts is not None else None
+        why_not = why_not or not_here(self._trainer, self._source.first())
+        return TrainerRewards(self._trainer) if why_not is None else self._no_rewards(why_not)
+
+    def _no_rewards(self, why_not: str) -> None:
+        self._rewards = None
+        warnings.warn(f"EntropyForecast: no forecast of the reward: {why_not}", stacklevel=4)
+
+    def _with_rewards(self, batch: PackedBatch, rows: list[dict]) -> PackedBatch:
+        reward = self._rewards.of(batch, rows)
+        if np.isnan(reward).any():
+            self._no_rewards(f"its functions give None for {np.isnan(reward).sum()} of {len(batch)} rollouts")
+            return batch
+        return replace(batch, reward=reward)
 
     def _temperature_of(self, args) -> float:
         return getattr(args, "temperature", 1.0) if self._temperature is None else self._temperature

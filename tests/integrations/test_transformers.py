@@ -1,6 +1,7 @@
 """The recorder in the real trainers: it logs what it should, and training goes on as without it."""
 
 import json
+import random
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from trainers import SMALL, fingerprint, plain_trainer, sampling_trainer, tiny_m
 from transformers import TrainerCallback
 
 import dentropy
-from dentropy import importance, measure
+from dentropy import Policy, importance, measure
 from dentropy.experiment.step_watch import StepWatch
 from dentropy.integrations import next_rollouts
 from dentropy.integrations.transformers import EntropyForecast
@@ -24,6 +25,7 @@ pytestmark = [
 ]
 KEYS = {"entropy", "predicted_delta", "measured_delta", "ess_fraction", "verdict", "realized_fraction"}
 KEYS |= {"length", "length_predicted_delta", "length_measured_delta", "kl_predicted", "kl_measured"}
+REWARD = {"reward", "reward_predicted_delta", "reward_measured_delta"}
 LORA = dict(r=2, target_modules=["q_proj", "v_proj"], lora_dropout=0.1)
 
 
@@ -76,22 +78,88 @@ def run(kind, folder, *, every=1, attach=True, **more):
     return trainer
 
 
-@pytest.mark.parametrize(
-    "more", [{}, dict(peft_config=LoraConfig(**LORA)), dict(settings=dict(bf16=True))], ids=["full", "lora", "autocast"]
-)
-def test_ten_steps_of_grpo_are_the_same_with_it_bit_for_bit(tmp_path, more):
-    found = []
-    for attach in (False, True):
-        settings = dict(max_steps=10 if not more else 1) | more.get("settings", {})
-        trainer = run("grpo", tmp_path, every=4, attach=attach, **more | dict(settings=settings))
-        found.append(fingerprint(trainer.model, trainer.optimizer.optimizer))
-    assert found[0] == found[1]
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Ten steps of GRPO without the recorder."""
+    trainer = run("grpo", tmp_path_factory.mktemp("alone"), attach=False, settings=dict(max_steps=10))
+    return fingerprint(trainer.model, trainer.optimizer.optimizer)
+
+
+def test_ten_steps_of_grpo_are_the_same_with_it_bit_for_bit(tmp_path, alone):
+    trainer = run("grpo", tmp_path, every=4, settings=dict(max_steps=10))
+    assert fingerprint(trainer.model, trainer.optimizer.optimizer) == alone
     entries = recorded(trainer)
-    assert [entry["step"] for entry in entries] == ([1, 4, 8] if not more else [1])
-    assert all(set(entry) >= KEYS for entry in entries)
-    assert all(entry["realized_fraction"] == 1.0 for entry in entries)
+    assert [entry["step"] for entry in entries] == [1, 4, 8]
+    assert all(set(entry) >= KEYS | REWARD and entry["realized_fraction"] == 1.0 for entry in entries)
     totals = np.cumsum([[entry["predicted_delta"], entry["measured_delta"]] for entry in entries], axis=0)
     assert np.allclose([[entry["predicted_total"], entry["measured_total"]] for entry in entries], totals)
+
+
+@pytest.mark.parametrize(
+    "more", [dict(peft_config=LoraConfig(**LORA)), dict(settings=dict(bf16=True))], ids=["lora", "autocast"]
+)
+def test_a_step_is_the_same_with_adapters_and_in_autocast(tmp_path, more):
+    found = []
+    for attach in (False, True):
+        trainer = run(
+            "grpo", tmp_path, attach=attach, **more | dict(settings=dict(max_steps=1) | more.get("settings", {}))
+        )
+        found.append(fingerprint(trainer.model, trainer.optimizer.optimizer))
+    assert found[0] == found[1]
+    (entry,) = recorded(trainer)
+    assert set(entry) >= KEYS | REWARD and entry["realized_fraction"] == 1.0
+
+
+class Failing:
+    """The policy's passes, one of which fails after it has drawn from generators of training."""
+
+    def __init__(self, monkeypatch, error):
+        self.calls, self.at, self.error, self.score = 0, None, error, Policy.score
+        monkeypatch.setattr(Policy, "score", lambda policy, *given, **more: self(policy, *given, **more))
+
+    def __call__(self, policy, *given, **more):
+        self.calls += 1
+        if self.calls == self.at:
+            torch.rand(1), np.random.rand(), random.random()  # noqa: NPY002
+            raise self.error("stop")
+        return self.score(policy, *given, **more)
+
+
+def test_ten_steps_are_the_same_where_a_forecast_fails_in_the_middle(tmp_path, monkeypatch, alone):
+    failing = Failing(monkeypatch, ValueError)
+    trainer = sampling_trainer("grpo", tmp_path, settings=dict(max_steps=10))
+    recorder = EntropyForecast.attach(trainer, 5, **SMALL)
+    rollouts = recorder._rollouts
+
+    def second_record(args, number, *given):
+        failing.at = failing.calls + 1 if number == 5 else None
+        return rollouts(args, number, *given)
+
+    monkeypatch.setattr(recorder, "_rollouts", second_record)
+    with pytest.warns(UserWarning, match="the record of step 5 failed: stop"):
+        trainer.train()
+    assert fingerprint(trainer.model, trainer.optimizer.optimizer) == alone
+    assert [(entry["step"], entry.get("failed")) for entry in recorded(trainer)] == [(1, None), (10, 1)]
+
+
+@pytest.mark.parametrize("after,event", [(2, "before"), (6, "after")])
+def test_an_interrupt_in_a_forecast_leaves_all_as_it_was(tmp_path, monkeypatch, after, event):
+    failing = Failing(monkeypatch, KeyboardInterrupt)
+    trainer = sampling_trainer("grpo", tmp_path, settings=dict(max_steps=10))
+    EntropyForecast.attach(trainer, 4, **SMALL)
+    first = Watched()
+    trainer.callback_handler.callbacks.insert(0, first)
+    init = StepWatch.__init__
+
+    def watching(*given, **more):
+        failing.at = failing.calls + after if len(first.seen["before"]) == 4 else None
+        init(*given, **more)
+
+    monkeypatch.setattr(StepWatch, "__init__", watching)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert trainer.state.global_step == 3 and len(first.seen["after"]) == 3 + (event == "after")
+    assert fingerprint(trainer.model, trainer.optimizer.optimizer) == first.seen[event][-1]
 
 
 @pytest.mark.parametrize("kind", ["rloo", "plain"])
@@ -104,7 +172,7 @@ def test_other_trainers(tmp_path, kind):
 
 def test_bf16_weights_lose_a_part_and_are_left_alone_at_every_event(tmp_path):
     trainer = sampling_trainer(
-        "grpo", tmp_path, model=tiny_model(torch.bfloat16), settings=dict(max_steps=2, learning_rate=2e-4)
+        "grpo", tmp_path, model=tiny_model(torch.bfloat16), settings=dict(max_steps=1, learning_rate=2e-4)
     )
     EntropyForecast.attach(trainer, 1, **SMALL)
     first, last = Watched(), Watched()
@@ -112,10 +180,10 @@ def test_bf16_weights_lose_a_part_and_are_left_alone_at_every_event(tmp_path):
     trainer.add_callback(last)
     trainer.train()
     assert all(0 < entry["realized_fraction"] < 0.999 for entry in recorded(trainer))
-    assert first.seen == last.seen and len(first.seen["after"]) == 2
+    assert first.seen == last.seen and len(first.seen["after"]) == 1
 
 
-def test_trackers_get_the_keys_where_it_is_attached(tmp_path):
+def test_trackers_get_the_keys_where_it_is_attached(tmp_path, quick):
     """Trackers of report_to come first in a trainer; without a trainer at hand the recorder comes behind them."""
     trainer = sampling_trainer("grpo", tmp_path, settings=dict(max_steps=1))
     before = Tracker()
@@ -165,7 +233,7 @@ def test_the_rollouts_are_fresh_ones_of_the_trainers_temperature(tmp_path, monke
         assert all(row[: len(judged.response(i))] == judged.response(i) for i, row in enumerate(rows))
 
 
-def test_a_batch_that_serves_two_steps_judges_the_last_before_it(tmp_path):
+def test_a_batch_that_serves_two_steps_judges_the_last_before_it(tmp_path, quick):
     trainer = run("grpo", tmp_path, settings=dict(max_steps=3, num_iterations=2))
     judged = [
         entry["dentropy/next_batch/step"] for entry in trainer.state.log_history if "dentropy/next_batch/step" in entry
@@ -194,7 +262,7 @@ def test_a_learning_rate_of_zero_and_rewards_that_are_equal(tmp_path):
     assert abs(entry["measured_delta"]) < 1e-15  # sums of the same numbers, rounded
 
 
-def test_gradients_that_are_not_finite_are_not_recorded(tmp_path):
+def test_gradients_that_are_not_finite_are_not_recorded(tmp_path, quick):
     class Spoilt(TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, *, model, **_):
             if state.global_step == 0:
@@ -212,22 +280,6 @@ def test_gradients_that_are_not_finite_are_not_recorded(tmp_path):
     with pytest.warns(UserWarning, match="the record of step 1 failed: _NotFinite: gradients are not finite"):
         trainer.train()
     assert [(entry["step"], entry["failed"]) for entry in recorded(trainer)] == [(2, 1)]
-
-
-def test_training_outlives_a_later_record_that_fails(tmp_path, monkeypatch):
-    look_back, calls = StepWatch.look_back, []
-
-    def failing(self):
-        calls.append(None)
-        if len(calls) == 2:
-            raise ValueError("moved.logp: so far below")
-        look_back(self)
-
-    monkeypatch.setattr(StepWatch, "look_back", failing)
-    with pytest.warns(UserWarning, match="the record of step 2 failed: moved.logp"):
-        trainer = run("grpo", tmp_path)
-    assert trainer.state.global_step == 3
-    assert [entry["step"] for entry in recorded(trainer)] == [1, 3]
 
 
 def test_a_first_record_that_fails_stops_training(tmp_path, monkeypatch):
