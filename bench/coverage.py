@@ -2,11 +2,12 @@
 
     python bench/coverage.py --out bench/results/statistics/coverage.json
 
-Enumerable policies of the tests, prompts drawn at random, 64 or 512 rollouts in 16 equal groups or in unequal ones of 1
-to 16 rollouts. A line is one policy with one such set of rollouts, measured at the η where the exact ESS is 95% or 80%.
-Prediction errors, verdicts and misses are given for the measurement with sequence weights and for that with prefix
-weights, which is what `probe` shows; a prediction error takes the slope that is the measurement's derivative. The same
-lines, as a table, are written beside the JSON.
+Enumerable policies of the tests, 64 or 512 rollouts in 16 equal groups or in unequal ones of 1 to 16 rollouts, with
+prompts drawn at random, or in 16 equal groups of fixed prompts. A line is one policy with one such set of rollouts,
+measured at the η where the exact ESS is 95% or 80%. Prediction errors, verdicts and misses are given for the
+measurement with sequence weights and for that with prefix weights, which is what `probe` shows; a prediction error
+takes the slope that is the measurement's derivative. "warned, of misses" is the share of batches with a warning, and
+that of those whose interval misses. The same lines, as a table, are written beside the JSON.
 """
 
 import argparse
@@ -50,6 +51,8 @@ GROUPS = {
     (64, "8 unequal"): UNEQUAL,
     (512, "16 equal"): [32] * 16,
     (512, "64 unequal"): UNEQUAL * 8,
+    (64, "16 fixed"): [4] * 16,
+    (512, "16 fixed"): [32] * 16,
 }
 ESS = (0.95, 0.8)
 SLOPES, CURVATURES, WEIGHTS = ("causal", "exact", "mixed"), ("exact", "causal"), ("sequence", "prefix")
@@ -59,11 +62,12 @@ COLUMNS = {
     "rollouts": lambda row: str(row["rollouts"]),
     "groups": lambda row: row["groups"],
     "slope: causal, exact, mixed": lambda row: shares(row["slope"], SLOPES),
-    "slope warned": lambda row: f"{row['slope']['causal']['warned']:.0%}",
+    "causal slope warned, of misses": lambda row: warned(row["slope"]["causal"]),
     "curvature: exact, causal": lambda row: shares(row["curvature"], CURVATURES),
+    "causal curvature warned, of misses": lambda row: warned(row["curvature"]["causal"]),
     "ESS": lambda row: f"{row['ess']:.0%}",
     "ΔH: sequence, prefix": lambda row: shares(row["measured"], WEIGHTS),
-    "ΔH warned": lambda row: f"{row['measured']['sequence']['warned']:.0%}",
+    "prefix ΔH warned, of misses": lambda row: warned(row["measured"]["prefix"]),
     "prediction error: sequence, prefix": lambda row: shares(row["prediction_error"], WEIGHTS),
     "sequence: reliable, strained, unusable": lambda row: verdicts(row, "sequence"),
     "misses of the reliable": lambda row: missed(row, "sequence"),
@@ -80,10 +84,10 @@ def main(arguments: list[str] | None = None) -> None:
     rows, lines = [], ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
     print(*lines, sep="\n")
     for name, settings in POLICIES.items():
-        policy = TinyPolicy(**settings)
-        etas = [eta_of(policy, ess) for ess in ESS]
+        drawn, few = TinyPolicy(**settings), TinyPolicy(**settings | {"n_prompts": 16})
         for (rollouts, groups), sizes in GROUPS.items():
-            for row in measured_lines(policy, sizes, etas, options.batches):
+            policy, prompts = (few, "fixed") if "fixed" in groups else (drawn, "random")
+            for row in measured_lines(policy, sizes, prompts, options.batches):
                 rows.append({"policy": name, "rollouts": rollouts, "groups": groups, **row})
                 lines.append("| " + " | ".join(cell(rows[-1]) for cell in COLUMNS.values()) + " |")
                 print(lines[-1], flush=True)
@@ -109,13 +113,16 @@ def eta_of(policy: TinyPolicy, ess: float) -> float:
     return low
 
 
-def measured_lines(policy: TinyPolicy, sizes: list[int], etas: list[float], batches: int) -> list[dict]:
-    """What is found with these groups, one entry for each η."""
-    prompt, sequence = policy.sample(np.random.default_rng(0), batches, n_groups=len(sizes), per_group=sizes)
+def measured_lines(policy: TinyPolicy, sizes: list[int], prompts: str, batches: int) -> list[dict]:
+    """What is found with these groups, one entry for each η; fixed prompts are all that the policy has."""
+    etas = [eta_of(policy, ess) for ess in ESS]
+    prompt, sequence = policy.sample(
+        np.random.default_rng(0), batches, n_groups=len(sizes), per_group=sizes, prompts=prompts
+    )
     before, first, second = policy.truth(0.0)
     base = tables(policy, prompt, sequence, sizes, 0.0, order=2)
-    slopes = {e: [slope(sums, estimator=e) for sums in base] for e in SLOPES}
-    curvatures = {e: [curvature(sums, estimator=e) for sums in base] for e in CURVATURES}
+    slopes = {e: [slope(sums, estimator=e, prompts=prompts) for sums in base] for e in SLOPES}
+    curvatures = {e: [curvature(sums, estimator=e, prompts=prompts) for sums in base] for e in CURVATURES}
     common = {
         "tokens": float(policy.lengths[sequence].mean()),
         "entropy": float(before),
@@ -125,7 +132,8 @@ def measured_lines(policy: TinyPolicy, sizes: list[int], etas: list[float], batc
     rows = []
     for eta, ess in zip(etas, ESS, strict=True):
         moved, change = tables(policy, prompt, sequence, sizes, eta), policy.truth(eta)[0] - before
-        measured = {w: [importance(b, m, weights=w) for b, m in zip(base, moved, strict=True)] for w in WEIGHTS}
+        pairs = list(zip(base, moved, strict=True))
+        measured = {w: [importance(b, m, weights=w, prompts=prompts) for b, m in pairs] for w in WEIGHTS}
         errors = {
             w: [prediction_error(predict(s, eta), m) for s, m in zip(slopes[DERIVATIVE[w]], measured[w], strict=True)]
             for w in WEIGHTS
@@ -160,16 +168,25 @@ def tables(policy: TinyPolicy, prompt, sequence, sizes: list[int], eta: float, o
 
 
 def covered(estimates: list, truth: float) -> dict[str, float | None]:
-    """The share whose interval covers, the share that is warned about, and what covers of those without a warning."""
+    """The share whose interval covers, the share with a warning, that of those that miss, and what covers without."""
     ends = np.array([estimate.interval() for estimate in estimates])
     inside = (ends[:, 0] <= truth) & (truth <= ends[:, 1])
     warned = np.array([bool(estimate.warnings) for estimate in estimates])
-    quiet = None if warned.all() else float(inside[~warned].mean())
-    return {"covered": float(inside.mean()), "warned": float(warned.mean()), "covered_without_warning": quiet}
+    return {
+        "covered": float(inside.mean()),
+        "warned": float(warned.mean()),
+        "missed_warned": None if inside.all() else float(warned[~inside].mean()),
+        "covered_without_warning": None if warned.all() else float(inside[~warned].mean()),
+    }
 
 
 def shares(found: dict[str, dict], names: tuple[str, ...]) -> str:
     return ", ".join(f"{found[name]['covered']:.3f}" for name in names)
+
+
+def warned(found: dict) -> str:
+    share = found["missed_warned"]
+    return f"{found['warned']:.0%}, " + ("–" if share is None else f"{share:.0%}")
 
 
 def verdicts(row: dict, weights: str) -> str:

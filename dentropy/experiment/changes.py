@@ -12,43 +12,45 @@ from dentropy.stats.tables import SequenceSums
 class Form:
     """Measurement and prediction that belong together: on these rollouts the slope is the measurement's derivative.
 
+    In nats per token.
+
     Attributes:
+        eta: The η.
         measured: ΔH by importance sampling, with prefix or with sequence weights.
-        diagnostics: What the weights say about it: k̂, verdict.
+        noise_floor: What the rounding in it stays below in 95% of cases.
+        diagnostics: What the weights say about it, k̂ and verdict; below the noise floor always unusable.
         linear: The prediction η R', with the causal slope for prefix weights, with the exact one for sequence weights.
         quadratic: The prediction η R' + η² R''/2, R'' of the same form; None without R''.
         error: linear − measured, with the standard error of the pair.
     """
 
+    eta: float
     measured: ImportanceResult
+    noise_floor: float
     diagnostics: ImportanceDiagnostics
     linear: Estimate
     quadratic: Estimate | None
     error: Estimate
 
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Change(Form):
-    """The change of entropy at one η: predicted, measured, and how far to believe either. In nats per token.
-
-    The attributes of `Form`, with prefix weights, and:
-
-    Attributes:
-        eta: The η.
-        moved: The table there, with its tokens; its rows pair with those of the base table by `rollout`.
-        noise_floor: What the rounding in `measured` stays below in 95% of cases.
-        sequence: The same with sequence weights.
-    """
-
-    eta: float
-    moved: SequenceSums
-    noise_floor: float
-    sequence: Form
-
     @property
     def below_noise(self) -> bool:
         """Whether |measured| is below the arithmetic's own error, so that it is no measurement."""
         return self.eta != 0 and abs(self.measured.delta) < self.noise_floor
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Change(Form):
+    """The change of entropy at one η: predicted, measured, and how far to believe either.
+
+    The attributes of `Form`, with prefix weights, and:
+
+    Attributes:
+        moved: The table there, with its tokens; its rows pair with those of the base table by `rollout`.
+        sequence: The same with sequence weights.
+    """
+
+    moved: SequenceSums
+    sequence: Form
 
 
 @dataclass(frozen=True, eq=False)

@@ -72,8 +72,6 @@ def measured(change: Change, causal: Estimate) -> dict:
     return {
         "eta": change.eta,
         **_form(change),
-        "noise_floor": change.noise_floor,
-        "below_noise_floor": change.below_noise,
         "predicted_uncorrected": change.eta * causal.parts["uncorrected"],
         "worst_position": change.measured.worst_position,
         "worst_ess_fraction": change.measured.worst_ess_fraction,
@@ -87,6 +85,8 @@ def _form(form: Form) -> dict:
         "weights": result.weights,
         "delta": result.delta,
         **errors(result),
+        "noise_floor": form.noise_floor,
+        "below_noise_floor": form.below_noise,
         "smoothed_delta": found.smoothed_delta,
         "verdict": found.verdict,
         "verdict_reason": found.reason,

@@ -36,7 +36,7 @@ from dentropy.model.direction import Direction
 from dentropy.model.policy import Policy
 from dentropy.passes.measure import measure
 from dentropy.passes.microbatches import AUTO
-from dentropy.passes.noise_floor import DERIVATIVE, noise_floor
+from dentropy.passes.noise_floor import DERIVATIVE, noise_floors
 from dentropy.passes.parameter_attribution import moving_by_name, parameter_shares
 from dentropy.passes.policy_gradient import PolicyGradientStep
 from dentropy.passes.second_order import bend, difference_step, doubt, with_second_order
@@ -71,7 +71,7 @@ def probe(
 
     A pass with tangents at the base weights gives the slope; a plain pass at θ + η·v per η gives the measurement
     (importance sampling on the same rollouts, with prefix weights and beside it with sequence weights: see "Which form"
-    in mathematics.md) and one over a fifth of the rollouts, 32 at least, its noise floor; one reverse pass gives each
+    in mathematics.md) and one over a sixth of the rollouts, 16 at least, its noise floor; one reverse pass gives each
     parameter's share, unless `parameters` is False (it needs a gradient's memory). With `update`, the step that
     `direction` is or is to be explained by, the same reverse pass and two passes with tangents over its rollouts give
     the share of each of their tokens. Second derivatives, for the curvature, are second differences of values: of those
@@ -112,12 +112,11 @@ def probe(
         seconds = {name: curvature(base, estimator=name, prompts=prompts, first=slopes[name]) for name in seconds}
     changes = []
     for eta in etas:
-        prefix, sequence = (
-            _form(importance(base, moved[eta], weights=weights, prompts=prompts), eta, slopes[name], seconds[name])
-            for weights, name in DERIVATIVE.items()
-        )
-        floor = noise_floor(policy, batch, direction, base, prefix.measured, slopes["causal"], eta, **settings)
-        changes.append(_change(prefix, sequence, moved[eta], eta, floor))
+        measured = [importance(base, moved[eta], weights=weights, prompts=prompts) for weights in DERIVATIVE]
+        first, second = ([found[name] for name in DERIVATIVE.values()] for found in (slopes, seconds))
+        floors = noise_floors(policy, batch, direction, base, measured, first, eta, **settings)
+        prefix, sequence = (_form(eta, *of_form) for of_form in zip(measured, floors, first, second, strict=True))
+        changes.append(Change(**vars(prefix), moved=moved[eta], sequence=sequence))
     shares, of_update = _explained(policy, batch, direction, base, parameters, update, **settings)
     base_entropy, base_influence = entropy_per_token(base)
     return ProbeResult(
@@ -240,21 +239,18 @@ def forecast_within_reach(
     )
 
 
-def _form(measured: ImportanceResult, eta: float, first: Estimate, second: Estimate | None) -> Form:
+def _form(eta: float, measured: ImportanceResult, noise_floor: float, first: Estimate, second: Estimate | None) -> Form:
     """Prediction from slope and curvature against the measurement at one η."""
     linear = predict(first, eta)
-    return Form(
+    found = Form(
+        eta=eta,
         measured=measured,
+        noise_floor=noise_floor,
         diagnostics=importance_diagnostics(measured),
         linear=linear,
         quadratic=None if second is None else predict(first, eta, second),
         error=prediction_error(linear, measured),
     )
-
-
-def _change(prefix: Form, sequence: Form, moved: SequenceSums, eta: float, noise_floor: float) -> Change:
-    """Both forms at one η."""
-    found = Change(**vars(prefix), eta=eta, moved=moved, noise_floor=noise_floor, sequence=sequence)
     if not found.below_noise:
         return found
     return replace(found, diagnostics=lost_in_rounding(found.diagnostics, found.measured.delta, noise_floor))

@@ -6,9 +6,8 @@ at the same η under other roundings: of the weights, and through them of everyt
 changes, so the curvature of ΔH, however large, does not enter.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from math import ceil
 
 import numpy as np
 import torch
@@ -26,8 +25,8 @@ from dentropy.stats.tables import SequenceSums
 
 BLOCKS = 8  # other roundings
 T_QUANTILE = 2.306  # Student's t, 95%, for a standard deviation that is known from BLOCKS of them
-SHARE = 0.2  # of the rollouts that are scored again, so that five η cost one plain pass
-LEAST = 4  # rollouts of a block, where there are as many
+SHARE = 0.16  # of the rollouts that are scored again, so that five η cost less than one plain pass
+LEAST = 2  # rollouts of a block: one alone says nothing of what rollouts share
 SEED = 0
 # By the weights of a measurement, the slope that is its derivative.
 DERIVATIVE = {"prefix": "causal", "sequence": "exact"}
@@ -61,14 +60,13 @@ def noise_floor(
 
     c is what the rollouts share, which no number of them averages out. Blocks of m rollouts know it to within the
     standard error s = a (1 − m/S) / sqrt(4 m (m − 1)), that of c where they share nothing, and S² multiplies it: a
-    sample cannot rule out that much. So the floor is up to 5 times larger than of all rollouts. φ is
+    sample cannot rule out that much. So the floor is up to 7 times larger than of all rollouts. φ is
     the share of the update that is left in weights of this precision and R' the slope, so that an update that is
     rounded away is seen as such.
 
     The rollouts are drawn at random from the S of this batch with a response: the sample stands for them, whatever
-    the prompts have in common, while few heavy weights w_i may hide in the rest. Few rollouts cost more than a fifth:
-    a block has four of them at least, if there are four, and every block goes over all weights once, of which it
-    holds a copy.
+    the prompts have in common, while few heavy weights w_i may hide in the rest. Fewer than 75 rollouts cost more than
+    their share: a block has two of them at least. Every block goes over all weights once, of which it holds a copy.
 
     Args:
         policy, batch, direction: as measured.
@@ -98,7 +96,25 @@ def noise_floor(
         >>> 0 < floor < 0.01 * abs(measured.delta)
         True
     """
-    check_estimate("first", first, "slope", DERIVATIVE[measured.weights])
+    settings = dict(token_budget=token_budget, progress=progress)
+    return noise_floors(policy, batch, direction, base, [measured], [first], eta, **settings)[0]
+
+
+def noise_floors(
+    policy: Policy,
+    batch: PackedBatch,
+    direction: Direction,
+    base: SequenceSums,
+    measured: Sequence[ImportanceResult],
+    first: Sequence[Estimate],
+    eta: float,
+    *,
+    token_budget: int | str = AUTO,
+    progress: Callable[[int], None] | None = None,
+) -> list[float]:
+    """`noise_floor` of each of several measurements of one η, with the slope of each, by the same other roundings."""
+    for measurement, slope in zip(measured, first, strict=True):
+        check_estimate("first", slope, "slope", DERIVATIVE[measurement.weights])
     name_of = {id(p): name for name, p in policy.model.named_parameters()}
     moving = [(name_of[id(p)], p.detach(), v) for p, v in policy.moving(direction)]
     generator = torch.Generator(policy.device).manual_seed(SEED)
@@ -110,9 +126,11 @@ def noise_floor(
                 settings = dict(keep_tokens=True, token_budget=token_budget, progress=progress)
                 table = measure(policy, batch.take(rollouts), **settings)
             others.append((rollouts, table))
-    differences = _differences(base, measured, others)
-    rounded_away = lost * first.value
-    return T_QUANTILE * float(np.sqrt(_variance(differences, np.count_nonzero(batch.response_lens)) + rounded_away**2))
+    n, floors = np.count_nonzero(batch.response_lens), []
+    for measurement, slope in zip(measured, first, strict=True):
+        variance = _variance(_differences(base, measurement, others), n)
+        floors.append(T_QUANTILE * float(np.sqrt(variance + (lost * slope.value) ** 2)))
+    return floors
 
 
 def sampled_rollouts(batch: PackedBatch) -> np.ndarray:
@@ -121,7 +139,7 @@ def sampled_rollouts(batch: PackedBatch) -> np.ndarray:
     SHARE of those with a response; but LEAST to a block where they are so few, so that some are in several blocks.
     """
     rollouts = np.random.default_rng(SEED).permutation(np.flatnonzero(batch.response_lens))
-    size = min(len(rollouts), max(LEAST, ceil(SHARE * len(rollouts) / BLOCKS)))
+    size = min(len(rollouts), max(LEAST, round(SHARE * len(rollouts) / BLOCKS)))
     return np.resize(rollouts, (BLOCKS, size))
 
 

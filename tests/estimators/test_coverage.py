@@ -21,6 +21,8 @@ from dentropy.estimators import curvature, importance, prediction_error, slope
 
 # So sharp that the entropy of most batches rests on the few prompts that happen to be undecided.
 SHARP = TinyPolicy(vocab=3, horizon=4, n_prompts=64, scale=40.0)
+# One token of four takes 98 draws of 100.
+NEARLY_SURE = dict(shift=lambda prefix: [0.0, 0.0, 6.0, 0.0])
 ETA = 0.1
 QUICK = 400
 sizes = pytest.mark.parametrize("n_batches", [QUICK, pytest.param(10_000, marks=pytest.mark.slow)])
@@ -229,6 +231,25 @@ def test_where_intervals_fail_the_warnings_fire(n_batches):
         warned = np.array([concentrated(e) for e in estimates])
         assert 1 - failed.mean() < 0.9, name
         assert warned[failed].mean() > 0.99, name
+
+
+@pytest.mark.parametrize("n_prompts, per_group, least, most", [(4, 8, 1.0, 1.0), (8, 8, 1.0, 1.0), (8, 16, 0.0, 0.1)])
+def test_fixed_prompts_of_a_nearly_deterministic_policy_are_warned_of_where_intervals_fail(
+    n_prompts, per_group, least, most
+):
+    """32 rollouts cover 85%, and every batch is warned of; 128 with more entropy than 50 nats cover."""
+    policy = TinyPolicy(n_prompts=n_prompts, **NEARLY_SURE)
+    columns, truth = policy.columns(), policy.truth()[1]
+    drawn = policy.sample(np.random.default_rng(0), 100, n_groups=n_prompts, per_group=per_group, prompts="fixed")
+    tables = (policy.table(*batch, columns, per_group=per_group) for batch in zip(*drawn, strict=True))
+    estimates = [slope(sums, prompts="fixed") for sums in tables]
+    warned = np.array([concentrated(e) for e in estimates])
+    _, _, low, high = values(estimates)
+    assert least <= warned.mean() <= most
+    if not warned.all():
+        assert coverage(low[~warned], high[~warned], truth) > 0.93
+    elif per_group * n_prompts == 32:
+        assert coverage(low, high, truth) < 0.9
 
 
 @sizes

@@ -7,6 +7,7 @@ import warnings
 
 import numpy as np
 import pytest
+from chains import ChainPolicy
 from oracles import TinyPolicy
 from scipy import stats
 
@@ -213,6 +214,38 @@ def test_harmless_measurements_are_called_reliable(count, least):
         found.append(importance(base, moved))
     assert 0.9 < np.median([result.ess_fraction for result in found]) < 0.98
     assert np.mean([importance_diagnostics(result).verdict == "reliable" for result in found]) > least
+
+
+def test_a_nearly_deterministic_policy_whose_weights_are_nearly_equal_is_reliable():
+    """512 rollouts at an exact ESS of 95%: weights of few values, whose k̂ alone would make them unusable."""
+    policy, eta = TinyPolicy(n_prompts=64, shift=lambda prefix: [0.0, 0.0, 6.0, 0.0]), 0.358
+    before, after = policy.columns(0.0), policy.columns(eta)
+    change = policy.truth(eta)[0] - policy.truth()[0]
+    found, inside = [], []
+    for batch in zip(*policy.sample(np.random.default_rng(0), 50, n_groups=64, per_group=8), strict=True):
+        result = importance(*(policy.table(*batch, columns, per_group=8) for columns in (before, after)))
+        low, high = result.interval()
+        inside.append(low < change < high)
+        found.append(importance_diagnostics(result).verdict)
+    assert found.count("reliable") > 40 and found.count("unusable") < 8 and np.sum(inside) > 42
+
+
+def test_chains_of_31_tokens_at_an_ess_of_95_and_80_percent():
+    """64 rollouts. Intervals of every kind cover; at an ESS of 80% k̂ strains some, fewer with prefix weights."""
+    policy = ChainPolicy()
+    rollouts = policy.sample(np.random.default_rng(1), 64 * 40, 4)
+    base, reliable = rollouts.tables(0.0, 40), {}
+    for eta in (0.05, 0.1):
+        moved, change = rollouts.tables(eta, 40), policy.truth(eta)[0] - policy.truth()[0]
+        for weights in ("sequence", "prefix"):
+            results = [importance(*pair, weights=weights) for pair in zip(base, moved, strict=True)]
+            found = [importance_diagnostics(result).verdict for result in results]
+            ends = [result.interval() for result in results]
+            assert np.mean([low < change < high for low, high in ends]) > 0.85
+            assert "unusable" not in found
+            reliable[eta, weights] = found.count("reliable") / 40
+    assert reliable[0.05, "sequence"] == reliable[0.05, "prefix"] == 1
+    assert 0.5 < reliable[0.1, "sequence"] < 0.95 < reliable[0.1, "prefix"]
 
 
 @pytest.mark.parametrize("n_groups", [1, 64])

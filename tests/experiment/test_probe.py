@@ -97,9 +97,21 @@ def test_a_change_below_the_noise_floor_is_no_measurement(policy, batch, directi
     written = found.content
     assert [entry["noise_floor"] for entry in written["measured"]] == [tiny.noise_floor, step.noise_floor]
     assert written["noise_floor"] == max(tiny.noise_floor, step.noise_floor) and tiny.noise_floor != step.noise_floor
-    assert step.noise_floor == noise_floor(
-        policy, batch, direction, found.base, step.measured, found.slopes["causal"], STEP
-    )
+    for form, name in ((step, "causal"), (step.sequence, "exact")):
+        again = noise_floor(policy, batch, direction, found.base, form.measured, found.slopes[name], STEP)
+        assert form.noise_floor == again
+
+
+def test_the_sequence_weighted_measurement_has_a_noise_floor_of_its_own(policy, batch, direction):
+    found = probe(policy, batch, direction, [1e-12, STEP], parameters=False)
+    tiny, step = (change.sequence for change in found.changes)
+    assert tiny.below_noise and tiny.diagnostics.verdict == "unusable" and "noise floor" in tiny.diagnostics.reason
+    assert not step.below_noise and step.diagnostics.verdict != "unusable"
+    assert tiny.noise_floor != found.changes[0].noise_floor
+    for form, change in zip((tiny, step), found.content["measured"], strict=True):
+        entry = change["sequence"]
+        assert (entry["noise_floor"], entry["below_noise_floor"]) == (form.noise_floor, form.below_noise)
+        assert (entry["verdict"], entry["verdict_reason"]) == (form.diagnostics.verdict, form.diagnostics.reason)
 
 
 @pytest.mark.parametrize("parameters", [True, False])
@@ -154,7 +166,7 @@ def test_every_statistic_is_computed_once(policy, batch, direction, monkeypatch)
         "probe.prediction_error": 2 * n,
         "slopes.leave_one_out": 3,
         "curvatures.leave_one_out": 2,
-        "importance_sampling.leave_one_out": 2 * n + 8 * n,  # eight blocks of the noise floor
+        "importance_sampling.leave_one_out": 2 * n + 2 * 8 * n,  # eight blocks of the noise floor
     }
 
 

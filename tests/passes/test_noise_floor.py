@@ -37,39 +37,68 @@ def measured_with_floor(policy, batch, direction, eta, base=None, weights="seque
     return measured.delta, noise_floor(policy, batch, direction, base, measured, first, eta)
 
 
-def in_float64(model, batch, direction, etas, weights="sequence") -> list[float]:
-    """ΔH at each of `etas` for the very same weights and v, computed in float64 throughout."""
+def widened(model) -> Policy:
+    """The policy of the very same weights in float64."""
+    with InFloat64():
+        return Policy(copy.deepcopy(model).double())
+
+
+def in_float64(policy, batch, direction, etas, weights=("sequence",)) -> list[list[float]]:
+    """ΔH of a policy in float64 with each of `weights` at each of `etas`, computed in float64 throughout."""
     wide = Direction({name: v.double() for name, v in direction.tensors.items()})
     with InFloat64():
-        policy = Policy(copy.deepcopy(model).double())
-        base = measure(policy, batch, wide, keep_tokens=True)
-        moved = (measure(policy, batch, wide, eta=eta, keep_tokens=True) for eta in etas)
-        return [importance(base, other, weights=weights).delta for other in moved]
+        base = measure(policy, batch, keep_tokens=True)
+        moved = [measure(policy, batch, wide, eta=eta, order=0, keep_tokens=True) for eta in etas]
+    return [[importance(base, other, weights=w).delta for w in weights] for other in moved]
+
+
+def errors_over_floors(policy, wide, batch, direction, etas) -> np.ndarray:
+    """|ΔH − that of the policy in float64| over the floor of it, [etas, forms]."""
+    base, found = measure(policy, batch, direction, keep_tokens=True), []
+    first = [slope(base, estimator=name) for name in module.DERIVATIVE.values()]
+    for eta, truth in zip(etas, in_float64(wide, batch, direction, etas, module.DERIVATIVE), strict=True):
+        moved = measure(policy, batch, direction, eta=eta, keep_tokens=True)
+        measured = [importance(base, moved, weights=w) for w in module.DERIVATIVE]
+        floors = module.noise_floors(policy, batch, direction, base, measured, first, eta)
+        found.append(np.abs(np.subtract([m.delta for m in measured], truth)) / floors)
+    return np.array(found)
 
 
 @pytest.mark.filterwarnings("ignore:policy. weights are torch.bfloat16")
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "dtype, weights", [(torch.float32, "prefix"), (torch.float32, "sequence"), (torch.bfloat16, "prefix")]
+    "models, directions, settings, rollouts, within, fill",
+    [
+        (2, 3, dict(num_hidden_layers=1), 30, 9, (0.12, 1.0)),
+        pytest.param(18, 1, {}, 30, 31, (0.2, 0.75), marks=pytest.mark.slow),
+        pytest.param(18, 1, {}, module.LEAST, 31, (0.05, 0.75), marks=pytest.mark.slow),
+    ],
+    ids=["quick", "all", "sample"],
 )
-def test_errors_against_float64_lie_within_it_and_fill_it(dtype, weights):
-    etas, ratios = (1e-3, 1e-2), []
-    for seed in range(18):
-        model = random_model(("llama", "qwen2")[seed % 2], seed).to(dtype)
-        batch, direction, policy = random_batch(seed, rollouts=30), random_direction(model, seed), Policy(model)
-        base = measure(policy, batch, direction, keep_tokens=True)
-        truths = in_float64(model, batch, direction, etas, weights)
-        for eta, truth in zip(etas, truths, strict=True):
-            delta, floor = measured_with_floor(policy, batch, direction, eta, base, weights)
-            ratios.append(abs(delta - truth) / floor)
-    ratios = np.array(ratios)
-    # 95% are expected. What a machine rounds is a draw of its own: fewer than 31 of 36 come once in 500 (binomial).
-    assert np.sum(ratios < 1) >= 31
-    assert 0.2 < np.sqrt(np.mean(ratios**2)) < 0.75  # 1/2.3 for errors of exactly the size it says
+def test_errors_against_float64_lie_within_it_and_fill_it(
+    monkeypatch, dtype, models, directions, settings, rollouts, within, fill
+):
+    """With all 30 rollouts in every block, and with two, whose floor is up to 3 times larger.
+
+    What a machine rounds is a draw of its own. 95% are expected within; fewer than 31 of 36, or 9 of 12, come once in
+    500 (binomial). Their root mean square is 1/2.3 for errors of exactly the size that the floor says.
+    """
+    monkeypatch.setattr(module, "LEAST", rollouts)
+    ratios = []
+    for seed in range(models):
+        model = random_model(("llama", "qwen2")[seed % 2], seed, **settings).to(dtype)
+        policy, wide = Policy(model), widened(model)
+        for other in range(seed, seed + 100 * directions, 100):
+            batch, direction = random_batch(other, rollouts=30), random_direction(model, other)
+            ratios.append(errors_over_floors(policy, wide, batch, direction, (1e-3, 1e-2)))
+    for form in np.concatenate(ratios).T:
+        assert np.sum(form < 1) >= within
+        assert fill[0] < np.sqrt(np.mean(form**2)) < fill[1]
 
 
-@pytest.mark.parametrize("n, size, shared", [(4096, 103, 0.003), (512, 13, 0.03), (28, 4, 0.1), (28, 28, 0.1)])
+@pytest.mark.parametrize("n, size, shared", [(4096, 82, 0.003), (125, 2, 0.1), (28, 2, 0.1), (28, 28, 0.1)])
 def test_it_holds_whatever_the_rollouts_share(n, size, shared):
-    """Normal d_i with that correlation: within 2.306 σ lie 95% of sums over all, 93% at worst."""
+    """Normal d_i with that correlation: within 2.306 σ lie 95% of sums over all, 92% at worst."""
     rng, within = np.random.default_rng(0), []
     for _ in range(2000):
         common, own = rng.normal(size=(8, 1)), rng.normal(size=(8, size))
@@ -83,12 +112,13 @@ def test_it_holds_whatever_the_rollouts_share(n, size, shared):
 def test_true_rounding_in_bfloat16_is_flagged():
     """A ΔH of 2e-5 that is measured as 2e-4 or so; and an update that no weight takes note of."""
     truths, deltas = [], []
-    for seed in range(5):
-        model = random_model("llama", seed).bfloat16()
-        batch, direction, policy = random_batch(seed, rollouts=30), random_direction(model, seed), Policy(model)
+    model = random_model("llama", num_hidden_layers=1).bfloat16()
+    policy, wide = Policy(model), widened(model)
+    for seed in range(4):
+        batch, direction = random_batch(seed, rollouts=30), random_direction(model, seed)
         delta, floor = measured_with_floor(policy, batch, direction, 1e-4)
         assert abs(delta) < floor
-        truths += in_float64(model, batch, direction, [1e-4])
+        truths += in_float64(wide, batch, direction, [1e-4])[0]
         deltas.append(delta)
         gone, floor = measured_with_floor(policy, batch, direction, 1e-9)
         assert abs(gone) < floor
@@ -212,14 +242,14 @@ def test_a_sample_says_what_all_rollouts_say(monkeypatch):
     assert 1 / 3 < sampled / whole < 3
 
 
-@pytest.mark.parametrize("rollouts", [1, 2, 3, 12, 100, 500])
-def test_the_sample_is_a_fifth_and_no_block_has_a_rollout_twice(rollouts):
+@pytest.mark.parametrize("rollouts", [1, 2, 3, 12, 64, 125, 500])
+def test_the_sample_is_a_sixth_and_no_block_has_a_rollout_twice(rollouts):
     batch = PackedBatch.from_lists([[1]] * (rollouts + 1), [[]] + [[1]] * rollouts)
     blocks = module.sampled_rollouts(batch)
-    assert blocks.shape == (8, min(rollouts, max(4, -(-rollouts // 40)))) and blocks.min() > 0
+    assert blocks.shape == (8, min(rollouts, max(2, round(rollouts / 50)))) and blocks.min() > 0
     assert all(len(set(block)) == len(block) for block in blocks.tolist())
-    if rollouts >= 160:
-        assert len(set(blocks.ravel())) == blocks.size <= 0.2 * rollouts + 8
+    if rollouts >= 16:
+        assert len(set(blocks.ravel())) == blocks.size <= max(16, 0.16 * rollouts + 4)
     np.testing.assert_array_equal(blocks, module.sampled_rollouts(batch))
 
 

@@ -16,6 +16,12 @@ def test_the_parts_come_with_their_errors_and_the_two_that_cancel_as_one():
     assert "score + length correction−4.00 ± 0.44" in parts and "−3.60 ± 0.21" in parts and "−7.60 ± 0.50" in parts
 
 
+def test_shares_without_error_bars_say_why():
+    notes = " ".join(e["text"] for e in page().all("p", within="attribution"))
+    assert "The shares of parameters have none: one gradient gives them all" in notes
+    assert "an error bar would cost a pass with tangents per layer" in notes
+
+
 def test_the_horizon_is_beside_the_whole_with_what_it_leaves_out():
     horizon = content()["horizon"]
     names = ("value", "stderr", "left_out", "left_out_stderr")
