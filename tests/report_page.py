@@ -99,7 +99,7 @@ class Page(HTMLParser):
 
     def __init__(self, text):
         super().__init__(convert_charrefs=True)
-        self.open, self.elements, self.style = [], [], ""
+        self.open, self.elements, self.source = [], [], text
         self.feed(text)
         self.close()
         assert not self.open, f"never closed: {[e['tag'] for e in self.open]}"
@@ -137,8 +137,9 @@ class Page(HTMLParser):
         return next(e["text"] for e in self.elements if e["tag"] == "body")
 
 
-def page(run=None, shown=None):
-    return Page(html(content() if run is None else run, rollouts() if shown is None else shown))
+def page(run=None, shown=None, pictures=None):
+    run, shown = content() if run is None else run, rollouts() if shown is None else shown
+    return Page(html(run, shown, pictures=pictures or {}))
 
 
 def headings(found):
@@ -150,7 +151,7 @@ def hostile(run, shown):
     run["source"] = {HOSTILE: HOSTILE}
     run["versions"][HOSTILE] = HOSTILE
     run["seeds"][HOSTILE] = 1
-    run["device"] = HOSTILE
+    run["device"] = run["provenance"]["command"] = HOSTILE
     run["audit"]["warnings"] = [HOSTILE]
     run["attribution"]["by_layer"][0]["name"] = HOSTILE
     run["attribution"]["by_kind"][0]["name"] = HOSTILE

@@ -6,6 +6,7 @@ one line on stderr.
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -28,13 +29,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0; 2 for bad input, for rollouts too long for the memory there is and for what could not be
         written where it was asked for; 130 after Ctrl-C. What is none of these is a bug, and raised.
     """
-    arguments = sys.argv[1:] if argv is None else argv
+    given = sys.argv[1:] if argv is None else argv
     # argparse takes -1e-6 for an option; behind a space it is a value, and float() does not mind the space.
-    arguments = [f" {argument}" if _is_negative_number(argument) else argument for argument in arguments]
+    arguments = [f" {argument}" if _is_negative_number(argument) else argument for argument in given]
     terminal = Terminal(arguments)
     with terminal.open():
         try:
             options = parser().parse_args(arguments)
+            options.command = shlex.join(["dentropy", *given])
             with quiet(options.quiet):
                 options.run(options)
         except KeyboardInterrupt:

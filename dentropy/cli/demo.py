@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from dentropy.cli.keeping import finish, free
 from dentropy.cli.options import load_libraries
 
@@ -23,4 +25,4 @@ def run(options) -> None:
     load_libraries()
     result = run(seed=options.seed)
     # Chosen only now: another demo may have taken the number meanwhile.
-    finish(result, options.out or free(FOLDER), load_tokenizer())
+    finish(replace(result, command=options.command), options.out or free(FOLDER), load_tokenizer())

@@ -39,6 +39,7 @@ def load_libraries() -> None:
     Without the loading bars and advice of transformers: stderr is for our progress and for errors.
     """
     try:
+        import jinja2  # noqa: F401
         import jsonschema  # noqa: F401
         import matplotlib  # noqa: F401
         import pyarrow  # noqa: F401

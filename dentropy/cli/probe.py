@@ -182,7 +182,7 @@ def run(options) -> None:
         )
     named = {name: getattr(options, name) for name in ("policy", "rollouts", "after", "direction", "update_rollouts")}
     source = {name: str(value) for name, value in (named | {"split": divided}).items() if value is not None}
-    finish(dataclasses.replace(result, source=source), out, for_report)
+    finish(dataclasses.replace(result, source=source, command=options.command), out, for_report)
 
 
 def _rollouts(path: str, options, policy, tokenizer, say):

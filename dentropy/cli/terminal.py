@@ -9,6 +9,7 @@ import io
 import sys
 import unicodedata
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
@@ -23,6 +24,7 @@ class Terminal:
 
     def __init__(self, arguments: Sequence[str]):
         self._words = {word.partition("=")[0] for word in arguments if word.startswith("--")}
+        self._warned: Counter[str] = Counter()
 
     def complain(self, message: object) -> None:
         """An error, in one line."""
@@ -30,16 +32,21 @@ class Terminal:
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        """Warnings come here, and what the terminal's encoding does not have is written by its code."""
+        """Warnings come here, each once and at the end those that came again with their count; what the terminal's
+        encoding does not have is written by its code."""
         streams = [stream for stream in (sys.stdout, sys.stderr) if isinstance(stream, io.TextIOWrapper)]
         before = [stream.errors for stream in streams]
         with warnings.catch_warnings():
+            warnings.simplefilter("always", UserWarning, append=True)  # repeated ones too: they are counted here
             warnings.showwarning = self._warn
             for stream in streams:
                 stream.reconfigure(errors="backslashreplace")
             try:
                 yield
             finally:
+                for text, times in self._warned.items():
+                    if times > 1:
+                        print(f"dentropy: warning, {times} times in all: {visible(text)}", file=sys.stderr)
                 for stream, errors in zip(streams, before, strict=True):
                     stream.reconfigure(errors=errors)
 
@@ -47,7 +54,9 @@ class Terminal:
         text = self._line(message)
         if _options and not text.startswith("--"):
             text = f"{_options[-1]}: {text}"
-        print(f"dentropy: warning: {visible(text)}", file=sys.stderr)
+        self._warned[text] += 1
+        if self._warned[text] == 1:
+            print(f"dentropy: warning: {visible(text)}", file=sys.stderr)
 
     def _line(self, message: object) -> str:
         """One line; what it says of an argument is said of the option of that name, if that was given."""

@@ -30,18 +30,33 @@ def cost(
     return passes | {"noise_floor": sample, "update": shares, "tokens": tokens + shares}
 
 
+def forward_passes(found: dict[str, int], n_tokens: int) -> dict[str, float]:
+    """The parts of `cost` in plain forward passes over the rollouts, which have `n_tokens`.
+
+    Example:
+        >>> found = {"forward": 5, "tangent": 1, "reverse": 1, "noise_floor": 50, "update": 200, "tokens": 950}
+        >>> forward_passes(found, 100)
+        {'forward': 5.0, 'tangent': 3.0, 'reverse': 3.0, 'noise_floor': 0.5, 'update': 6.0}
+    """
+    passes = {
+        "forward": float(found["forward"]),
+        "tangent": float(TANGENT * found["tangent"]),
+        "reverse": float(REVERSE * found["reverse"]),
+        "noise_floor": found["noise_floor"] / n_tokens,
+    }
+    return passes | ({"update": TANGENT * found["update"] / n_tokens} if "update" in found else {})
+
+
 def cost_text(content: dict) -> str | None:
     """The cost in words; None for a run of a version that did not count."""
     found = content.get("cost")
     if found is None:
         return None
     passes = found["forward"] + found["tangent"] + found["reverse"]
-    sample = (found["noise_floor"] + TANGENT * found.get("update", 0)) / content["n_tokens"]
-    forwards = found["forward"] + TANGENT * found["tangent"] + REVERSE * found["reverse"] + sample
     share = found["noise_floor"] / content["n_tokens"] / len(content["measured"])
     more = ", two with tangents over the update's," if found.get("update") else ""
     return (
         f"{passes} passes over the rollouts{more} and noise floors on {share:.0%} of the tokens at each η, "
         f"{found['tokens']:,} tokens in all, "
-        f"about {forwards:.0f} plain forward passes"
+        f"about {sum(forward_passes(found, content['n_tokens']).values()):.0f} plain forward passes"
     )

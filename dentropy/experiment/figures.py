@@ -1,84 +1,75 @@
-"""The figures of a run, drawn from the content of results.json and the columns of rollouts.csv.
+"""The pictures of a run, drawn from the content of results.json and the columns of rollouts.csv.
 
-delta_entropy.png    ΔH against η: what the uncorrected and the corrected slope predict, and what was measured
+delta_entropy.png    ΔH against η: what the slope predicts, with and without its correction, and what was measured
 contributions.png    what each rollout adds to ΔH by the two predictions and by the measurement, on one scale
 weights.png          log-weights and effective sample size against η
 
-η is drawn in steps: 1 is the update itself.
+η is drawn in steps: 1 is the update itself. The page shows the same figures.
 """
 
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import numpy as np
 
-# Okabe and Ito's colours, which stay apart for colour-blind readers.
-UNCORRECTED, CORRECTED, MEASURED, FRESH, NOISE = "#D55E00", "#0072B2", "#000000", "#009E73", "#BBBBBB"
+from dentropy.experiment.drawing import (
+    COLOURS,
+    WORDS,
+    canvas,
+    change_unit,
+    legend_below,
+    logarithmic_from,
+    readable_scale,
+    signed,
+)
+from dentropy.experiment.report.answer import causal
+from dentropy.experiment.report.numbers import Unit, amount, step_text
 
-
-def write(path: Path, content: dict, columns: dict[str, np.ndarray]) -> None:
-    """Draw the figure whose file name `path` has, one of FIGURES."""
-    FIGURES[path.name](content, columns).savefig(path, dpi=150)
+DPI = 200
+INK, PAPER = COLOURS["ink"], COLOURS["paper"]
+# How each kind of measured ΔH is drawn: marker, colour, filling.
+MARKS = {
+    "measured": ("o", INK, INK),
+    "strained": ("o", INK, PAPER),
+    "unusable": ("x", COLOURS["muted"], PAPER),
+    "noise": ("s", COLOURS["muted"], PAPER),
+    "fresh": ("D", COLOURS["fresh"], PAPER),
+}
+BELIEVED = ("measured", "strained", "fresh")
+# From so many rollouts on counts are on a logarithmic axis, which shows the tails.
+MANY_ROLLOUTS = 1000
 
 
 def delta_entropy(content: dict):
     """ΔH against η: predictions as lines, measurements as points with error bars of 2 standard errors."""
-    measured = sorted(content["measured"], key=lambda entry: entry["eta"])
-    steps = _steps(content, measured)
-    delta = np.array([entry["delta"] for entry in measured])
-    bars = np.array([entry["stderr"] or 0.0 for entry in measured])
-    slope = next(entry for entry in content["slope"] if entry["estimator"] == "causal")
-    scale, unit = _unit(np.abs(delta) + 2 * bars)
-    x = np.array([min(0.0, steps.min()), max(0.0, steps.max())])
-    corrected = slope["value"] * content["step_size"] * x * scale
-    band = 2 * (slope["stderr"] or 0.0) * content["step_size"] * np.abs(x) * scale
-    uncorrected = slope["uncorrected"] * content["step_size"] * x * scale
-
-    figure, (axes,) = _figure(1, height=4.8)
-    axes.axhline(0, color="0.8", lw=0.8, zorder=0)
-    axes.axvline(0, color="0.8", lw=0.8, zorder=0)
-    (line,) = axes.plot(x, uncorrected, "--", color=UNCORRECTED, lw=1.8, label="predicted, uncorrected slope")
-    axes.plot(x, corrected, color=CORRECTED, lw=1.8, label="predicted, corrected slope (causal) ± 2 SE")
-    if content["curvature"] is not None:
-        dense = np.linspace(x[0], x[1], 201)
-        eta = dense * content["step_size"]
-        bent = (slope["value"] * eta + content["curvature"]["value"] * eta**2 / 2) * scale
-        axes.plot(dense, bent, ":", color=CORRECTED, lw=1.8, label="with curvature")
-    # Through 0, where the band closes: a fill between the ends alone would cut the corner.
-    bow = np.insert(np.stack([x, corrected - band, corrected + band]), 1, 0.0, axis=1)
-    axes.fill_between(*bow, color=CORRECTED, alpha=0.15, lw=0)
-    reach = [corrected - band, corrected + band]
-    noise = np.array([entry["below_noise_floor"] for entry in measured])
-    doubtful = np.array([entry["verdict"] != "reliable" for entry in measured]) & ~noise
-    for chosen, color, fill, label in (
-        (~noise & ~doubtful, MEASURED, MEASURED, "measured (importance sampling) ± 2 SE"),
-        (doubtful, MEASURED, "white", "measured, strained or unusable ± 2 SE"),
-        (noise, NOISE, NOISE, "below the noise floor: rounding, not data"),
-    ):
-        if chosen.any():
-            points = steps[chosen], delta[chosen] * scale, 2 * bars[chosen] * scale
-            reach += _points(axes, *points, "o", color, fill, label)
-    fresh = content["fresh_check"]
-    if fresh is not None:
-        aside = 0.015 * (x[1] - x[0])  # beside the measurement at the same η, not on top of it
-        at, value = fresh["eta"] / content["step_size"] + aside, fresh["delta"] * scale
-        bar = 2 * (fresh["stderr"] or 0.0) * scale
-        reach += _points(axes, [at], [value], [bar], "D", FRESH, "white", "fresh rollouts of the moved policy ± 2 SE")
-    _limit(axes, np.concatenate(reach), line)
-    axes.set_xlabel(_steps_label(content))
-    axes.set_ylabel(f"change of entropy ΔH ({unit}nats per token)")
-    axes.legend(loc="best", frameon=False, fontsize=9)
-    entry = _at_step(content)
-    change = _pm(entry["delta"], entry["stderr"], scale)
-    predicted = _pm(entry["predicted_linear"], entry["predicted_linear_stderr"], scale)
-    finding = (
-        f"At η = {entry['eta']:g} the entropy changes by {change} ({unit}nats per token);\n"
-        f"predicted: {predicted} with the length correction, "
-        f"{entry['predicted_uncorrected'] * scale:.2f} without"
-    )
-    axes.set_title(_signed(finding), fontsize=11, loc="left")
+    unit, slope, step, points = change_unit(content), causal(content), content["step_size"], _points(content)
+    at = [0.0, *(x for found in points.values() for x, _, _ in found)]
+    figure, (axes,) = canvas(height=4.2)
+    axes.axhline(0, color=COLOURS["rule"], lw=0.8, zorder=0)
+    axes.axvline(0, color=COLOURS["rule"], lw=0.8, zorder=0)
+    stretched = readable_scale(axes.xaxis, at)
+    if stretched and slope["value"]:  # on such a pair of scales the prediction is a straight line
+        logarithmic_from(axes.yaxis, abs(slope["value"]) * step * stretched * unit.factor)
+    x = _grid(at)
+    reach = [0.0, *_predictions(axes, content, x, unit)]
+    for kind, found in points.items():
+        columns = [np.array(column) for column in zip(*found, strict=True)]
+        if kind == "fresh":  # beside the measurement at the same η, not on top of it
+            columns[0] = columns[0] * 1.1 if stretched else columns[0] + 0.02 * np.ptp(x)
+        ends = _measurements(axes, kind, *columns, unit)
+        reach += ends if kind in BELIEVED else []
+    plain = None if slope["uncorrected"] is None else slope["uncorrected"] * step * x * unit.factor
+    low, high = _limits(reach, plain)
+    axes.set_ylim(low, high)
+    if plain is not None:
+        word = f"{WORDS['uncorrected']}{_beyond(x, plain, low, high)}"
+        axes.plot(x, plain, "--", color=COLOURS["uncorrected"], lw=1.8, label=word)
+    outside = sum(not low <= y * unit.factor <= high for found in points.values() for _, y, _ in found)
+    axes.set_xlabel(_steps_label(content) + (f"\n{outside} measured outside the frame" if outside else ""))
+    axes.set_ylabel(f"ΔH ({unit.name})")
+    axes.set_title(_finding(content, unit), fontsize=10, loc="left")
+    legend_below(figure, axes, 2)
     return figure
 
 
@@ -87,74 +78,69 @@ def contributions(content: dict, columns: dict[str, np.ndarray]):
 
     Measured with prefix weights: the contributions of the causal slope are the derivatives of these.
     """
-    entry = _at_step(content)
-    eta, index = entry["eta"], content["measured"].index(entry)
-    measured = columns[f"delta_contribution_{index}"]
+    entry, unit = _at_step(content), change_unit(content)
+    measured = columns[f"delta_contribution_{content['measured'].index(entry)}"]
     panels = [
-        ("predicted, uncorrected slope", eta * columns["slope_uncorrected"], UNCORRECTED),
-        ("predicted, corrected slope (causal)", eta * columns["slope_causal"], CORRECTED),
-        ("measured", measured, MEASURED),
+        ("uncorrected", entry["eta"] * columns["slope_uncorrected"], COLOURS["uncorrected"]),
+        ("predicted", entry["eta"] * columns["slope_causal"], COLOURS["predicted"]),
+        ("measured", measured, INK),
     ]
-    pooled = np.concatenate([values for _, values, _ in panels])
-    scale, unit = _unit(pooled)
+    pooled = np.concatenate([values for _, values, _ in panels]) * unit.factor
     # The outermost half per cent goes into the end bins: few long answers would squeeze all else together.
-    low, high = np.quantile(pooled, [0.005, 0.995]) * scale
-    edges = np.linspace(low, high, 61) if high > low else np.linspace(low - 1, high + 1, 61)
-    figure, rows = _figure(3, height=7.0, sharey=True)
+    low, high = np.quantile(pooled, [0.005, 0.995])
+    n_bins = int(np.clip(2 * math.sqrt(len(measured)), 8, 60))
+    edges = np.linspace(low, high, n_bins + 1) if high > low else np.linspace(low - 1, high + 1, n_bins + 1)
+    figure, rows = canvas(3, height=5.8, sharey=True)
     for axes, (name, values, color) in zip(rows, panels, strict=True):
-        axes.hist(np.clip(values * scale, edges[0], edges[-1]), bins=edges, color=color, alpha=0.85)
-        axes.axvline(0, color="0.6", lw=0.8)
-        axes.set_yscale("log")
-        axes.set_ylabel("rollouts")
-        note = f"{name}: sum {values.sum():.3g} nats per token"
+        axes.hist(np.clip(values * unit.factor, edges[0], edges[-1]), bins=edges, color=color, alpha=0.85)
+        axes.axvline(0, color=COLOURS["muted"], lw=0.8)
+        if len(measured) >= MANY_ROLLOUTS:
+            axes.set_yscale("log")
+        else:
+            axes.yaxis.get_major_locator().set_params(integer=True)
+        axes.set_ylabel("rollouts", fontsize=9)
+        note = f"{name}: sum {amount(float(values.sum()), None, unit)}"
         if values is not measured and math.isfinite(_correlation(values, measured)):
             note += f", correlation with measured {_correlation(values, measured):.2f}"
-        axes.set_title(_signed(note), fontsize=9, loc="left")
-    rows[-1].set_xlabel(f"contribution of one rollout to ΔH ({unit}nats per token); end bars hold what lies beyond")
-    corrected, plain = (_correlation(values, measured) for values in (panels[1][1], panels[0][1]))
-    finding = f"Rollout by rollout at η = {eta:g}"
-    if math.isfinite(corrected) and math.isfinite(plain):
-        finding += (
-            f": the corrected slope correlates {corrected:.2f}\nwith the measurement, the uncorrected one {plain:.2f}"
-        )
-    figure.suptitle(_signed(finding), fontsize=11, x=0.01, ha="left")
+        axes.set_title(signed(note), fontsize=9, loc="left")
+    rows[-1].set_xlabel(f"contribution of one rollout to ΔH ({unit.name});\nthe end bars hold what lies beyond")
+    figure.suptitle(f"Rollout by rollout at η = {step_text(entry['eta'])}", fontsize=10, x=0.01, ha="left")
     return figure
 
 
 def weights(content: dict):
     """Log-weights (quantiles over rollouts) and effective sample size against η."""
     measured = sorted(content["measured"], key=lambda entry: entry["eta"])
-    steps = _steps(content, measured)
+    steps = np.array([entry["eta"] / content["step_size"] for entry in measured])
     quantile = {
-        name: np.array([entry["log_weight_quantiles"][name] for entry in measured])
+        name: np.array([entry["log_weight_quantiles"][name] for entry in measured], dtype=float)
         for name in ("min", "p05", "p25", "median", "p75", "p95", "max")
     }
-    ess = [100 * entry["ess_fraction"] for entry in measured]
-    figure, (top, bottom) = _figure(2, height=5.6)
-    top.axhline(0, color="0.8", lw=0.8, zorder=0)
-    top.vlines(steps, quantile["p05"], quantile["p95"], color=CORRECTED, lw=1.5, label="5% to 95% of rollouts")
-    top.vlines(steps, quantile["p25"], quantile["p75"], color=CORRECTED, lw=6, label="25% to 75%")
-    top.plot(steps, quantile["median"], "o", color="white", mec=MEASURED, ms=4, label="median")
+    figure, (top, bottom) = canvas(2, height=4.8)
+    top.axhline(0, color=COLOURS["rule"], lw=0.8, zorder=0)
+    top.vlines(steps, quantile["p05"], quantile["p95"], color=COLOURS["predicted"], lw=1.5, label="5% to 95%")
+    top.vlines(steps, quantile["p25"], quantile["p75"], color=COLOURS["predicted"], lw=6, label="25% to 75%")
+    top.plot(steps, quantile["median"], "o", color=PAPER, mec=INK, ms=4, label="median")
     for name in ("min", "max"):
-        top.plot(steps, quantile[name], "_", color=MEASURED, ms=8, label="extremes" if name == "min" else None)
+        top.plot(steps, quantile[name], "_", color=INK, ms=8, label="extremes" if name == "min" else None)
     # Most log-weights are small and a few are large: linear near 0, logarithmic beyond.
-    spread = max(np.abs(quantile["p05"]).max(), np.abs(quantile["p95"]).max())
+    spread = np.nanmax(np.abs([quantile["p05"], quantile["p95"]]), initial=0.0)
     if spread > 0:
-        top.set_yscale("symlog", linthresh=10.0 ** math.floor(math.log10(spread)))
-        top.yaxis.set_major_formatter("{x:g}")
-    top.set_ylabel("log-weight (nats; logarithmic away from 0)")
-    top.legend(loc="upper center", bbox_to_anchor=(0.5, -0.02), ncols=4, frameon=False, fontsize=9)
-    bottom.plot(steps, ess, "o-", color=MEASURED, ms=5, lw=1.2)
+        logarithmic_from(top.yaxis, 10.0 ** math.floor(math.log10(spread)))
+    readable_scale(bottom.xaxis, steps)
+    top.set_ylabel("log-weight (nats)")
+    bottom.plot(steps, [100 * _number(entry["ess_fraction"]) for entry in measured], "o-", color=INK, ms=5, lw=1.2)
     bottom.set_ylim(0, 105)
     bottom.set_ylabel("ESS (% of rollouts)")
     bottom.set_xlabel(_steps_label(content))
-    worst = min(measured, key=lambda entry: entry["ess_fraction"])
+    worst = min(measured, key=lambda entry: _number(entry["ess_fraction"]))
     finding = (
-        f"At η = {worst['eta']:g} the weighted rollouts are worth {worst['ess']:.0f} "
-        f"of {content['n_sequences']} (ESS {worst['ess_fraction']:.1%});\n"
-        f"the largest weight has {worst['max_weight']:.1%} of the total"
+        f"At η = {step_text(worst['eta'])} worth {_number(worst['ess']):.0f} of {content['n_sequences']} rollouts "
+        f"(ESS {_number(worst['ess_fraction']):.1%});\n"
+        f"the largest weight has {_number(worst['max_weight']):.1%} of the total"
     )
-    top.set_title(_signed(finding), fontsize=11, loc="left")
+    top.set_title(finding, fontsize=10, loc="left")
+    legend_below(figure, top, 4)
     return figure
 
 
@@ -166,36 +152,82 @@ FIGURES = {
 }
 
 
-def _figure(rows: int, *, height: float, sharey: bool = False):
-    """A figure of its own, outside pyplot's global state, with `rows` axes that share their x axis."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.6, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, 1, sharex=True, sharey=sharey, squeeze=False)[:, 0]
-    for each in axes:
-        each.spines[["top", "right"]].set_visible(False)
-        each.tick_params(labelsize=9)
-    return figure, axes
-
-
-def _points(axes, x, y, bars, marker: str, color: str, fill: str, label: str) -> list[np.ndarray]:
-    """Draw points with error bars; returns the lower and the upper ends of the bars."""
-    axes.errorbar(x, y, bars, label=label, fmt=marker, color=color, mfc=fill, ms=5, lw=1.2, capsize=3)
-    return [np.subtract(y, bars), np.add(y, bars)]
+def _predictions(axes, content: dict, x: np.ndarray, unit: Unit) -> list[float]:
+    """Draw what the causal slope predicts at `x` steps, with its band, and the curvature; returns the band's edges."""
+    slope, eta = causal(content), x * content["step_size"]
+    curvature = (content.get("curvature") or {}).get("value")
+    if slope["value"] is None:
+        return []
+    line, band = slope["value"] * eta * unit.factor, 2 * (slope["stderr"] or 0.0) * np.abs(eta) * unit.factor
+    axes.plot(x, line, color=COLOURS["predicted"], lw=1.8, label=WORDS["predicted"])
+    axes.fill_between(x, line - band, line + band, color=COLOURS["predicted"], alpha=0.15, lw=0)
+    if curvature is not None:
+        bent = line + curvature * eta**2 / 2 * unit.factor
+        axes.plot(x, bent, ":", color=COLOURS["predicted"], lw=1.8, label=WORDS["quadratic"])
+    return [*(line - band), *(line + band)]
 
 
-def _limit(axes, main: np.ndarray, uncorrected) -> None:
-    """Limits that show `main` at a readable size; an uncorrected line far outside leaves the frame."""
-    low, high = min(main.min(), 0.0), max(main.max(), 0.0)
-    room = 0.7 * (high - low) or 1.0
-    x, y = uncorrected.get_data()
-    low, high = min(low, max(y.min(), low - room)), max(high, min(y.max(), high + room))
-    axes.set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low))
+def _measurements(axes, kind: str, at: np.ndarray, value: np.ndarray, bar: np.ndarray, unit: Unit) -> list[float]:
+    """Draw the measurements of a kind; returns the ends of their error bars."""
+    marker, colour, filling = MARKS[kind]
+    value, bar = value * unit.factor, bar * unit.factor
+    style = {"fmt": marker, "color": colour, "mfc": filling, "ms": 5, "lw": 1.2, "capsize": 3}
+    axes.errorbar(at, value, bar, label=WORDS[kind], **style)
+    return [*(value - bar), *(value + bar)]
+
+
+def _points(content: dict) -> dict[str, list[tuple[float, float, float]]]:
+    """(η in steps, ΔH, 2 SE) of the finite measurements, by kind, in nats per token."""
+    step, found = content["step_size"], {}
+    for entry in sorted(content["measured"], key=lambda entry: entry["eta"]):
+        if entry["delta"] is not None:
+            found.setdefault(_kind(entry), []).append((entry["eta"] / step, entry["delta"], 2 * (entry["stderr"] or 0)))
+    fresh = content.get("fresh_check")
+    if fresh is not None and fresh["delta"] is not None:
+        found["fresh"] = [(fresh["eta"] / step, fresh["delta"], 2 * (fresh["stderr"] or 0))]
+    return found
+
+
+def _kind(entry: dict) -> str:
+    if entry.get("below_noise_floor"):
+        return "noise"
+    return entry["verdict"] if entry.get("verdict") in MARKS else "measured"
+
+
+def _grid(values: list[float]) -> np.ndarray:
+    """Points from the least to the largest value, 0 among them, dense on either scale."""
+    low, high = min(values), max(values)
+    smallest = min((abs(value) for value in values if value), default=1.0)
+    far = np.geomspace(smallest / 10, max(-low, high, smallest), 101)
+    return np.unique(np.clip(np.concatenate([np.linspace(low, high, 51), far, -far, [0.0]]), low, high))
+
+
+def _limits(reach: list[float], uncorrected: np.ndarray | None) -> tuple[float, float]:
+    """Limits that show what is in `reach` at a readable size; an uncorrected line far outside leaves the frame."""
+    low, high = min(reach), max(reach)
+    if low == high:
+        low, high = low - 1, high + 1
+    room = 0.7 * (high - low)
+    if uncorrected is not None:
+        low, high = min(low, max(min(uncorrected), low - room)), max(high, min(max(uncorrected), high + room))
+    return low - 0.06 * (high - low), high + 0.06 * (high - low)
+
+
+def _beyond(x: np.ndarray, y: np.ndarray, low: float, high: float) -> str:
+    """Where a line goes that leaves the frame."""
     far = np.argmax(np.abs(y))
-    if not low <= y[far] <= high:
-        uncorrected.set_label(_signed(f"{uncorrected.get_label()} (runs to {y[far]:.3g} at {x[far]:g} steps)"))
+    return "" if low <= y[far] <= high else signed(f" (runs to {y[far]:.3g} at {x[far]:g} steps)")
+
+
+def _finding(content: dict, unit: Unit) -> str:
+    """The numbers at the η nearest to one step."""
+    entry = _at_step(content)
+    measured = amount(entry["delta"], entry["stderr"], unit)
+    predicted = amount(entry["predicted_linear"], entry["predicted_linear_stderr"], unit)
+    return (
+        f"At η = {step_text(entry['eta'])}: predicted {predicted}, measured {measured},\n"
+        f"uncorrected {amount(entry['predicted_uncorrected'], None, unit)} ({unit.name}, ± SE)"
+    )
 
 
 def _at_step(content: dict) -> dict:
@@ -204,29 +236,13 @@ def _at_step(content: dict) -> dict:
     return min(moved, key=lambda entry: abs(entry["eta"] - content["step_size"]))
 
 
-def _steps(content: dict, measured: list[dict]) -> np.ndarray:
-    return np.array([entry["eta"] / content["step_size"] for entry in measured])
-
-
 def _steps_label(content: dict) -> str:
-    return f"η in steps (one step, the update itself, is η = {content['step_size']:g})"
+    return f"η in steps (one step, the update itself, is η = {step_text(content['step_size'])})"
 
 
-def _unit(values: np.ndarray) -> tuple[float, str]:
-    """A power of ten that brings the largest value to 1..1000, as a factor and as text for a label."""
-    largest = np.nanmax(np.abs(values))
-    exponent = 3 * math.floor(math.log10(largest) / 3) if largest > 0 else 0
-    superscript = str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
-    return 10.0**-exponent, "" if exponent == 0 else f"10{superscript} "
-
-
-def _signed(text: str) -> str:
-    """The text with real minus signs."""
-    return text.replace("-", "−")
-
-
-def _pm(value: float, stderr: float | None, scale: float) -> str:
-    return f"{value * scale:.2f}" + ("" if stderr is None else f" ± {stderr * scale:.2f}")
+def _number(value: float | None) -> float:
+    """A number to draw; not a number for one that is not finite, which results.json writes as null."""
+    return math.nan if value is None else value
 
 
 def _correlation(a: np.ndarray, b: np.ndarray) -> float:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from datetime import UTC, datetime
 
 import numpy as np
 import torch
@@ -97,6 +99,7 @@ def probe(
         >>> bool(abs(measured.contributions.sum() - measured.delta) < 1e-12)
         True
     """
+    date, begun = datetime.now(UTC).isoformat(timespec="seconds"), time.perf_counter()
     etas = check_etas(etas)
     check_pass_at_k(pass_at_k, batch.reward, Groups.of(batch.group, prompts))
     settings = {"token_budget": token_budget, "progress": progress}
@@ -140,6 +143,8 @@ def probe(
         device=_device_name(policy.device),
         cost=cost(batch, len(etas), own_steps, parameters, None if update is None else update.batch),
         update=of_update,
+        date=date,
+        seconds=time.perf_counter() - begun,
     )
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from dentropy.estimators import Estimate, Forecast, OnPolicyAudit, TrustRange
 from dentropy.experiment import entries, forecast_entry, rollout_rows, run_folder, update_tokens
 from dentropy.experiment.changes import Change, FreshCheck
+from dentropy.experiment.cost import forward_passes
 from dentropy.experiment.summary import summary
 from dentropy.passes.update_attribution import UpdateAttribution
 from dentropy.rollouts.batch import PackedBatch
@@ -46,6 +47,9 @@ class ProbeResult:
         seeds: Free for the caller: random seeds by name.
         source: Free for the caller: where policy, rollouts and update came from, by name.
         fresh: Free for the caller: the comparison with rollouts of the moved policy.
+        date: When `probe` was called, UTC, as ISO 8601 writes it.
+        seconds: What it took.
+        command: Free for the caller: the command line that called it.
     """
 
     base: SequenceSums
@@ -71,6 +75,9 @@ class ProbeResult:
     seeds: dict[str, int] = field(default_factory=dict)
     source: dict[str, str] = field(default_factory=dict)
     fresh: FreshCheck | None = None
+    date: str | None = None
+    seconds: float | None = None
+    command: str | None = None
 
     def __repr__(self) -> str:
         """What was found at the η nearest to the step itself; `summary` has all."""
@@ -125,6 +132,12 @@ class ProbeResult:
             "versions": entries.versions(),
             "device": self.device,
             "dtype": self.dtype,
+            "provenance": {
+                "date": self.date,
+                "command": self.command,
+                "seconds": self.seconds,
+                "forward_passes": forward_passes(self.cost, n_tokens),
+            },
             "cost": dict(self.cost),
             "source": dict(self.source),
             "seeds": dict(self.seeds),

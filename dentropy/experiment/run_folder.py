@@ -138,14 +138,18 @@ def _write_views(
     They come from the data that is saved beside them, so one that fails must not take these along.
     """
 
-    def report(path: Path) -> None:
-        path.write_text(page.html(content, shown(), update_shown()), encoding="utf-8")
+    pictures: dict[str, object] = {}
 
     def figure(path: Path) -> None:
-        figures.write(path, content, columns)
+        drawn = figures.FIGURES[path.name](content, columns)
+        drawn.savefig(path, dpi=figures.DPI)
+        pictures[path.name] = drawn
+
+    def report(path: Path) -> None:
+        path.write_text(page.html(content, shown(), update_shown(), pictures), encoding="utf-8")
 
     failed: dict[str, Exception] = {}
-    for name, write in ({REPORT: report} | dict.fromkeys(figures.FIGURES, figure)).items():
+    for name, write in (dict.fromkeys(figures.FIGURES, figure) | {REPORT: report}).items():
         try:
             write(folder / name)
         except Exception as error:

@@ -13,6 +13,7 @@ from dentropy.experiment.readings import (
     temperature_text,
 )
 from dentropy.experiment.trade import trade
+from dentropy.experiment.warned import warned
 
 
 def summary(content: dict) -> str:
@@ -21,23 +22,9 @@ def summary(content: dict) -> str:
     if content["fresh_check"] is not None:
         parts.append(_fresh(content["fresh_check"], content["measured"]))
     parts.append(_audit(content["audit"]))
-    if warnings(content):
-        parts.append("\n".join(["Warnings", *(f"  {text}" for text in warnings(content))]))
+    if found := warned(content):
+        parts.append("\n".join(["Warnings", *(f"  {text}" for text in found)]))
     return "\n\n".join(parts)
-
-
-def warnings(content: dict) -> list[str]:
-    """All warnings of the run, each once, with what it is about."""
-    found = list(content["audit"]["warnings"])
-    named = [(f"{row['estimator']} slope", row) for row in content["slope"]]
-    named += [("curvature", content.get("curvature")), ("η*", content.get("trust"))]
-    named += [(f"ΔH at η = {row['eta']:.3g}", row) for row in content["measured"]]
-    for entry in (content.get("forecast") or {}).get("pass_at_k") or []:
-        named.append((f"slope of pass@{entry['k']}", entry["slope"]))
-    for name, row in named:
-        found += [f"{name}: {text}" for text in (row or {}).get("warnings") or []]
-    found += [f"{path} is {value}" for path, value in (content.get("not_finite") or {}).items()]
-    return list(dict.fromkeys(found))
 
 
 def _head(content: dict) -> str:

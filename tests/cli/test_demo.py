@@ -21,6 +21,7 @@ class TestDemo:
         assert first["seeds"] == {"rollouts": 0, "update_rollouts": 1, "fresh_rollouts": 2}
         assert second["seeds"]["rollouts"] == 5 and first["base_entropy"] != second["base_entropy"]
         assert (first["n_sequences"], first["n_groups"]) == (192, 24)
+        assert second["provenance"]["command"] == "dentropy demo --seed 5"
         assert "Files in dentropy-demo-2" in capsys.readouterr().out
         self.hangs_together(first)
 

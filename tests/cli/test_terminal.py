@@ -51,6 +51,18 @@ def test_messages_about_an_argument_name_its_option(capsys):
     ]
 
 
+def test_a_warning_that_comes_again_is_said_once_and_counted_at_the_end(capsys):
+    with Terminal([]).open():
+        for _ in range(11):
+            warnings.warn("out of memory", stacklevel=1)
+        warnings.warn("another", stacklevel=1)
+    assert capsys.readouterr().err.splitlines() == [
+        "dentropy: warning: out of memory",
+        "dentropy: warning: another",
+        "dentropy: warning, 11 times in all: out of memory",
+    ]
+
+
 @pytest.mark.parametrize("bug", [lambda: int("x"), lambda: {}["x"], lambda: [] + 1, lambda: [].x])
 def test_a_bug_of_our_own_keeps_its_traceback(bug, monkeypatch):
     monkeypatch.setattr("dentropy.experiment.run_folder.load", lambda _: bug())

@@ -62,21 +62,21 @@ def test_lines_and_points_are_the_numbers_in_readable_units():
     title, label = texts(figure)
     (axes,) = figure.axes
     lines = {line.get_label(): line for line in axes.get_lines()}
-    uncorrected = lines["predicted, uncorrected slope"]
-    corrected = lines["predicted, corrected slope (causal) ± 2 SE"]
-    np.testing.assert_allclose(uncorrected.get_xydata(), [[-1, -1], [2, 2]])  # 1e3 · η in units of 1e-3 nats
-    np.testing.assert_allclose(corrected.get_xydata(), [[-1, 3], [2, -6]])
+    for name, slope in (("uncorrected", 1.0), ("predicted ± 2 SE", -3.0)):  # 1e3 · η in units of 1e-3 nats
+        x, y = lines[name].get_data()
+        assert x[0] == -1 and x[-1] == 2 and 0 in x
+        np.testing.assert_allclose(y, slope * x)
     points = next(c for c in axes.containers if c.get_label().startswith("measured"))
     np.testing.assert_allclose(points.lines[0].get_xdata(), [-1, 0.5, 1, 2])
     np.testing.assert_allclose(points.lines[0].get_ydata(), [1e3 * m["delta"] for m in content["measured"]])
     (bars,) = points.lines[2]
     np.testing.assert_allclose([np.ptp(segment[:, 1]) for segment in bars.get_segments()], 4 * 0.2)
     assert "10⁻³ nats per token" in label
-    assert f"{1e3 * content['measured'][2]['delta']:.2f} ± 0.20".replace("-", "−") in title
-    assert "−3.00 ± 0.20 with the length correction, 1.00 without" in title
+    assert f"measured {1e3 * content['measured'][2]['delta']:.2f} ± 0.20".replace("-", "−") in title
+    assert "At η = 1e-6: predicted −3.00 ± 0.20" in title and "uncorrected 1.00 (10⁻³ nats per token" in title
 
 
-@pytest.mark.parametrize("etas", [(-1e-6, 1e-6, 2e-6), (1e-9,), (3e-5, -3e-5)])
+@pytest.mark.parametrize("etas", [(-1e-6, 1e-6, 2e-6), (1e-9,), (-1e-8, 1e-8, 1e-6, 1e-4)])
 def test_axes_carry_no_offset_and_everything_lies_in_the_frame(etas):
     content, columns = run(etas)
     for figure in (figures.delta_entropy(content), figures.contributions(content, columns), figures.weights(content)):
@@ -84,13 +84,25 @@ def test_axes_carry_no_offset_and_everything_lies_in_the_frame(etas):
         whole = figure.bbox
         for axes in figure.axes:
             assert axes.xaxis.get_offset_text().get_text() == axes.yaxis.get_offset_text().get_text() == ""
+            assert axes.yaxis.label.get_window_extent().height <= axes.bbox.height
+            for text in (axes.xaxis.label, axes._left_title):
+                assert whole.x0 <= text.get_window_extent().x0 and text.get_window_extent().x1 <= whole.x1
             box = axes.get_tightbbox()
             assert whole.x0 <= box.x0 and box.x1 <= whole.x1 and whole.y0 <= box.y0 and box.y1 <= whole.y1
     low, high = figures.delta_entropy(content).axes[0].get_ylim()
     for entry in content["measured"]:
-        unit = 10.0 ** (-3 * np.floor(np.log10(max(abs(m["delta"]) + 4e-4 for m in content["measured"])) / 3))
+        unit = 10.0 ** (-3 * np.floor(np.log10(max(abs(m["delta"]) for m in content["measured"])) / 3))
         assert low < (entry["delta"] - 2 * entry["stderr"]) * unit
         assert (entry["delta"] + 2 * entry["stderr"]) * unit < high
+
+
+def test_an_unusable_measurement_far_away_does_not_flatten_the_others_and_is_counted():
+    content, _ = run()
+    content["measured"][0].update(delta=-0.4, verdict="unusable")
+    (axes,) = figures.delta_entropy(content).axes
+    assert np.ptp([1e3 * entry["delta"] for entry in content["measured"][1:]]) / np.ptp(axes.get_ylim()) > 0.3
+    assert axes.get_xlabel().endswith("\n1 measured outside the frame")
+    assert "outside" not in figures.delta_entropy(run()[0]).axes[0].get_xlabel()
 
 
 def test_a_wild_uncorrected_slope_does_not_flatten_the_measurement():
@@ -98,7 +110,7 @@ def test_a_wild_uncorrected_slope_does_not_flatten_the_measurement():
     (axes,) = figures.delta_entropy(content).axes
     values = [1e3 * entry["delta"] for entry in content["measured"]]
     assert np.ptp(values) / np.ptp(axes.get_ylim()) > 0.3
-    assert "(runs to 800 at 2 steps)" in axes.get_legend().get_texts()[0].get_text()
+    assert "uncorrected (runs to 800 at 2 steps)" in axes.get_legend_handles_labels()[1]
 
 
 def test_histograms_share_bins_and_hold_every_rollout():
@@ -111,7 +123,7 @@ def test_histograms_share_bins_and_hold_every_rollout():
     measured = columns["delta_contribution_2"]  # η = 1e-6, the step
     for axes, name in zip(figure.axes[:2], ("slope_uncorrected", "slope_causal"), strict=True):
         note = axes.get_title(loc="left").replace("−", "-")
-        assert f"sum {1e-6 * columns[name].sum():.3g} nats per token" in note
+        assert f"sum {1e-3 * columns[name].sum():.2f}" in note  # 1e-6 · sum in units of 1e-3 nats
         assert f"correlation with measured {np.corrcoef(columns[name], measured)[0, 1]:.2f}" in note
 
 
@@ -121,13 +133,34 @@ def test_weights_show_the_ess_and_name_the_worst():
     title, _ = texts(figure)
     top, bottom = figure.axes
     np.testing.assert_allclose(bottom.get_lines()[0].get_xydata(), [[-1, 50], [0.5, 200 / 3], [1, 50], [2, 100 / 3]])
-    assert "100 of 300 (ESS 33.3%)" in title and "4.0% of the total" in title
+    assert "100 of 300 rollouts (ESS 33.3%)" in title and "4.0% of the total" in title
     assert bottom.get_ylim()[0] == 0
 
 
+def test_counts_of_few_rollouts_are_on_a_linear_axis():
+    content, columns = run()
+    assert [axes.get_yscale() for axes in figures.contributions(content, columns).axes] == ["linear"] * 3
+    many = {name: np.tile(values, 4) / 4 for name, values in columns.items()}
+    assert [axes.get_yscale() for axes in figures.contributions(content, many).axes] == ["log"] * 3
+
+
+def test_eta_over_decades_is_told_apart():
+    """On the axis every η has room for itself, and lines go where their numbers are."""
+    etas = (-1e-6, 1e-9, 1e-8, 1e-7, 1e-6)
+    content, _ = run(etas, stderr=1e-7)
+    for figure in (figures.delta_entropy(content), figures.weights(content)):
+        figure.canvas.draw()
+        axes = figure.axes[-1]
+        at = axes.transData.transform([(eta / STEP, 0) for eta in etas])[:, 0]
+        assert np.diff(sorted(at)).min() > 0.05 * axes.bbox.width
+    line = next(line for line in figures.delta_entropy(content).axes[0].get_lines() if "predicted" in line.get_label())
+    np.testing.assert_allclose(line.get_ydata(), -3.0 * line.get_xdata())
+    assert figures.weights(run()[0]).axes[0].get_xscale() == "linear"
+
+
 def draw(folder, content, columns):
-    for name in figures.FIGURES:
-        figures.write(folder / name, content, columns)
+    for name, drawn in figures.FIGURES.items():
+        drawn(content, columns).savefig(folder / name)
 
 
 def test_runs_without_standard_errors_or_movement_are_drawn(tmp_path):
@@ -144,7 +177,7 @@ def test_runs_without_standard_errors_or_movement_are_drawn(tmp_path):
 
 def test_pyplot_stays_out():
     code = (
-        "import sys; from dentropy.experiment import figures; figures._figure(1, height=3);"
+        "import sys; from dentropy.experiment import drawing; drawing.canvas(height=3);"
         "sys.exit('matplotlib.pyplot' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

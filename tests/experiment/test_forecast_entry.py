@@ -12,8 +12,8 @@ from dentropy import Direction, Policy, forecast, probe, sample
 from dentropy.experiment import forecast_entry
 from dentropy.experiment.results_schema import check
 from dentropy.experiment.run_folder import load
-from dentropy.experiment.summary import warnings
 from dentropy.experiment.trade import trade
+from dentropy.experiment.warned import warned
 
 
 def test_the_entry_holds_what_forecast_finds(result):
@@ -55,7 +55,7 @@ def test_what_cannot_be_had_is_null_with_its_reason():
     right = dataclasses.replace(batch, reward=np.array([0.0, 1.0] * 4))
     content = probe(policy, right, direction, [STEP], parameters=False, pass_at_k=[1, 2]).content
     binary = content["forecast"]
-    assert any(text.startswith("slope of pass@2: pass@2 can change in 2 of 2") for text in warnings(content))
+    assert any(text.startswith("slope of pass@2: pass@2 can change in 2 of 2") for text in warned(content))
     assert [e["k"] for e in binary["pass_at_k"]] == [1, 2] and "pass_at_k" not in binary["reasons"]
     assert binary["pass_at_k"][0]["slope"]["value"] == pytest.approx(binary["reward"]["slope"]["value"], rel=1e-12)
     for ks, message in ([5], "pass_at_k: 5, but group 0 has 4"), ([1], "reward: None"):

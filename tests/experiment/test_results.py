@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import re
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,14 @@ def test_every_number_about_the_batch(content, rows, result):
     assert (content["step_size"], content["prompts"], content["seeds"]) == (STEP, "random", {"rollouts": 0})
     assert content["versions"]["dentropy"] == dentropy.__version__ and content["versions"]["torch"]
     assert content["not_finite"] == {}
+
+
+def test_it_says_when_it_was_made_and_how_long_it_took(content, result):
+    made = content["provenance"]
+    age = datetime.now(UTC) - datetime.fromisoformat(made["date"])
+    assert 0 <= made["seconds"] <= age.total_seconds() + 1 < 86400 and made["command"] is None
+    command = "dentropy probe --etas -1e-6 '1 2'"
+    assert dataclasses.replace(result, command=command).content["provenance"]["command"] == command
 
 
 def slope_terms(rows):

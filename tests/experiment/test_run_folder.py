@@ -10,7 +10,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from dentropy.experiment import figures, run_folder
-from dentropy.experiment.report import page
+from dentropy.experiment.report import page, tables
 from dentropy.experiment.run_folder import ViewsFailedError, check_out, load
 
 FILES = ["contributions.png", "delta_entropy.png", "report.html", "results.json", "rollouts.csv", "weights.png"]
@@ -20,6 +20,7 @@ FILES = ["contributions.png", "delta_entropy.png", "report.html", "results.json"
 def blank_figures(monkeypatch):
     """Drawn in no time: these tests are about files. The session's own run has the real ones."""
     monkeypatch.setattr(figures, "FIGURES", dict.fromkeys(figures.FIGURES, lambda *_: Figure(figsize=(1, 1))))
+    monkeypatch.setattr(tables, "bars", lambda *_, **__: Figure(figsize=(1, 1)))
 
 
 def names(folder):

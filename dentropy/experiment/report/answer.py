@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 
+from markupsafe import Markup
+
 from dentropy.experiment.readings import entry_told_apart, part, told_apart
-from dentropy.experiment.report.numbers import plain, step_text
-from dentropy.experiment.report.tags import Markup, tag
+from dentropy.experiment.report.numbers import number, plain, step_text
 
 UNIT = "nats per token"
 
@@ -46,7 +47,7 @@ def answer(content: dict) -> str:
     return f"This update {_verb(value)} entropy by {plain(abs(value), stderr)} {UNIT} {where} ({source})."
 
 
-def comparison(content: dict) -> list[Markup]:
+def comparison(content: dict) -> list[tuple[str, Markup | str]]:
     """Predicted, measured and uncorrected change at the step size, as terms with their values."""
     entry, slope, step = at_step(content), causal(content), content["step_size"]
     rows = [("Predicted before the step", times(slope["value"], step), times(slope["stderr"], abs(step)))]
@@ -54,10 +55,7 @@ def comparison(content: dict) -> list[Markup]:
         rows.append(("Measured by importance sampling", entry["delta"], entry["stderr"]))
     value, stderr = part(slope, "uncorrected")
     rows.append(("What a loop without the length correction reports", times(value, step), times(stderr, abs(step))))
-    return [
-        tag("div", tag("dt", name), tag("dd", _change(value, stderr), " ", tag("small", UNIT)))
-        for name, value, stderr in rows
-    ]
+    return [(name, _change(value, stderr)) for name, value, stderr in rows]
 
 
 def ways(content: dict) -> str | None:
@@ -112,10 +110,8 @@ def _length_words(content: dict, correction: float, stderr: float | None) -> str
     return f" ({abs(change):.1%}{error} {'longer' if change > 0 else 'shorter'} on average)"
 
 
-def _change(value: float | None, stderr: float | None) -> Markup:
-    if value is None:
-        return tag("span", "not finite")
-    return tag("data", _signed(value, stderr), value=repr(value))
+def _change(value: float | None, stderr: float | None) -> Markup | str:
+    return "not finite" if value is None else number(value, _signed(value, stderr))
 
 
 def _signed(value: float, stderr: float | None) -> str:

@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
+from markupsafe import Markup
+
+from dentropy.experiment.drawing import change_unit
 from dentropy.experiment.readings import disagreement, entry_told_apart, forms_apart, part
 from dentropy.experiment.report.answer import causal, times
-from dentropy.experiment.report.chart import change_chart
-from dentropy.experiment.report.numbers import (
-    Unit,
-    interval,
-    number,
-    percent,
-    plain,
-    quantity,
-    step_text,
-    unit_for,
-    with_error,
-)
-from dentropy.experiment.report.sections import NATS, reasons, section
-from dentropy.experiment.report.tables import table
-from dentropy.experiment.report.tags import Markup, tag
+from dentropy.experiment.report.numbers import Unit, interval, number, percent, plain, quantity, step_text, with_error
+from dentropy.experiment.report.tables import Table, reasons, table
 
 SIGNS = {"reliable": "●", "strained": "◐", "unusable": "✕"}
 NEAR = "ΔH not told apart from 0"
+BESIDE = '<div class="words">{} <small>{}</small></div>'
 KHATS = {"w": "w", "wT": "w·T", "wH": "w·H"}
 
 
-def changes(content: dict) -> Markup:
-    """Predicted and measured ΔH at every η: figure, table, trust."""
-    rows = content["measured"]
-    unit = unit_for([row["delta"] for row in rows], NATS)
+def changes(content: dict) -> dict:
+    """Predicted and measured ΔH at every η, with either weights and from fresh rollouts."""
+    rows, unit = content["measured"], change_unit(content)
 
     def pair(name: str, error: str | None = None):
         return _pair(unit, name, error)
@@ -47,20 +37,19 @@ def changes(content: dict) -> Markup:
         ("Linear − measured", "± SE", pair("prediction_error")),
         ("Uncorrected", "± SE", lambda row: with_error(row["predicted_uncorrected"], uncorrected_error(row), unit)),
     ]
-    return section(
-        "changes",
-        "Change of entropy",
-        change_chart(content),
-        table(f"ΔH(η) in {unit.name}", rows, columns),
-        [tag("p", f"{apart}.") for apart in (disagreement(rows), forms_apart(rows)) if apart],
-        reasons(rows),
-        _sequence(content, unit),
-        _fresh(content.get("fresh_check"), unit),
-    )
+    return {
+        "title": "Change of entropy",
+        "drawn": any(row["delta"] is not None for row in rows),
+        "table": table(f"ΔH(η) in {unit.name}", rows, columns),
+        "apart": [apart for apart in (disagreement(rows), forms_apart(rows)) if apart],
+        "no_errors": reasons(rows),
+        "sequence": _sequence(content, unit),
+        "fresh": _fresh(content.get("fresh_check"), unit),
+    }
 
 
-def _sequence(content: dict, unit: Unit) -> Markup | None:
-    """The same with sequence weights, folded away; None for a run that measured with these alone."""
+def _sequence(content: dict, unit: Unit) -> Table | None:
+    """The same with sequence weights; None for a run that measured with these alone."""
     rows = [{"eta": row["eta"], **row["sequence"]} for row in content["measured"] if row.get("sequence")]
     if not rows:
         return None
@@ -75,13 +64,7 @@ def _sequence(content: dict, unit: Unit) -> Markup | None:
         ("Linear − measured", "± SE", _pair(unit, "prediction_error")),
         ("Prefix − sequence", "ΔH ± SE", _pair(unit, "difference")),
     ]
-    note = (
-        "Above, a token is weighed by what came before it alone (prefix weights), beside predictions by the causal "
-        "slope and curvature. Here every token has the weight of its whole rollout, beside predictions by the exact "
-        "ones. Both have the same limit."
-    )
-    shown = table(f"ΔH(η) with sequence weights in {unit.name}", rows, columns)
-    return tag("details", tag("summary", "The same with sequence weights"), shown, tag("p", note, class_="note"))
+    return table(f"ΔH(η) with sequence weights in {unit.name}", rows, columns)
 
 
 def _pair(unit: Unit, name: str, error: str | None = None):
@@ -89,10 +72,9 @@ def _pair(unit: Unit, name: str, error: str | None = None):
     return lambda row: with_error(row.get(name), row.get(error or f"{name}_stderr"), unit)
 
 
-def reliability(content: dict) -> Markup:
+def reliability(content: dict) -> dict:
     """Can the measurements be believed: weights, k̂, verdict and its reason."""
-    rows = content["measured"]
-    unit = unit_for([row["delta"] for row in rows], NATS)
+    rows, unit = content["measured"], change_unit(content)
     columns = [
         ("η", "", lambda row: number(row["eta"], step_text(row["eta"]))),
         ("Weights", "verdict and why", _reasoned_verdict),
@@ -107,51 +89,38 @@ def reliability(content: dict) -> Markup:
         ("Smoothed ΔH", unit.name, lambda row: quantity(row.get("smoothed_delta"), unit, row["stderr"])),
     ]
     floor = content.get("noise_floor")
-    noise = None
-    if floor is not None:
-        noise = tag("p", "Noise floor of the arithmetic: at most ", number(floor, plain(floor)), f" {NATS}.")
-    note = "ESS is the effective sample size of the importance weights w."
-    if any(row.get("weights") == "prefix" for row in rows):
-        note += " w is a rollout's mean over positions of the weight that the tokens before one give it."
-    if any(row.get("verdict") for row in rows):
-        note = f"A verdict is about the weights alone: whether ΔH differs from 0 is for its error bar to say. {note}"
-    if any(row.get("khat") for row in rows):
-        note += " k̂ is the shape of the tail of what is named: above 1 it has no mean."
-    if any(row.get("smoothed_delta") is not None for row in rows):
-        note += " Smoothed ΔH has a fitted tail in place of the largest weights."
-    return section(
-        "reliability",
-        "Can the measurement be trusted?",
-        table("Importance weights at every η", rows, columns),
-        tag("p", note, class_="note"),
-        noise,
-    )
+    return {
+        "title": "Can the measurement be trusted?",
+        "table": table("Importance weights at every η", rows, columns),
+        "prefix": any(row.get("weights") == "prefix" for row in rows),
+        "verdicts": any(row.get("verdict") for row in rows),
+        "khats": any(row.get("khat") for row in rows),
+        "smoothed": any(row.get("smoothed_delta") is not None for row in rows),
+        "noise_floor": None if floor is None else number(floor, plain(floor)),
+    }
 
 
-def _fresh(fresh: dict | None, unit: Unit) -> Markup | None:
+def _fresh(fresh: dict | None, unit: Unit) -> dict | None:
     if fresh is None:
         return None
-    text = (
-        f"Checked at η = {step_text(fresh['eta'])} against {fresh['n_sequences']:,} rollouts "
-        f"({fresh['n_tokens']:,} tokens) drawn anew from the moved policy: ΔH = "
-    )
-    return tag(
-        "p",
-        text,
-        with_error(fresh["delta"], fresh["stderr"], unit),
-        ", fresh − measured = ",
-        with_error(fresh["difference"], fresh["difference_stderr"], unit),
-        f" ({unit.name}).",
-    )
+    return {
+        "eta": step_text(fresh["eta"]),
+        "rollouts": f"{fresh['n_sequences']:,}",
+        "tokens": f"{fresh['n_tokens']:,}",
+        "delta": with_error(fresh["delta"], fresh["stderr"], unit),
+        "difference": with_error(fresh["difference"], fresh["difference_stderr"], unit),
+        "unit": unit.name,
+    }
 
 
 def _verdict(row: dict) -> Markup | None:
     verdict = row.get("verdict")
     if row.get("below_noise_floor"):
-        return tag("span", "□ below noise", class_="verdict")
+        return Markup('<span class="verdict">□ below noise</span>')
     if verdict is None:
         return None
-    return tag("span", tag("span", SIGNS[verdict], aria_hidden="true"), f" {verdict}", class_=f"verdict {verdict}")
+    form = '<span class="verdict {0}"><span aria-hidden="true">{1}</span> {0}</span>'
+    return Markup(form).format(verdict, SIGNS[verdict])
 
 
 def _verdict_beside(row: dict) -> Markup | None:
@@ -159,13 +128,13 @@ def _verdict_beside(row: dict) -> Markup | None:
     verdict = _verdict(row)
     if verdict is None or row["delta"] is None or row["stderr"] is None or entry_told_apart(row, "delta"):
         return verdict
-    return tag("div", verdict, " ", tag("small", NEAR), class_="words")
+    return Markup(BESIDE).format(verdict, NEAR)
 
 
 def _reasoned_verdict(row: dict) -> Markup | None:
     verdict = _verdict(row)
     why = "rounding of the arithmetic, not data" if row.get("below_noise_floor") else row.get("verdict_reason")
-    return verdict and tag("div", verdict, " ", tag("small", why), class_="words")
+    return verdict and Markup(BESIDE).format(verdict, why)
 
 
 def _steps(row: dict, content: dict) -> Markup:

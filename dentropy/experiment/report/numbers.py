@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from dentropy.experiment.report.tags import Markup, tag
+from markupsafe import Markup
 
 SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 MISSING = "–"
@@ -61,11 +61,23 @@ def step_text(eta: float) -> str:
     return ("−" if eta < 0 else "") + size
 
 
+def amount(value: float | None, stderr: float | None, unit: Unit) -> str:
+    """ "−6.61 ± 0.56" in `unit`, as text."""
+    if value is None:
+        return "not finite"
+    shown = _exponent(value * unit.factor, stderr and stderr * unit.factor, least=-3)
+    factor, power = unit.factor * 10.0**-shown, power_of_ten(shown)
+    if stderr is None:
+        return rounded(value, factor=factor) + power
+    text = f"{rounded(value, stderr, factor=factor)} ± {rounded(stderr, stderr, factor=factor)}"
+    return f"({text}){power}" if power else text
+
+
 def number(value: float | None, text: str | None = None) -> Markup:
     """The text, with the whole number behind it in the element's value; a dash where there is none."""
     if value is None:
-        return tag("span", MISSING, class_="missing")
-    return tag("data", f"{value:,}" if text is None else text, value=repr(value))
+        return Markup('<span class="missing">{}</span>').format(MISSING)
+    return Markup('<data value="{!r}">{}</data>').format(value, f"{value:,}" if text is None else text)
 
 
 def quantity(value: float | None, unit: Unit, stderr: float | None = None) -> Markup | None:
@@ -83,16 +95,25 @@ def with_error(value: float | None, stderr: float | None, unit: Unit) -> Markup 
     shown = _exponent(value * unit.factor, stderr and stderr * unit.factor, least=-3)
     factor, power = unit.factor * 10.0**-shown, power_of_ten(shown)
     error = "?" if stderr is None else number(stderr, rounded(stderr, stderr, factor=factor))
-    both = [number(value, rounded(value, stderr, factor=factor)), " ± ", error]
-    return tag("span", ["(", *both, f"){power}"] if power else both, class_="nowrap")
+    form = '<span class="nowrap">({} ± {}){}</span>' if power else '<span class="nowrap">{} ± {}{}</span>'
+    return Markup(form).format(number(value, rounded(value, stderr, factor=factor)), error, power)
 
 
 def interval(ends: list | None, unit: Unit, stderr: float | None) -> Markup | None:
     """ "low to high" in `unit`; None without both ends."""
     if ends is None or None in ends:
         return None
-    low, high = (quantity(end, unit, stderr) for end in ends)
-    return tag("span", low, " to ", high, class_="nowrap")
+    return Markup('<span class="nowrap">{} to {}</span>').format(*(quantity(end, unit, stderr) for end in ends))
+
+
+def digits(value: float | None, digits: int = 3) -> Markup | None:
+    """To so many digits; None for None."""
+    return None if value is None else number(value, _minus(f"{value:.{digits}g}"))
+
+
+def eta(value: float | None) -> Markup | None:
+    """An η of which three digits say enough; None for None."""
+    return None if value is None else number(value, step_text(float(f"{value:.3g}")))
 
 
 def percent(value: float | None, decimals: int = 1) -> Markup | None:

@@ -1,10 +1,15 @@
-"""The page put together from its sections."""
+"""The page put together from its sections: what they say is made here and in their modules, HTML by the templates."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from dentropy.experiment.drawing import svg
 from dentropy.experiment.report.answer import answer, comparison, ways
 from dentropy.experiment.report.attribution import attribution
 from dentropy.experiment.report.changes import changes, reliability
@@ -12,16 +17,23 @@ from dentropy.experiment.report.forecast import forecast
 from dentropy.experiment.report.provenance import audit, provenance
 from dentropy.experiment.report.rollouts import rollouts as token_by_token
 from dentropy.experiment.report.slopes import slopes
-from dentropy.experiment.report.tags import Markup, tag
 from dentropy.experiment.report.update_tokens import update_tokens
-from dentropy.experiment.summary import warnings
 from dentropy.experiment.trade import trade
+from dentropy.experiment.warned import of_the_answer, warned
 
 # The browser itself refuses whatever the page does not bring along.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+# What HTML cannot hold as text: control characters, and lone surrogates as in undecodable file names.
+UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
+PACKAGE = "dentropy.experiment.report"
+TEMPLATES = Environment(
+    loader=PackageLoader(PACKAGE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+)
 
 
-def html(content: dict, rollouts: list[dict], update_rollouts: Sequence[dict] = ()) -> str:
+def html(
+    content: dict, rollouts: list[dict], update_rollouts: Sequence[dict] = (), pictures: Mapping[str, object] = {}
+) -> str:
     """The report as a self-contained HTML page: no scripts, no requests, light and dark.
 
     Args:
@@ -30,55 +42,32 @@ def html(content: dict, rollouts: list[dict], update_rollouts: Sequence[dict] = 
             (or None), prompt, contribution and tokens, a list of [text, contribution]; contributions in nats per
             token per unit of η. All text is escaped.
         update_rollouts: Those of the update, as `update_tokens.largest` gives them, in the same form.
+        pictures: Figures by the names of `figures.FIGURES`; those that are missing are left out.
 
     Returns:
         The page.
     """
-    shown = [
-        section
-        for section in (
-            forecast(content),
-            changes(content),
-            reliability(content),
-            slopes(content),
-            attribution(content),
-            update_tokens(content, update_rollouts),
-            token_by_token(content, rollouts),
-            audit(content),
-            provenance(content),
-        )
-        if section is not None
-    ]
-    body = tag("body", _head(content), tag("main", shown))
-    return f"<!doctype html>\n{tag('html', _metadata(content), body, lang='en')}\n"
-
-
-def _metadata(content: dict) -> Markup:
-    style = Markup(files(__package__).joinpath("report.css").read_text(encoding="utf-8"))
-    return tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        tag("meta", http_equiv="Content-Security-Policy", content=POLICY),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("meta", name="color-scheme", content="light dark"),
-        tag("title", "dentropy: ", answer(content)),
-        tag("style", style),
+    sections = {
+        "forecast": forecast(content),
+        "changes": changes(content),
+        "reliability": reliability(content),
+        "slope": slopes(content),
+        "attribution": attribution(content),
+        "update-tokens": update_tokens(content, update_rollouts),
+        "rollouts": token_by_token(content, rollouts),
+        "audit": audit(content),
+        "provenance": provenance(content),
+    }
+    text = TEMPLATES.get_template("page.html").render(
+        answer=answer(content),
+        trade=trade(content),
+        comparison=comparison(content),
+        ways=ways(content),
+        doubts=of_the_answer(content),
+        n_warnings=len(warned(content)),
+        sections={name: section for name, section in sections.items() if section is not None},
+        pictures={name.partition(".")[0]: Markup(svg(figure, name)) for name, figure in pictures.items()},
+        policy=POLICY,
+        style=Markup(files(PACKAGE).joinpath("report.css").read_text(encoding="utf-8")),
     )
-
-
-def _head(content: dict) -> Markup:
-    explained, warned = ways(content), len(warnings(content))
-    link, bought = None, trade(content)
-    if warned:
-        text = f"{warned} warning{'s' if warned > 1 else ''}: read before use"
-        link = tag("p", tag("a", text, href="#audit"), class_="warned")
-    return tag(
-        "header",
-        tag("p", "dentropy report", class_="label"),
-        tag("h1", answer(content)),
-        None if bought is None else tag("p", bought, class_="trade"),
-        link,
-        tag("dl", comparison(content), class_="comparison"),
-        None if explained is None else tag("p", explained),
-        tag("p", "± is one standard error.", class_="note"),
-    )
+    return UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
+from markupsafe import Markup
+
 from dentropy.experiment.cost import cost_text
+from dentropy.experiment.drawing import NATS
 from dentropy.experiment.readings import cut_short, temperature_text
-from dentropy.experiment.report.numbers import Unit, step_text, with_error
-from dentropy.experiment.report.sections import NATS, PER_ETA, digits, section
-from dentropy.experiment.report.tables import table
-from dentropy.experiment.report.tags import Markup, tag
-from dentropy.experiment.summary import warnings
+from dentropy.experiment.report.numbers import Unit, digits, number, step_text, with_error
+from dentropy.experiment.report.slopes import PER_ETA
+from dentropy.experiment.report.tables import Table, table
+from dentropy.experiment.warned import warned
 
 CHECKS = {
     "logp_plus_entropy": "log-probability + entropy (nats)",
     "dlogp": "derivative of the log-probability (nats per unit of η)",
 }
 
+PARTS = {
+    "forward": "Measurements and second differences",
+    "tangent": "Slope",
+    "reverse": "Gradient for the shares of parameters and of the update's tokens",
+    "noise_floor": "Noise floors",
+    "update": "Shares of the update's tokens",
+}
 
-def audit(content: dict) -> Markup:
+
+def audit(content: dict) -> dict:
     """Warnings, what was used, what adds up, and whether the rollouts are this policy's own."""
     found = content["audit"]
-    used = (
-        f"{found['rollouts_used']:,} of {found['rollouts_expected']:,} rollouts and "
-        f"{found['tokens_used']:,} of {found['tokens_expected']:,} tokens used."
-    )
-    warned, cut = warnings(content), cut_short(found)
-    listed = tag("ul", [tag("li", text) for text in warned], class_="warnings") if warned else None
     checks = [{"name": name, **check} for name, check in found["on_policy"].items() if check is not None]
     check_columns = [
         ("Mean per rollout", "expected 0", lambda row: CHECKS.get(row["name"], row["name"])),
@@ -37,43 +41,47 @@ def audit(content: dict) -> Markup:
         ("Their sum", "", lambda row: digits(row["sum"], 10)),
         ("Expected", "", lambda row: digits(row["expected"], 10)),
     ]
-    return section(
-        "audit",
-        "Audit and warnings",
-        listed or tag("p", "No warnings."),
-        tag("p", used),
-        cut and tag("p", f"{cut}."),
-        table("Are the rollouts this policy's own?", checks, check_columns) if checks else None,
-        tag(
-            "details",
-            tag("summary", "Do the contributions add up?"),
-            table(f"Sums in {NATS} (changes, delta) and {PER_ETA} (slopes)", sums, sum_columns),
-        ),
-    )
+    return {
+        "title": "Audit and warnings",
+        "warnings": warned(content),
+        "counts": [
+            f"{found[f'{what}_used']:,} of {found[f'{what}_expected']:,} {what}" for what in ("rollouts", "tokens")
+        ],
+        "cut": cut_short(found),
+        "checks": table("Are the rollouts this policy's own?", checks, check_columns) if checks else None,
+        "sums": table(f"Sums in {NATS} (changes, delta) and {PER_ETA} (slopes)", sums, sum_columns),
+    }
 
 
-def provenance(content: dict) -> Markup:
-    """How it was run: source, sizes, seeds, versions."""
+def provenance(content: dict) -> dict:
+    """How it was run: source, sizes, when and by which command, seeds, versions, cost."""
     entropy = with_error(content["base_entropy"], content["base_entropy_stderr"], Unit(1.0, NATS))
+    made = content.get("provenance") or {}
+    seconds = made.get("seconds")
     facts = [(f"Source, {name}", str(value)) for name, value in content["source"].items()]
     facts += [
         ("Rollouts", f"{content['n_sequences']:,} of {content['n_groups']:,} prompts, {content['n_tokens']:,} tokens"),
-        ("Entropy before the update", _said(entropy, f" {NATS}")),
+        ("Entropy before the update", entropy and Markup("{} {}").format(entropy, NATS)),
         ("Step size", step_text(content["step_size"])),
         ("Temperature", temperature_text(content["temperature"])),
         ("Standard errors for", {"random": "prompts drawn at random"}.get(content["prompts"], "this set of prompts")),
         ("Run in", f"{content['dtype']} on {content['device']}"),
+        ("Begun", made.get("date")),
+        ("Command", made.get("command")),
+        ("Duration of the passes", None if seconds is None else f"{seconds:,.1f} s"),
         ("This run", cost_text(content)),
     ]
     facts += [(f"Seed, {name.replace('_', ' ')}", str(value)) for name, value in content["seeds"].items()]
     facts += [(name, value or "not installed") for name, value in content["versions"].items()]
-    return section("provenance", "How it was run", _facts(facts))
+    shown = [(name, value) for name, value in facts if value is not None]
+    return {"title": "How it was run", "facts": shown, "cost": _cost(content)}
 
 
-def _facts(facts: list[tuple[str, object]]) -> Markup | None:
-    rows = [tag("div", tag("dt", name), tag("dd", value)) for name, value in facts if value is not None]
-    return tag("dl", rows, class_="facts") if rows else None
-
-
-def _said(shown: Markup | None, unit: str) -> list | None:
-    return None if shown is None else [shown, unit]
+def _cost(content: dict) -> Table | None:
+    """Which part of a run costs what; None for a run of a version that did not say."""
+    passes = (content.get("provenance") or {}).get("forward_passes")
+    if passes is None:
+        return None
+    rows = [*((PARTS[name], value) for name, value in passes.items()), ("Sum", sum(passes.values()))]
+    columns = [("Part", "", lambda row: row[0]), ("Cost", "", lambda row: number(row[1], f"{row[1]:.1f}"))]
+    return table("What each part costs, in plain forward passes over the rollouts", rows, columns)

@@ -1,114 +1,75 @@
-"""Tables of the report: columns that nobody filled are left out, wide ones scroll inside themselves."""
+"""Tables of the report, and sums with their terms as bars; columns that nobody filled are left out."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from dentropy.experiment.readings import told_apart
-from dentropy.experiment.report.numbers import MISSING, Unit, quantity, with_error
-from dentropy.experiment.report.tags import Markup, tag
+from markupsafe import Markup
+
+from dentropy.experiment.bars import Bar, bars
+from dentropy.experiment.drawing import svg
+from dentropy.experiment.report.numbers import MISSING, Unit, number, quantity, with_error
 
 # (head, unit or note below it, cell of a row); a cell is text, Markup or None.
 Column = tuple[str, str, Callable[[dict], object]]
 
 
-def table(caption: str, rows: list[dict], columns: list[Column]) -> Markup:
-    """One row per entry, the first column as its heading."""
+@dataclass(frozen=True)
+class Table:
+    """What the template `table` shows: heads with what stands below them, and rows of cells, the first a heading."""
+
+    caption: str
+    heads: list[tuple[str, str]]
+    rows: list[list[object]]
+
+
+def table(caption: str, rows: list, columns: list[Column]) -> Table:
+    """One row per entry."""
     cells = [[cell(row) for row in rows] for _, _, cell in columns]
     kept = [index for index, column in enumerate(cells) if any(cell is not None for cell in column)]
-    head = [
-        tag("th", columns[index][0], tag("small", columns[index][1]) if columns[index][1] else None, scope="col")
-        for index in kept
-    ]
-    body = [tag("tr", [_cell(cells[index][number], index) for index in kept]) for number in range(len(rows))]
-    return scrolling(caption, tag("table", tag("caption", caption), tag("thead", tag("tr", head)), tag("tbody", body)))
-
-
-def scrolling(label: str, content: Markup) -> Markup:
-    """A box that scrolls sideways by itself, reachable by keyboard."""
-    return tag("div", content, class_="scroll", tabindex="0", role="region", aria_label=label)
+    heads = [columns[index][:2] for index in kept]
+    body = [[MISSING if cells[i][n] is None else cells[i][n] for i in kept] for n in range(len(rows))]
+    return Table(caption, heads, body)
 
 
 @dataclass(frozen=True)
-class Bar:
-    """A row of `bars`: its value may have a standard error, and a count of what is in it."""
+class Terms:
+    """What the template `terms` shows: a picture of a sum's terms, and the same in numbers."""
 
-    name: str
-    value: float | None
-    stderr: float | None = None
-    count: int | None = None
+    title: str
+    picture: Markup
+    numbers: Table
 
 
-def bars(
-    caption: str, rows: list[Bar], unit: Unit, *, head: str, count: str | None, total_stderr: float | None, clear: bool
-) -> Markup:
-    """Horizontal bars from a common zero, whiskers of 2 standard errors, and their sum below.
-
-    Bars that are not told apart from 0 are grey, and so are all of them where their sum is not (`clear`).
-    """
-    values = [row.value for row in rows if row.value is not None]
-    reach = [0.0, *(end for row in rows if row.value is not None for end in _ends(row))]
-    low, width = min(reach), (max(reach) - min(reach)) or 1.0
-    body = [
-        tag(
-            "tr",
-            tag("th", row.name, scope="row"),
-            tag("td", _bar(row, low, width, clear), class_="bar"),
-            tag("td", MISSING if row.value is None else _amount(row.value, row.stderr, unit)),
-            None if count is None else tag("td", f"{row.count:,}", class_="count"),
-        )
-        for row in rows
+def terms(
+    title: str,
+    rows: list[Bar],
+    unit: Unit,
+    *,
+    head: str,
+    count: str | None = None,
+    total_stderr: float | None = None,
+    clear: bool = True,
+) -> Terms | None:
+    """`rows` and their sum, which is told apart from 0 where it is `clear`; None without rows."""
+    if not rows:
+        return None
+    total = Bar("Sum", sum(row.value for row in rows if row.value is not None), total_stderr)
+    columns: list[Column] = [
+        (head, "", lambda row: row.name),
+        ("ΔH", "± SE" if any(row.stderr is not None for row in rows) else "", lambda row: _amount(row, unit)),
+        (count or "", "", lambda row: None if row.count is None else number(row.count)),
     ]
-    heads = [
-        tag("th", head, scope="col"),
-        tag("td", class_="bar"),
-        tag("th", "ΔH ± SE" if any(row.stderr is not None for row in rows) else "ΔH", scope="col"),
-        None if count is None else tag("th", count, scope="col"),
-    ]
-    total = [
-        tag("th", "Sum", scope="row"),
-        tag("td", class_="bar"),
-        tag("td", _amount(sum(values), total_stderr, unit)),
-    ]
-    return tag(
-        "table",
-        tag("caption", caption, " ", tag("small", f"in {unit.name}")),
-        tag("thead", tag("tr", heads)),
-        tag("tbody", body),
-        tag("tfoot", tag("tr", total, None if count is None else tag("td"))),
-        class_="bars",
-    )
+    picture = Markup(svg(bars(rows, unit, total, clear=clear), f"{title} {rows}"))
+    return Terms(title, picture, table(f"{title}, in {unit.name}", [*rows, total], columns))
 
 
-def _cell(content: object, index: int) -> Markup:
-    if index == 0:
-        return tag("th", content, scope="row")
-    return tag("td", MISSING if content is None else content)
+def _amount(row: Bar, unit: Unit) -> Markup | None:
+    return quantity(row.value, unit) if row.stderr is None else with_error(row.value, row.stderr, unit)
 
 
-def _ends(row: Bar) -> tuple[float, float]:
-    """What a bar with its whisker reaches from and to."""
-    half = 2 * (row.stderr or 0.0)
-    return row.value - half, row.value + half
-
-
-def _amount(value: float, stderr: float | None, unit: Unit) -> Markup:
-    return quantity(value, unit) if stderr is None else with_error(value, stderr, unit)
-
-
-def _bar(row: Bar, low: float, width: float, clear: bool) -> Markup:
-    def at(value: float) -> str:
-        return f"{100 * (value - low) / width:.3f}%"
-
-    drawn = [tag("line", x1=at(0.0), x2=at(0.0), y1="0", y2="100%", class_="zero")]
-    if row.value:
-        kind = "raises" if row.value > 0 else "lowers"
-        if not clear or (row.stderr is not None and not told_apart(row.value, row.stderr)):
-            kind = "unclear"
-        size = f"{100 * abs(row.value) / width:.3f}%"
-        drawn.insert(0, tag("rect", x=at(min(row.value, 0.0)), width=size, y="15%", height="70%", class_=kind))
-    if row.value is not None and row.stderr is not None:
-        x1, x2 = map(at, _ends(row))
-        drawn.append(tag("line", x1=x1, x2=x2, y1="50%", y2="50%", class_="whisker"))
-    return tag("svg", drawn, width="100%", height="18", aria_hidden="true")
+def reasons(rows: list[dict]) -> str | None:
+    """Why there are no standard errors: each reason once."""
+    found = {row["stderr_reason"]: None for row in rows if row.get("stderr_reason") is not None}
+    return "; ".join(found) or None

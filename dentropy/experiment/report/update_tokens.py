@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from dentropy.experiment.bars import Bar
+from dentropy.experiment.drawing import change_unit
 from dentropy.experiment.report.answer import times
-from dentropy.experiment.report.numbers import rounded, unit_for
+from dentropy.experiment.report.numbers import rounded
 from dentropy.experiment.report.rollouts import coloured
-from dentropy.experiment.report.sections import NATS, section
-from dentropy.experiment.report.tables import Bar, bars
-from dentropy.experiment.report.tags import Markup, tag
+from dentropy.experiment.report.tables import terms
 
 # The most noise in coloured shares: as the estimate can be half of what is true, at most half of them then is.
 QUIET = 0.25
@@ -27,38 +27,27 @@ SUMS = {
     "by_position": ("By position in the answer", "Position"),
     "by_end": ("By end token", "Token"),
 }
-NOTE = (
-    "What the tokens that the update was made from add to its predicted change of entropy: the gradient's term of each "
-    "token, through the optimizer's step as it is taken, into the slope. With the other terms they make the whole. "
-    "They are terms of one sum: an Adam's division by its second moment is held as it is, so leaving a token out would "
-    "not take away just its share. There are no error bars for these."
-)
 
 
-def update_tokens(content: dict, shown: Sequence[dict]) -> Markup | None:
+def update_tokens(content: dict, shown: Sequence[dict]) -> dict | None:
     """Which of the update's tokens the change comes from; None for a run without."""
-    found, step = content.get("update_attribution"), content["step_size"]
+    found, step, unit = content.get("update_attribution"), content["step_size"], change_unit(content)
     if found is None:
         return None
-    terms = [Bar(label, times(found[name], step)) for name, label in TERMS.items() if found[name]]
-    lists = [_drawn("What the slope is made of", "Term", terms)]
+    rows = [Bar(label, times(found[name], step)) for name, label in TERMS.items() if found[name]]
+    lists = [terms("What the update is made of", rows, unit, head="Term")]
     for key, (title, head) in SUMS.items():
         rows = [Bar(_name(row), times(row["contribution"], step), count=row["tokens"]) for row in found[key]]
-        lists.append(_drawn(title, head, rows, "Tokens"))
-    return section(
-        "update-tokens",
-        "Why: the update's own tokens",
-        tag("p", NOTE, class_="note"),
-        _cosine(found),
-        tag("div", lists, class_="grid"),
-        tag("p", _trust(found), class_="note"),
-        _text(found, shown, step),
-    )
-
-
-def _drawn(title: str, head: str, rows: list[Bar], count: str | None = None) -> Markup:
-    unit = unit_for([row.value for row in rows], NATS)
-    return bars(title, rows, unit, head=head, count=count, total_stderr=None, clear=True)
+        lists.append(terms(title, rows, unit, head=head, count="Tokens"))
+    cosine = found["cosine"]
+    return {
+        "title": "Why: the update's own tokens",
+        "cosine": None if cosine is None or cosine > 0.9999 else f"{cosine:.3f}",
+        "lists": [each for each in lists if each is not None],
+        "trust": _trust(found),
+        "n_sequences": f"{found['n_sequences']:,}",
+        "coloured": coloured(shown, step, unit) if shown and _reliable(found) else None,
+    }
 
 
 def _name(row: dict) -> str:
@@ -66,17 +55,6 @@ def _name(row: dict) -> str:
         return row["name"]
     first, last = (f"{end:,}" if isinstance(end, int) else f"{end:.3g}" for end in (row["first"], row["last"]))
     return first if first == last else f"{first} to {last}"
-
-
-def _cosine(found: dict) -> Markup | None:
-    """Said where the update is another one than the step that was rebuilt."""
-    if found["cosine"] is None or found["cosine"] > 0.9999:
-        return None
-    return tag(
-        "p",
-        f"The update is not the step rebuilt from these rollouts: the cosine of the two is {found['cosine']:.3f}. What "
-        "the named terms do not explain is left unexplained, not spread over tokens.",
-    )
 
 
 def _trust(found: dict) -> str:
@@ -96,10 +74,3 @@ def _trust(found: dict) -> str:
 
 def _reliable(found: dict) -> bool:
     return found["noise_fraction"] is not None and found["noise_fraction"] <= QUIET
-
-
-def _text(found: dict, shown: Sequence[dict], step: float) -> Markup | None:
-    if not shown or not _reliable(found):
-        return None
-    note = f"{len(shown)} of the update's {found['n_sequences']:,} rollouts: those that add or take away most."
-    return tag("div", tag("p", note), coloured(shown, step))

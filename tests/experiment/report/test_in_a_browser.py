@@ -6,13 +6,21 @@ import shutil
 import subprocess
 
 import pytest
+from matplotlib.figure import Figure
 from report_page import content, hostile, rollouts
+from runs import small_run
 
+from dentropy.experiment.figures import FIGURES
 from dentropy.experiment.report.page import html
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 NO_BROWSER = "no chromium, chromium-browser or google-chrome on the PATH"
 pytestmark = pytest.mark.skipif(BROWSER is None, reason=NO_BROWSER)
+
+
+@pytest.fixture(autouse=True)
+def drawn():
+    """Bars as they are: those of the other tests are blank."""
 
 
 # Loads the report in a frame as wide as a phone and writes down how wide it became.
@@ -40,7 +48,8 @@ def test_chromium_shows_it_without_errors_requests_or_sideways_scrolling(tmp_pat
     run, shown = hostile(content(), rollouts())
     run["attribution"]["by_kind"][1]["name"] = "model.layers.self_attention." * 9
     shown[1] = shown[1] | {"prompt": "p" * 300, "tokens": [["t" * 300, 0.1], *shown[1]["tokens"]]}
-    assert in_chromium(html(run, shown), tmp_path) == (390, [])
+    pictures = {name: draw(run, small_run().columns()) for name, draw in FIGURES.items()}
+    assert in_chromium(html(run, shown, pictures=pictures), tmp_path) == (390, [])
 
 
 @pytest.mark.parametrize(
@@ -51,7 +60,8 @@ def test_chromium_shows_it_without_errors_requests_or_sideways_scrolling(tmp_pat
         ("<p style='width:500px'>wide</p>", 516, None),
     ],
 )
-def test_chromium_would_notice(tmp_path, added, width, message):
+def test_chromium_would_notice(tmp_path, monkeypatch, added, width, message):
+    monkeypatch.setattr("dentropy.experiment.report.tables.bars", lambda *_, **__: Figure(figsize=(1, 1)))
     text = html(content(), []).replace("</body>", f"{added}</body>")
     found, messages = in_chromium(text, tmp_path)
     assert found == width

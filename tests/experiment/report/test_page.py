@@ -4,14 +4,18 @@ import re
 
 import pytest
 from report_page import HOSTILE, content, headings, hostile, page, rollouts
+from runs import small_run
 
+from dentropy.experiment.figures import FIGURES, delta_entropy
 from dentropy.experiment.report.page import html
 
 VISIBLE = HOSTILE.replace("\x00", "\\x00").replace("\x1b", "\\x1b")
 
 
 def test_the_page_is_whole_and_asks_for_nothing():
-    found = page()
+    run, columns = content(), small_run().columns()
+    found = page(run, pictures={name: draw(run, columns) for name, draw in FIGURES.items()})
+    assert len(found.all("svg")) == 9
     tags = {e["tag"] for e in found.elements}
     assert not tags & {"script", "link", "img", "iframe", "object", "embed", "base", "form"}
     ids = [e["attrs"]["id"] for e in found.elements if "id" in e["attrs"]]
@@ -19,7 +23,8 @@ def test_the_page_is_whole_and_asks_for_nothing():
     for element in found.elements:
         assert "src" not in element["attrs"]
         assert not any(name.startswith("on") for name in element["attrs"])
-        assert element["attrs"].get("href", "#changes").removeprefix("#") in ids
+        for name in ("href", "xlink:href"):
+            assert element["attrs"].get(name, "#changes").removeprefix("#") in ids
     (style,) = found.all("style")
     assert not re.search(r"url\(|@import|</", style["text"])
     (policy,) = [e for e in found.all("meta") if e["attrs"].get("http-equiv") == "Content-Security-Policy"]
@@ -62,6 +67,7 @@ def test_what_a_run_does_not_have_is_left_out():
         "forecast",
         "fresh_check",
         "not_finite",
+        "provenance",
     ):
         del run[name]
     found = page(run, [])
@@ -122,8 +128,16 @@ def _one_eta(run):
 def test_poor_runs_have_a_page_too(change):
     run = content()
     change(run)
-    found = page(run)
+    found = page(run, pictures={"delta_entropy.png": delta_entropy(run)})
     assert len(headings(found)) == 8 and "nan" not in found.text and "None" not in found.text
-    assert bool(found.all("figure")) == (change is not _nothing_measured)
+    assert bool(found.all("figure", within="changes")) == (change is not _nothing_measured)
     for element in found.elements:
         assert not any(re.search(r"\b(nan|inf)\b", str(value)) for value in element["attrs"].values())
+
+
+def test_what_cannot_be_encoded_is_shown_by_its_code():
+    run = content()
+    run["source"] = {"policy": "/data/\udcff"}  # an undecodable file name
+    text = html(run, [])
+    text.encode("utf-8")
+    assert "/data/\\udcff" in text

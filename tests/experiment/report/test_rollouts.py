@@ -10,7 +10,7 @@ def test_tokens_are_all_there_in_order_with_their_numbers():
     assert [e["text"] for e in tokens] == ["12", "+⏎\n", " 5", "<|eos|>"]
     assert [e["attrs"]["class"] for e in tokens] == ["token raises-4", "token lowers-1", "token", "token raises-2"]
     said = [e["attrs"]["title"] for e in tokens]
-    assert said[0] == "40.0 (10⁻⁶ nats per token)" and said[1] == "−10.0 (10⁻⁶ nats per token)"
+    assert said[0] == "0.0400 (10⁻³ nats per token)" and said[1] == "−0.0100 (10⁻³ nats per token)"
 
 
 def test_what_was_given_between_generated_tokens_is_shown_and_has_no_number():
@@ -29,4 +29,4 @@ def test_a_long_rollout_is_cut_and_says_by_how_much():
     found = page(shown=[rollouts()[0] | {"tokens": tokens, "contribution": total}])
     (text,) = found.all("p", class_="tokens")
     assert text["text"] == "a" * SHOWN_TOKENS
-    assert "… and 2 more tokens, together 50000 (10⁻⁹ nats per token)" in found.text
+    assert "… and 2 more tokens, together 0.0500 (10⁻³ nats per token)" in found.text

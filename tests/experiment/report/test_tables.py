@@ -1,6 +1,7 @@
-import numpy as np
 import pytest
 from report_page import content, page
+
+from dentropy.experiment.report.attribution import attribution
 
 
 @pytest.mark.parametrize(
@@ -24,43 +25,52 @@ def test_a_rounded_number_is_the_number_in_the_unit_of_its_table(within, caption
     assert len(shown) == count
 
 
-def drawn(found, caption):
-    """Attributes of the bars and of the whiskers of a table."""
-    (table,) = [t for t in found.all("table", class_="bars") if t["text"].startswith(caption)]
-    inside = [e for e in found.elements if table in e["inside"]]
-    whiskers = [e["attrs"] for e in inside if e["attrs"].get("class") == "whisker"]
-    return [e["attrs"] for e in inside if e["tag"] == "rect"], whiskers
+def sums(run, drawn):
+    """What the page draws of `run` as bars, by title."""
+    drawn.clear()
+    return dict(zip((found.title for found in attribution(run)["lists"]), drawn, strict=True))
 
 
-def test_whiskers_reach_two_standard_errors_and_what_is_not_told_apart_is_grey():
-    bars, whiskers = drawn(page(), "By position")  # −90 ± 6, 24.5 ± 5.5, −10.5 ± 8
-    assert [bar["class"] for bar in bars] == ["lowers", "raises", "unclear"]
-    per_cent = float(bars[0]["width"].rstrip("%")) / 90
-    reach = [float(w["x2"].rstrip("%")) - float(w["x1"].rstrip("%")) for w in whiskers]
-    np.testing.assert_allclose(reach, 4 * np.array([6.0, 5.5, 8.0]) * per_cent, rtol=1e-3)
-    assert not drawn(page(), "By layer")[1]
+def kinds(rows, unit, total, clear):
+    return [row.kind(clear) for row in rows]
 
 
-def test_no_part_is_sure_where_the_whole_is_not():
+def test_what_is_not_told_apart_is_grey(drawn):
+    found = sums(content(), drawn)
+    assert kinds(*found["By position in the answer"]) == [
+        "lowers",
+        "raises",
+        "unclear",
+    ]  # −90 ± 6, 24.5 ± 5.5, −10.5 ± 8
+    assert kinds(*found["By layer"]) == ["lowers", "raises", "lowers"]
+    assert [row.stderr for row in found["By layer"][0]] == [None] * 3
+
+
+def test_no_part_is_sure_where_the_whole_is_not(drawn):
     run = content()
     run["slope"][0]["interval"] = [-160.0, 8.0]
-    found = page(run)
-    for caption in ("What the slope", "By layer", "By kind", "By position", "By distance"):
-        assert {bar["class"] for bar in drawn(found, caption)[0]} == {"unclear"}, caption
-    assert "lowers" in {bar["class"] for bar in drawn(found, "By length")[0]}  # of the exact slope
-    said = "is not told apart from 0, so where it comes from is not known"
-    assert said in found.text and said not in page().text
+    found = sums(run, drawn)
+    by_length = found.pop("By length of the answer (tokens)")
+    assert len(found) == 5
+    for title, shown in found.items():
+        assert set(kinds(*shown)) == {"unclear"}, title
+    assert "lowers" in kinds(*by_length)  # of the exact slope
+    text, said = page(run).text, "is not told apart from 0, so where it comes from is not known"
+    assert said in text and said not in page().text
     run["slope"][0].update(interval=None, stderr=None)
     assert "has no error bar, so where it comes from" in page(run).text
 
 
-def test_bars_are_as_long_as_their_numbers_and_add_up():
-    found = page()
-    (table,) = [t for t in found.all("table", class_="bars") if t["text"].startswith("By layer")]
-    bars, _ = drawn(found, "By layer")
-    widths = np.array([float(a["width"].rstrip("%")) for a in bars])
-    np.testing.assert_allclose(widths / widths[1], np.abs([-90.0, 24.5, -10.5]) / 24.5, rtol=1e-3)
-    assert [a["class"] for a in bars] == ["lowers", "raises", "lowers"]
-    right = [float(a["x"].rstrip("%")) + w for a, w in zip(bars, widths, strict=True)]
-    assert right[0] == pytest.approx(right[2], abs=2e-3) == float(bars[1]["x"].rstrip("%"))  # the common zero
+def test_every_change_is_in_one_unit(drawn):
+    assert {unit.name for _, unit, _, _ in sums(content(), drawn).values()} == {"10⁻³ nats per token"}
+    run = content()
+    for entry in run["measured"]:
+        entry["delta"] *= 100
+    assert {unit.name for _, unit, _, _ in sums(run, drawn).values()} == {"nats per token"}
+
+
+def test_the_terms_add_up_to_what_is_below_them(drawn):
+    rows, _, total, _ = sums(content(), drawn)["By layer"]
+    assert total.value == pytest.approx(-76e-4) == pytest.approx(sum(row.value for row in rows))
+    (table,) = [t for t in page().all("table") if t["text"].strip().startswith("By layer")]
     assert "Sum−7.60" in table["text"]
