@@ -24,6 +24,7 @@ FORWARD = ("dentropy/passes/forward_mode.py", "tests/passes/test_forward_mode.py
 WALK = ("dentropy/passes/microbatches.py", "tests/passes/test_forward_mode.py")
 REVERSE = ("dentropy/passes/reverse_mode.py", "tests/passes/test_reverse_mode.py")
 GRADIENT = ("dentropy/passes/policy_gradient.py", "tests/passes/test_policy_gradient.py")
+UPDATE_TOKENS = ("dentropy/passes/update_attribution.py", "tests/passes/test_update_attribution.py")
 UID = ("dentropy/rollouts/formats/verl.py", "tests/rollouts/test_reading.py")
 PADDING = ("dentropy/rollouts/formats/nemo_rl.py", "tests/rollouts/test_reading.py")
 TEMPLATE = ("dentropy/rollouts/lost_template.py", "tests/rollouts/test_reading.py")
@@ -103,6 +104,10 @@ _CHANGES = [
     (WALK, "tokens[places[predicts] + 1]", "tokens[places[predicts]]"),
     (REVERSE, "dz.scatter_add_(-1, targets[:, None], b)", "dz.scatter_add_(-1, targets[:, None], -b)"),
     (SAMPLING, "top_k=0,", "top_k=50,"),
+    # the update's own tokens
+    (UPDATE_TOKENS, "(portion * (1 - portion))", "portion"),
+    (UPDATE_TOKENS, "g[name] - f * gradient.whole(name)", "g[name]"),
+    (UPDATE_TOKENS, "np.arange(k * apart, len(batch)", "np.arange(0, len(batch)"),
     # what trainers write
     (UID, 'return uid.rsplit("_", 2)[0]', 'return uid.rsplit("_", 1)[0]'),
     (PADDING, '"token_ids": ids[:n], "loss_mask": kept[:n]', '"token_ids": ids, "loss_mask": kept'),

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
+from dentropy.cli import loss
 from dentropy.cli.apart import apart, check_files
 from dentropy.cli.keeping import finish
 from dentropy.cli.options import LazyTokenizer, add_model_options, load_libraries, loading
@@ -46,6 +47,7 @@ def add(commands) -> None:
     command.add_argument(
         "--max-grad-norm", type=float, metavar="X", help="at which its gradient's norm is clipped (default: it is not)"
     )
+    loss.add(command)
     command.add_argument(
         "--step-size",
         type=float,
@@ -141,6 +143,8 @@ def run(options) -> None:
         raise ValueError("--step-size: needed with --after and --update-rollouts")
     if options.update_rollouts is None and (options.optimizer or options.optimizer_state or options.max_grad_norm):
         raise ValueError("--optimizer, --optimizer-state and --max-grad-norm: only with --update-rollouts")
+    if options.update_rollouts is None and loss.given(options):
+        raise ValueError("--loss-average and the other options of the loss: only with --update-rollouts")
     if options.max_new_tokens is not None and not options.append_eos:
         raise ValueError("--max-new-tokens: only with --append-eos")
     check_files(options)
@@ -229,6 +233,7 @@ def _step(options, policy, update, step_size):
             policy,
             update,
             step_size=step_size,
+            loss=loss.of_update(options, update),
             token_budget=options.token_budget,
             progress=progress,
             optimizer=options.optimizer or "adamw",

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from dentropy.passes.noise_floor import sampled_rollouts
+from dentropy.passes.update_attribution import noise_rollouts
 from dentropy.rollouts.batch import PackedBatch
 
 # In passes without tangents, on a CPU: 2.9 and 2.8 for the demo's policy, 3.0 with tangents for a 57M model.
@@ -19,14 +22,15 @@ def cost(
         n_etas: where a change is measured.
         own_steps: passes that only the second derivatives need, 0 or 2.
         parameters: whether a reverse pass gives their shares.
-        update: rollouts whose tokens' shares two passes with tangents give, after the same reverse pass.
+        update: rollouts whose tokens' shares a pass with tangents gives, after the same reverse pass, and their noise
+            one over some of them.
     """
     passes = {"forward": n_etas + own_steps, "tangent": 1, "reverse": int(parameters or update is not None)}
     sample = n_etas * int(batch.response_lens[sampled_rollouts(batch)].sum())
     tokens = sum(passes.values()) * int(batch.n_tokens) + sample
     if update is None:
         return passes | {"noise_floor": sample, "tokens": tokens}
-    shares = 2 * update.n_tokens
+    shares = update.n_tokens + int(update.response_lens[np.concatenate(noise_rollouts(update))].sum())
     return passes | {"noise_floor": sample, "update": shares, "tokens": tokens + shares}
 
 
@@ -54,7 +58,7 @@ def cost_text(content: dict) -> str | None:
         return None
     passes = found["forward"] + found["tangent"] + found["reverse"]
     share = found["noise_floor"] / content["n_tokens"] / len(content["measured"])
-    more = ", two with tangents over the update's," if found.get("update") else ""
+    more = f", {found['update']:,} tokens of the update's with tangents" if found.get("update") else ""
     return (
         f"{passes} passes over the rollouts{more} and noise floors on {share:.0%} of the tokens at each η, "
         f"{found['tokens']:,} tokens in all, "

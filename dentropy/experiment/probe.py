@@ -75,9 +75,10 @@ def probe(
     (importance sampling on the same rollouts, with prefix weights and beside it with sequence weights: see "Which form"
     in mathematics.md) and one over a sixth of the rollouts, 16 at least, its noise floor; one reverse pass gives each
     parameter's share, unless `parameters` is False (it needs a gradient's memory). With `update`, the step that
-    `direction` is or is to be explained by, the same reverse pass and two passes with tangents over its rollouts give
-    the share of each of their tokens. Second derivatives, for the curvature, are second differences of values: of those
-    at ±η where two of the `etas` are such a pair and a good step for it, else of two plain passes more.
+    `direction` is or is to be explained by, the same reverse pass and one with tangents over its rollouts give the
+    share of each of their tokens, and one over some of them (`noise_rollouts`) the noise in these. Second derivatives,
+    for the curvature, are second differences of values: of those at ±η where two of the `etas` are such a pair and a
+    good step for it, else of two plain passes more.
 
     `prompts` says what the standard errors are for: prompts drawn at "random", or this "fixed" set. `pass_at_k` are the
     k whose pass@k the forecast has too. `token_budget` is that of `measure`, for every pass by itself: they differ in

@@ -23,7 +23,7 @@ tangents. Hence these are opaque operators of plain tensors, each the others' de
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -31,7 +31,8 @@ from torch import Tensor
 from dentropy.stats.dispatch import kernels_serve
 
 # The plain form takes a sequence's queries this many at a time, so that scores need memory linear in its length and few
-# are computed to be masked; short sequences of one length share their operations, up to so many tokens.
+# are computed to be masked; short neighbours of one length share their operations, up to so many tokens. A microbatch
+# has its sequences by length (passes/microbatches.py), so there all of one length are neighbours.
 QUERY_BLOCK = 128
 TOGETHER = 1024
 
@@ -180,41 +181,33 @@ def plain_attention(
     dsinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Output [total, H, Dv] and its tangent (None where `tangents` is), in PyTorch arithmetic that autograd and
-    torch.func go through. Sequences of one length are computed together."""
-    device = primals[0].device
+    torch.func go through. Neighbours of one length are computed together."""
     if len(primals[0]) == 0:  # no sequence has a token
         out, dout = (primals[0].new_empty(0, primals[0].shape[1], primals[2].shape[-1]) for _ in range(2))
         return out, None if tangents is None else dout
-    pieces, order = [], []
-    for places, n in _groups_of_one_length(cu_seqlens.diff().tolist()):
-        rows = torch.tensor(places, device=device)[:, None] + torch.arange(n, device=device)
+    pieces = list(_pieces_of_one_length(cu_seqlens.diff().tolist()))
 
-        def at_rows(x):  # [total, heads, D] -> [M, heads, T, D]
-            return None if x is None else x[rows].transpose(1, 2)  # noqa: B023
+    def cut(x):  # [total, heads, D] -> of each piece [M, heads, T, D]
+        if x is None:
+            return [None] * len(pieces)
+        parts = x.split([m * n for m, n in pieces])
+        return [part.unflatten(0, piece).transpose(1, 2) for part, piece in zip(parts, pieces, strict=True)]
 
-        chosen = [at_rows(x) for x in primals]
-        moving = None if tangents is None else [at_rows(x) for x in tangents]
-        pieces.append(
-            _causal_attention(
-                *chosen, tangents=moving, scaling=scaling, window=window, softcap=softcap, sinks=sinks, dsinks=dsinks
-            )
-        )
-        order.append(rows.flatten())
-    back = torch.argsort(torch.cat(order))
-    outs, douts = zip(*pieces, strict=True)
-    return torch.cat(outs)[back], None if tangents is None else torch.cat(douts)[back]
+    settings = dict(scaling=scaling, window=window, softcap=softcap, sinks=sinks, dsinks=dsinks)
+    chosen = zip(*(cut(x) for x in primals), strict=True)
+    moving = [None] * len(pieces) if tangents is None else zip(*(cut(x) for x in tangents), strict=True)
+    found = [_causal_attention(*x, tangents=dx, **settings) for x, dx in zip(chosen, moving, strict=True)]
+    outs, douts = zip(*found, strict=True)
+    return torch.cat(outs), None if tangents is None else torch.cat(douts)
 
 
-def _groups_of_one_length(lengths: list[int]) -> Iterator[tuple[list[int], int]]:
-    """(where the sequences begin, their length), at most about TOGETHER tokens at a time."""
-    starts: dict[int, list[int]] = {}
-    for start, n in zip(accumulate(lengths, initial=0), lengths):
-        if n > 0:
-            starts.setdefault(n, []).append(start)
-    for n, places in starts.items():
-        together = max(1, TOGETHER // n)
-        for i in range(0, len(places), together):
-            yield places[i : i + together], n
+def _pieces_of_one_length(lengths: list[int]) -> Iterator[tuple[int, int]]:
+    """(how many, their length) of neighbours of one length, at most about TOGETHER tokens at a time."""
+    for n, same in groupby(filter(None, lengths)):
+        left, together = len(list(same)), max(1, TOGETHER // n)
+        while left > 0:
+            yield min(left, together), n
+            left -= together
 
 
 def _causal_attention(q, k, v, *, tangents, scaling, window, softcap, sinks, dsinks):

@@ -11,6 +11,7 @@ have been without a token.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 
 import numpy as np
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ from dentropy.stats.segments import place_in_sequence
 from dentropy.stats.tables import SequenceSums, TokenStats
 
 PARTS = 4  # of the prompts, each with a gradient of its own in memory
+NOISE_ROLLOUTS = 1024  # of the update's, whose shares' noise is looked at where there are more
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,8 +47,8 @@ class UpdateAttribution:
         unexplained: `total` less all of these and the tokens' shares: for the step's own direction rounding, for
             another one what the named terms do not explain.
         cosine: of the step's direction and the one that `total` is along.
-        noise_fraction: the part of Σ share² that is noise of the evaluation's rollouts, estimated: near 0 single shares
-            can be relied on, about 1 or above they are all noise; None for rollouts of one prompt.
+        noise_fraction: the part of Σ share² that is noise of the evaluation's rollouts, estimated on `noise_rollouts`:
+            near 0 single shares can be relied on, about 1 or above they are all noise; None for rollouts of one prompt.
         estimator, per: of the slope.
         optimizer, clip_factor: of the step.
         batch: the update's rollouts.
@@ -84,9 +86,9 @@ class UpdateAttribution:
     def __repr__(self) -> str:
         terms = ("total", "tokens", "kl", "entropy_bonus", "momentum", "weight_decay", "unexplained")
         rows = [(name.replace("_", " "), f"{getattr(self, name): .3e}") for name in terms]
-        trust = "?" if self.reliability is None else f"{self.reliability:.2f}"
+        noise = "?" if self.noise_fraction is None else f"{self.noise_fraction:.2f}"
         of = f"{self.estimator} slope, nats per {self.per} per unit of η, by {count(len(self.share), 'token')}"
-        return lines(self, [("of", f"{of} of {self.optimizer}"), *rows, ("reliability of the shares", trust)])
+        return lines(self, [("of", f"{of} of {self.optimizer}"), *rows, ("noise in Σ share²", noise)])
 
     @property
     def tokens(self) -> float:
@@ -110,7 +112,8 @@ def update_attribution(
 ) -> UpdateAttribution:
     """The share of every token of `update` in the slope on `batch`; with the other terms they are the slope.
 
-    One reverse pass over the batch and two forward-mode passes over the update's rollouts (the second for the noise).
+    One reverse pass over the batch, one forward-mode pass over the update's rollouts and, for the noise, one over
+    `noise_rollouts`.
 
     Args:
         policy, batch: those of the measurement.
@@ -150,13 +153,13 @@ def update_attribution(
     total = slope(sums, estimator=gradient.estimator, per=gradient.per).value
     other = {"momentum": dotted.momentum, "weight_decay": dotted.weight_decay}
     other |= {name: float(shares[name].sum()) for name in ("kl", "entropy_bonus")}
-    noise = _noise(policy, update, gradient, **settings)
+    noise = _noise_fraction(policy, update, gradient, shares["share"], **settings)
     return UpdateAttribution(
         total=total,
         **other,
         unexplained=total - float(shares["share"].sum()) - sum(other.values()),
         cosine=dotted.cosine,
-        noise_fraction=None if noise is None else noise / float((shares["share"] ** 2).sum()),
+        noise_fraction=noise,
         estimator=gradient.estimator,
         per=gradient.per,
         optimizer=update.optimizer,
@@ -204,26 +207,37 @@ def _steepest(update: PolicyGradientStep, at: Callable[[str], Tensor]) -> dict[s
     return found
 
 
-def _noise(policy: Policy, update: PolicyGradientStep, gradient: SlopeGradient, **settings) -> float | None:
-    """Σ_j of the shares' squared standard errors for prompts drawn at random, estimated; None from one part.
+def noise_rollouts(batch: PackedBatch) -> list[np.ndarray]:
+    """The rollouts of an update whose shares' noise is looked at, a lot for each part of the evaluation's prompts: all
+    of them, or of more than NOISE_ROLLOUTS at even distances about so many."""
+    apart = -(-len(batch) // NOISE_ROLLOUTS)
+    return [np.arange(k * apart, len(batch), PARTS * apart) for k in range(PARTS)]
+
+
+def _noise_fraction(
+    policy: Policy, update: PolicyGradientStep, gradient: SlopeGradient, share: np.ndarray, **settings
+) -> float | None:
+    """Σ_j of the shares' squared standard errors over that of their squares, for prompts drawn at random; None from
+    one part.
 
     With a portion f of n prompts' independent terms, ∇R_k − f ∇R has the mean 0 and f (1 − f) times the variance of ∇R.
-    A part of the update's rollouts is enough for each, and all the parts together are one pass.
+    Some of the update's rollouts are enough for each, and those of all parts together are one pass.
     """
-    of, noise, count = update.coefficients.policy, 0.0, len(gradient.parts)
-    if count == 1:
+    if len(gradient.parts) == 1:
         return None
+    noise = square = 0.0
     row = np.repeat(np.arange(len(update.batch)), update.batch.response_lens)
-    for k, (part, portion) in enumerate(zip(gradient.parts, gradient.portions, strict=True)):
+    parts = cycle(zip(gradient.parts, gradient.portions, strict=True))
+    for rows, (part, portion) in zip(noise_rollouts(update.batch), parts, strict=False):
         apart = _steepest(update, lambda name, g=part, f=portion: g[name] - f * gradient.whole(name))
-        rows = np.arange(k, len(update.batch), count)
         inside = np.isin(row, rows)
         if not inside.any() or not any(u.any() for u in apart.values()):
             continue
         along = _along(policy, update.batch.take(rows), apart, **settings)
-        share = update.clip_factor * of[inside] * _float64(along.dlogp)
-        noise += float((share**2).sum()) / (portion * (1 - portion))
-    return noise
+        off = update.clip_factor * update.coefficients.policy[inside] * _float64(along.dlogp)
+        noise += float((off**2).sum()) / (portion * (1 - portion))
+        square += float((share[inside] ** 2).sum())
+    return noise / square if square else None
 
 
 def _dot(x: Tensor, y: Tensor | float) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,8 @@ from dentropy.rollouts.columns import checked_temperature, token_ids
 from dentropy.rollouts.ends import as_tuple
 from dentropy.rollouts.readers import json_lines, tokens_of
 from dentropy.rollouts.text import TextReader
+
+FEW = 32  # rows: taking out those that have ended gains nothing where there are fewer
 
 
 def sample(
@@ -155,23 +158,60 @@ def _check_request(policy, prompts, per_prompt, max_new_tokens, batch_size, temp
 
 
 def _generate(policy, prompts, max_new_tokens, temperature, ends) -> list[list[int]]:
-    """One batch of responses, cut after the first end token."""
-    from transformers import GenerationConfig
+    """One batch of responses, cut after the first end token. Where half of the rows have ended, the others go on
+    without them."""
+    from transformers import GenerationConfig, GenerationMixin
 
     longest = max(map(len, prompts))
-    padded = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=policy.device)
+    renamed = "cache" in signature(GenerationMixin.prepare_inputs_for_generation).parameters
+    name = "cache" if renamed else "past_key_values"
+    ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=policy.device)
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=policy.device)
-    config = GenerationConfig(
-        do_sample=True,
-        temperature=temperature,
-        top_k=0,
-        top_p=1.0,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=list(ends) or None,
-        pad_token_id=0,
-    )
-    sequences = policy.model.generate(padded, attention_mask=mask, generation_config=config)
-    return [_cut(response, ends) for response in sequences[:, longest:].tolist()]
+    responses, rows, cache = [[] for _ in prompts], np.arange(len(prompts)), None
+    while len(rows):
+        config = GenerationConfig(
+            do_sample=True,
+            temperature=temperature,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=longest + max_new_tokens - ids.shape[1],
+            eos_token_id=list(ends) or None,
+            pad_token_id=0,
+            return_dict_in_generate=True,
+        )
+        further = {} if cache is None else {name: cache}
+        settings = dict(attention_mask=mask, generation_config=config, stopping_criteria=[_half_ended(longest, ends)])
+        found = policy.model.generate(ids, **settings, **further)
+        drawn = found.sequences[:, longest:]
+        over = torch.isin(drawn, torch.tensor(ends, dtype=torch.int64, device=drawn.device)).any(1)
+        over |= drawn.shape[1] == max_new_tokens
+        for row in np.flatnonzero(over.cpu()):
+            responses[rows[row]] = _cut(drawn[row].tolist(), ends)
+        left = torch.nonzero(~over)[:, 0]
+        grown = torch.ones(len(mask), found.sequences.shape[1] - ids.shape[1], dtype=mask.dtype, device=mask.device)
+        ids, mask, rows = found.sequences[left], torch.cat([mask, grown], 1)[left], rows[left.cpu().numpy()]
+        cache = _of_rows(getattr(found, name), left)
+    return responses
+
+
+def _half_ended(start: int, ends: tuple[int, ...]) -> Callable[..., torch.Tensor]:
+    """A stopping criterion for `generate`: all rows stop where half of them, of at least FEW, have ended."""
+
+    def stop(ids: torch.Tensor, scores, **_) -> torch.Tensor:
+        ended = torch.isin(ids[:, start:], torch.tensor(ends, dtype=torch.int64, device=ids.device)).any(1)
+        return ((2 * ended.sum() >= len(ids)) & (len(ids) >= FEW)).expand(len(ids))
+
+    return stop
+
+
+def _of_rows(cache, rows: torch.Tensor):
+    """The rows of a cache of plain keys and values; None for another, which is made again from the tokens."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+
+    if type(cache) is not DynamicCache or any(type(layer) is not DynamicLayer for layer in cache.layers):
+        return None
+    cache.batch_select_indices(rows)
+    return cache
 
 
 def _cut(response: list[int], ends: tuple[int, ...]) -> list[int]:

@@ -43,6 +43,12 @@ BAD = {
     "no update": ("probe", "one of the arguments"),
     "a cap without end tokens": (f"{DIRECTION} --max-new-tokens 8", "only with --append-eos"),
     "optimizer without update rollouts": (f"{DIRECTION} --optimizer sgd", "only with --update-rollouts"),
+    "loss without update rollouts": (f"{DIRECTION} --loss-average token", "only with --update-rollouts"),
+    "clip without log-probabilities": (
+        f"{UPDATE} rewarded.jsonl --loss-clip 0.2 0.2",
+        "--loss-clip: the rollouts have",
+    ),
+    "length without its length": (f"{UPDATE} rewarded.jsonl --loss-average length", "--loss-max-length: None with"),
     "one file for both": (f"{UPDATE} rollouts.jsonl", "rollouts.jsonl is the file of --rollouts: an update judged on"),
     "split of nothing": (f"{DIRECTION} --split", "--split: only with --update-rollouts"),
     "token budget in words": (f"{DIRECTION} --token-budget lots", "--token-budget: 'lots', expected auto or a whole"),

@@ -1,6 +1,7 @@
 import json
 import shutil
 
+import pyarrow.parquet
 import pytest
 import torch
 from commands import DIRECTION, STEP, completed
@@ -49,6 +50,26 @@ class TestProbe:
         options = f"--step-size 1e-4 --update-rollouts rewarded.jsonl {optimizer.format(tmp_path)}"
         content = self.run(tmp_path, options)
         assert content["step_size"] == 1e-4 and content["source"]["update_rollouts"] == "rewarded.jsonl"
+
+    def test_the_loss_of_rewarded_rollouts(self, place, tmp_path):
+        """Of half of six rollouts a reward of 1: advantages of ±0.5/(std + 1e-4), and by a ratio of e^0.5 those of the
+        rewarded are clipped."""
+        update = "--step-size 1e-4 --etas 1e-4 --update-rollouts"
+        self.run(tmp_path / "a", f"{update} rewarded.jsonl --loss-average sequence")
+        plain = pyarrow.parquet.read_table(tmp_path / "a" / "run" / "update_tokens.parquet").to_pydict()
+        lines = [json.loads(line) for line in (place / "rewarded.jsonl").read_text().splitlines()]
+        size = 0.5 / (0.3**0.5 + 1e-4)
+        rows = [(line, -(2 * line["reward"] - 1) * size / len(lines)) for line in lines]
+        expected = [a / len(line["response_ids"]) for line, a in rows for _ in line["response_ids"]]
+        assert plain["weight"] == pytest.approx(expected, rel=1e-9)
+        logp = iter(plain["logp"])
+        for line in lines:
+            line["sampler_logp"] = [next(logp) - 0.5 for _ in line["response_ids"]]
+        (tmp_path / "old.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        clipped = "--loss-average sequence --loss-clip 0.2 0.2"
+        self.run(tmp_path / "b", f"{update} {tmp_path}/old.jsonl {clipped}")
+        weights = pyarrow.parquet.read_table(tmp_path / "b" / "run" / "update_tokens.parquet")["weight"].to_pylist()
+        assert weights == pytest.approx([0.0 if a < 0 else a * 1.6487213 for a in expected], rel=1e-5)
 
     def test_text_rollouts_with_an_end_token_added(self, tmp_path):
         text = "--direction v.safetensors --rollouts text.jsonl"

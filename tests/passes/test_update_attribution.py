@@ -205,8 +205,11 @@ def test_leaving_tokens_out_of_an_sgd_update_takes_their_shares_away(tiny):
     assert change == pytest.approx(found.share[top].sum(), rel=1e-10)
 
 
-def test_the_noise_is_the_shares_squared_standard_errors(tiny):
-    """Of a prompt to each part n σ² is n times the sample variance, by hand; tokens in turn are asked of each part."""
+@pytest.mark.parametrize("most, apart_by", [(1024, 1), (6, 2)])
+def test_the_noise_is_the_shares_squared_standard_errors(tiny, most, apart_by, monkeypatch):
+    """Of a prompt to each part n σ² is n times the sample variance, by hand; rollouts in turn, of many some, are asked
+    of each part."""
+    monkeypatch.setattr("dentropy.passes.update_attribution.NOISE_ROLLOUTS", most)
     with InFloat64():
         step = policy_gradient_step(tiny.policy, UPDATE, step_size=STEP, optimizer="sgd")
         sums = measure(tiny.policy, EVALUATION, step.direction(), keep_tokens=True)
@@ -225,9 +228,11 @@ def test_the_noise_is_the_shares_squared_standard_errors(tiny):
     np.testing.assert_allclose(shares.sum(0), found.share, rtol=1e-9, atol=1e-14)
     squared = 4 / 3 * 4 * (shares - shares.mean(0)) ** 2  # each part's estimate of n σ²; their mean is 4 var
     np.testing.assert_allclose(squared.mean(0), 4 * shares.var(0, ddof=1))
-    part = found.rollout % 4
-    noise = squared[part, np.arange(len(part))].sum()
-    assert found.noise_fraction == pytest.approx(noise / (found.share**2).sum(), rel=1e-9)
+    asked = np.flatnonzero(found.rollout % apart_by == 0)
+    part = found.rollout[asked] // apart_by % 4
+    noise = squared[part, asked].sum()
+    assert found.noise_fraction == pytest.approx(noise / (found.share[asked] ** 2).sum(), rel=1e-9)
+    assert f"{found.noise_fraction:.2f}" in repr(found)
 
 
 def test_one_prompt_has_no_parts(tiny):

@@ -8,6 +8,7 @@ from scipy.stats import chisquare
 from transformers import GenerationConfig
 
 from dentropy import PackedBatch, Policy, measure, sample
+from dentropy.rollouts import sampling
 from dentropy.rollouts.sampling import end_tokens, read_prompts, without_end
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
@@ -108,6 +109,24 @@ def test_padding_and_batches_change_nothing_and_the_order_is_that_of_the_prompts
     for i in range(len(batch)):
         assert batch.prompt(i) == PROMPTS[i // 2]
         assert batch.response(i) == greedy(policy.model, PROMPTS[i // 2], 6)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_rows_that_go_on_when_others_have_ended_are_what_they_would_be_alone(name, cached, monkeypatch):
+    policy, prompts = Policy(random_model(name)), [*PROMPTS, [6], [7, 8], [12, 3]]
+    alone = [greedy(policy.model, prompt, 8) for prompt in prompts]
+    ends = [row[2] for row in alone[:3]] + [alone[3][4]]  # so some end after three tokens
+    alone = [greedy(policy.model, prompt, 8, ends) for prompt in prompts]
+    assert len({len(row) for row in alone}) > 1
+    calls, generate = [], policy.model.generate
+    monkeypatch.setattr(sampling, "FEW", 2)
+    monkeypatch.setattr(policy.model, "generate", lambda *a, **k: calls.append(k) or generate(*a, **k))
+    if not cached:
+        monkeypatch.setattr(sampling, "_of_rows", lambda cache, rows: None)
+    batch = sample(policy, prompts, per_prompt=1, max_new_tokens=8, temperature=1e-4, eos_token_id=ends)
+    assert [batch.response(i) for i in range(len(batch))] == alone
+    assert len(calls) > 1 and all(bool({"cache", "past_key_values"} & set(call)) == cached for call in calls[1:])
 
 
 def test_the_end_token_is_kept_and_nothing_after_it(policy):
