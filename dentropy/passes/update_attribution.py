@@ -114,7 +114,8 @@ def update_attribution(
 
     Args:
         policy, batch: those of the measurement.
-        update: `policy_gradient_step(policy, rollouts, ...)`, of other rollouts than the batch's.
+        update: `policy_gradient_step(policy, rollouts, ...)`, of other rollouts than the batch's. Where the
+            measurement is made at other weights than the step (after it, say), its policy is one at those before it.
         sums: `measure(policy, batch, direction, keep_tokens=True)` at eta = 0.
         direction: the one `sums` was measured along; None is the step's own, `update.direction()`.
         gradient: the reverse pass where it was made already: `slope_gradient(..., parts=PARTS)` at the parameters of
@@ -123,7 +124,7 @@ def update_attribution(
         token_budget, progress: as in `measure`.
 
     Raises:
-        ValueError: as `measure` and `token_attribution` do; a step of another policy.
+        ValueError: as `measure` and `token_attribution` do; a step of a policy with other parameters.
 
     Example:
         >>> from dentropy import PackedBatch, measure, policy_gradient_step, sample, update_attribution
@@ -137,20 +138,19 @@ def update_attribution(
         >>> len(found.share), bool(abs(found.unexplained) < 1e-3 * abs(found.share).sum())
         (6, True)
     """
-    if update.policy is not policy:
-        raise ValueError("update: a step of another policy, expected one made with this Policy")
+    _check_same_parameters(policy, update)
     moving = moving_by_name(policy, update.direction() if direction is None else direction)
     settings = {"token_budget": token_budget, "progress": progress}
     if gradient is None:
         names = list(dict.fromkeys([*update.gradient, *moving]))
         gradient = slope_gradient(policy, batch, sums, names, estimator=estimator, per=per, parts=PARTS, **settings)
     dotted = _dotted(update, moving, gradient)
-    along = _along(policy, update.batch, dotted.steepest, **settings)
+    along = _along(update.policy, update.batch, dotted.steepest, **settings)
     shares = _terms(update, along)
     total = slope(sums, estimator=gradient.estimator, per=gradient.per).value
     other = {"momentum": dotted.momentum, "weight_decay": dotted.weight_decay}
     other |= {name: float(shares[name].sum()) for name in ("kl", "entropy_bonus")}
-    noise = _noise(policy, update, gradient, **settings)
+    noise = _noise(update, gradient, **settings)
     return UpdateAttribution(
         total=total,
         **other,
@@ -169,6 +169,12 @@ def update_attribution(
         entropy=_float64(along.entropy),
         share=shares["share"],
     )
+
+
+def _check_same_parameters(policy: Policy, update: PolicyGradientStep) -> None:
+    here, there = ({n: p.shape for n, p in each.model.named_parameters()} for each in (policy, update.policy))
+    if here != there:
+        raise ValueError("update: a step of a policy with other parameters, expected one made with this Policy")
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,7 +210,7 @@ def _steepest(update: PolicyGradientStep, at: Callable[[str], Tensor]) -> dict[s
     return found
 
 
-def _noise(policy: Policy, update: PolicyGradientStep, gradient: SlopeGradient, **settings) -> float | None:
+def _noise(update: PolicyGradientStep, gradient: SlopeGradient, **settings) -> float | None:
     """Σ_j of the shares' squared standard errors for prompts drawn at random, estimated; None from one part.
 
     With a portion f of n prompts' independent terms, ∇R_k − f ∇R has the mean 0 and f (1 − f) times the variance of ∇R.
@@ -220,7 +226,7 @@ def _noise(policy: Policy, update: PolicyGradientStep, gradient: SlopeGradient, 
         inside = np.isin(row, rows)
         if not inside.any() or not any(u.any() for u in apart.values()):
             continue
-        along = _along(policy, update.batch.take(rows), apart, **settings)
+        along = _along(update.policy, update.batch.take(rows), apart, **settings)
         share = update.clip_factor * of[inside] * _float64(along.dlogp)
         noise += float((share**2).sum()) / (portion * (1 - portion))
     return noise
