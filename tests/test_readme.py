@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 import trainer_files as files
+from sharded_files import write_ranks
 
 from dentropy.cli import main
 from dentropy.demo.run import POLICY, draw_rollouts, load_policy, load_tokenizer
+from dentropy.experiment import figures
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 # Where each trainer leaves its files, as the README's commands name the places.
@@ -92,3 +94,65 @@ def run(words):
     content = json.loads(Path("run/results.json").read_text())
     shutil.rmtree("run")
     return content
+
+
+def replays():
+    """{trainer: its command}, and that of a list."""
+    found = re.findall(
+        r"^- ([\w-]+)[, ].*?`dentropy (replay [^`]*)`", README.partition("**A whole run.**")[2], re.S | re.M
+    )
+    return {trainer: command.split() for trainer, command in found}
+
+
+def test_every_run_has_a_command():
+    assert list(replays()) == ["TRL", "verl", "prime-rl", "anything"]
+
+
+@pytest.mark.slow
+def test_commands_for_runs_work_and_agree(tmp_path, monkeypatch):
+    """Checkpoints 1 and 2 of the demo's policy and rollouts that the second sampled, as each trainer leaves them."""
+    policy, tokenizer = load_policy()
+    model = policy.model
+    with torch.no_grad():
+        next(model.parameters()).mul_(1.001)
+    drawn = draw_rollouts(policy, tokenizer, 6, 3, seed=0)
+    drawn = drawn.take([i for i in range(len(drawn)) if drawn.response(i)[-1] == tokenizer.eos_token_id])
+    rollouts = [
+        files.Rollout(
+            *drawn.row(i), int(drawn.group[i]), float(drawn.reward[i]), *[[-0.5] * int(drawn.response_lens[i])] * 2
+        )
+        for i in range(len(drawn))
+    ]
+    monkeypatch.setattr(files, "letters", load_tokenizer)
+    monkeypatch.setattr(figures, "FIGURES", {})
+    places = {"TRL": "RUN/checkpoint-{}", "prime-rl": "RUN/weights/step_{}", "anything": "model-{}"}
+    for step, source in ((2, model), (1, load_policy()[0].model)):
+        for trainer, place in places.items():
+            source.save_pretrained(tmp_path / trainer / place.format(step))
+            tokenizer.save_pretrained(tmp_path / trainer / place.format(step))
+        actor = tmp_path / "verl/RUN" / f"global_step_{step}" / "actor"
+        actor.parent.mkdir(parents=True)
+        write_ranks(source, actor)
+        source.generation_config.save_pretrained(actor / "huggingface")
+        tokenizer.save_pretrained(actor / "huggingface")
+    found = {}
+    for trainer, command in replays().items():
+        monkeypatch.chdir(tmp_path / trainer)
+        if trainer in WRITTEN:
+            place, rows, write = WRITTEN[trainer]
+            for step in (1, 2, 3) if trainer == "TRL" else (3,):
+                monkeypatch.setattr(files, "STEP", step)
+                path = Path(place.replace("00003", f"{step:05d}"))
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write(path, rows(rollouts[3 - step :]))
+                path.with_name("STABLE").touch()
+        else:
+            drawn.to_jsonl("2.jsonl")
+            entry = '[[checkpoints]]\npath = "model-{0}"\nstep = {0}\n'
+            Path("run.toml").write_text(entry.format(1) + entry.format(2) + 'rollouts = "2.jsonl"\n')
+        assert main(command) == 0
+        (row,) = json.loads(Path("REPLAY/replay.json").read_text())["steps"]
+        assert row["judged_by"] == "next rollouts" and row["n_tokens"] == drawn.n_tokens
+        found[trainer] = row["entropy_after"], row["measured"], row["predicted"]
+    for trainer, values in found.items():
+        assert values == pytest.approx(found["anything"], rel=1e-4), trainer

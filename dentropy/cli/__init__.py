@@ -1,4 +1,4 @@
-"""The command line: dentropy demo, probe, sample and show, one file each.
+"""The command line: dentropy demo, probe, replay, sample and show, one file each.
 
 It may import everything; heavy packages load inside the commands that need them. Bad input ends with exit code 2 and
 one line on stderr.
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from dentropy import __version__
-from dentropy.cli import demo, probe, sample, show
+from dentropy.cli import demo, probe, replay, sample, show
 from dentropy.cli.command_line import Parser
 from dentropy.cli.terminal import Terminal, quiet
 from dentropy.doors import is_refusal
@@ -57,8 +57,8 @@ def parser() -> Parser:
     """The parser of all commands; what it makes of a command line has the command to call in `run`."""
     top = Parser(prog="dentropy", description="What a weight update does to a language-model policy's entropy.")
     top.add_argument("--version", action="version", version=f"dentropy {__version__}")
-    commands = top.add_subparsers(required=True, metavar="{demo,probe,sample,show}")
-    for command in (demo, probe, sample, show):
+    commands = top.add_subparsers(required=True, metavar="{demo,probe,replay,sample,show}")
+    for command in (demo, probe, replay, sample, show):
         command.add(commands)
     for command in commands.choices.values():
         command.add_argument("--quiet", action="store_true", help="no progress: results, warnings and errors only")

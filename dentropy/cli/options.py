@@ -1,7 +1,8 @@
-"""What several commands share: options of the model, and the packages and tokenizer they need."""
+"""What several commands share: options of the model and of rollouts, and the packages and tokenizer they need."""
 
 from __future__ import annotations
 
+import argparse
 import warnings
 
 from dentropy.doors import third_party
@@ -15,6 +16,57 @@ def add_model_options(command) -> None:
     command.add_argument(
         "--trust-remote-code", action="store_true", help="run the code that comes with a model (default: never)"
     )
+
+
+def add_reading_options(command) -> None:
+    """What files of rollouts do not say, and how these are used."""
+    command.add_argument(
+        "--append-eos",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="TOKEN",
+        help="add the end token to responses given as text: TOKEN, or the one the policy ends turns with",
+    )
+    command.add_argument(
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help="where sampling cut responses off: with --append-eos, which puts no end token there",
+    )
+    command.add_argument("--temperature", type=float, metavar="X", help="of sampling, where rollouts do not say it")
+    command.add_argument("--reward-column", metavar="NAME", help="which column is the reward, where several may be")
+    command.add_argument(
+        "--prompt-set",
+        choices=("random", "fixed"),
+        default="random",
+        help="what error bars are for: prompts drawn at random, or this fixed set (default: %(default)s)",
+    )
+    command.add_argument(
+        "--token-budget",
+        type=_token_budget,
+        default="auto",
+        metavar="auto|N",
+        help="prompt and response tokens run at a time; memory follows it, results do not (default: auto, "
+        "what fits on a GPU, 4096 on a CPU)",
+    )
+    command.add_argument(
+        "--skip-parameters",
+        action="store_true",
+        help="leave out the parameters' shares, which need a gradient's memory (as those of the update's tokens do)",
+    )
+
+
+def _token_budget(text: str) -> int | str:
+    if text == "auto":
+        return text
+    try:
+        budget = int(text)
+    except ValueError:
+        budget = 0
+    if budget < 1:
+        raise argparse.ArgumentTypeError(f"{text.strip()!r}, expected auto or a whole number of at least 1")
+    return budget
 
 
 def loading(options) -> dict:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 from pathlib import Path
 
 from dentropy.cli import loss
 from dentropy.cli.apart import apart, check_files
 from dentropy.cli.keeping import finish
-from dentropy.cli.options import LazyTokenizer, add_model_options, load_libraries, loading
+from dentropy.cli.options import LazyTokenizer, add_model_options, add_reading_options, load_libraries, loading
 from dentropy.cli.terminal import about, remark
 from dentropy.doors import saved_by_torch
 
@@ -63,47 +62,12 @@ def add(commands) -> None:
         help=f"where to measure (default: step size times {', '.join(f'{s:g}' for s in DEFAULT_STEPS)})",
     )
     command.add_argument(
-        "--append-eos",
-        nargs="?",
-        const=True,
-        default=False,
-        metavar="TOKEN",
-        help="add the end token to responses given as text: TOKEN, or the one the policy ends turns with",
-    )
-    command.add_argument(
-        "--max-new-tokens",
-        type=int,
-        metavar="N",
-        help="with --append-eos: where sampling cut responses off, which get no end token",
-    )
-    command.add_argument("--temperature", type=float, metavar="X", help="of sampling, where rollouts do not say it")
-    command.add_argument("--reward-column", metavar="NAME", help="which column is the reward, where several may be")
-    command.add_argument(
         "--step", type=int, metavar="N", help="which step's rollouts, where a file or folder has several"
-    )
-    command.add_argument(
-        "--prompt-set",
-        choices=("random", "fixed"),
-        default="random",
-        help="what error bars are for: prompts drawn at random, or this fixed set (default: %(default)s)",
-    )
-    command.add_argument(
-        "--token-budget",
-        type=_token_budget,
-        default="auto",
-        metavar="auto|N",
-        help="prompt and response tokens run at a time; memory follows it, results do not (default: auto, "
-        "what fits on a GPU, 4096 on a CPU)",
     )
     command.add_argument(
         "--compile-layers",
         action="store_true",
         help="compile decoder layers with their tangents: experimental, no gain recorded yet",
-    )
-    command.add_argument(
-        "--skip-parameters",
-        action="store_true",
-        help="leave out the parameters' shares, which need a gradient's memory (as those of the update's tokens do)",
     )
     command.add_argument(
         "--pass-at-k",
@@ -114,20 +78,9 @@ def add(commands) -> None:
         help="forecast pass@K too: needs rewards of 0 and 1 and K rollouts or more for every prompt",
     )
     command.add_argument("--out", required=True, metavar="DIR", help="run folder, new or empty")
+    add_reading_options(command)
     add_model_options(command)
     command.set_defaults(run=run)
-
-
-def _token_budget(text: str) -> int | str:
-    if text == "auto":
-        return text
-    try:
-        budget = int(text)
-    except ValueError:
-        budget = 0
-    if budget < 1:
-        raise argparse.ArgumentTypeError(f"{text.strip()!r}, expected auto or a whole number of at least 1")
-    return budget
 
 
 def run(options) -> None:

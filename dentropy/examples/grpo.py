@@ -27,12 +27,12 @@ def reward(prompts: list[str], completions: list[str], **_) -> list[float]:
     return [task.reward(prompt, answer) for prompt, answer in zip(prompts, completions, strict=True)]
 
 
-def trainer(folder: str | Path, steps: int = STEPS, seed: int = 0):
-    """TRL's GRPOTrainer for the task, 64 rollouts a step."""
+def trainer(folder: str | Path, steps: int = STEPS, seed: int = 0, **settings):
+    """TRL's GRPOTrainer for the task, 64 rollouts a step; `settings` of GRPOConfig beside those here or instead."""
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
-    arguments = GRPOConfig(
+    arguments = dict(
         output_dir=str(folder),
         max_steps=steps,
         learning_rate=LEARNING_RATE,
@@ -49,7 +49,7 @@ def trainer(folder: str | Path, steps: int = STEPS, seed: int = 0):
     return GRPOTrainer(
         AutoModelForCausalLM.from_pretrained(POLICY, dtype=torch.float32),
         reward,
-        args=arguments,
+        args=GRPOConfig(**arguments | settings),
         train_dataset=Dataset.from_dict({"prompt": task.prompts(512, seed)}),
         processing_class=load_tokenizer(),
     )

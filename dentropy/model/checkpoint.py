@@ -12,9 +12,11 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from dentropy.doors import json_value, third_party
+from dentropy.model.sharded import is_sharded, sharded_tensors
 
 # How many layers a config asks for, under the names that models give it.
 LAYER_COUNTS = frozenset({"num_hidden_layers", "num_layers", "n_layers", "n_layer"})
+CONFIG_FOLDER = "huggingface"  # of verl
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 HUB_TIMEOUT = 5  # seconds
 
@@ -38,6 +40,8 @@ def load_checkpoint(source, argument: str, dtype, *, trust_remote_code: bool = F
     from transformers import AutoModelForCausalLM
 
     local = is_folder(source, argument)
+    if local and is_sharded(Path(source)):
+        return _load_sharded(Path(source), argument, dtype, trust_remote_code)
     if local:
         _check_files(Path(source), f"{argument}: {source}")
     failed = f"{argument}: {str(source)!r} could not be loaded"
@@ -60,11 +64,59 @@ def load_checkpoint(source, argument: str, dtype, *, trust_remote_code: bool = F
     return model
 
 
+def _load_sharded(folder: Path, argument: str, dtype, trust_remote_code: bool):
+    """The model of a sharded checkpoint; its configuration is beside it, or in `huggingface` in it, as verl has it."""
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    where = f"{argument}: {folder}"
+    described = next((place for place in (folder, folder / CONFIG_FOLDER) if (place / "config.json").is_file()), None)
+    if described is None:
+        raise ValueError(f"{where}: no config.json in it or in its {CONFIG_FOLDER}, expected the model's configuration")
+    tensors = sharded_tensors(folder, argument)
+    config = json_value((described / "config.json").read_bytes(), f"{where}: config.json")
+    _check_config(config, len(tensors), f"{where}: config.json")
+    with _network(False), third_party(f"{where} could not be loaded", "a model in the form of transformers"):
+        trusted = {"trust_remote_code": trust_remote_code}
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(described, local_files_only=True, **trusted), **trusted
+        )
+        if (described / "generation_config.json").is_file():  # it may know more end tokens
+            model.generation_config = GenerationConfig.from_pretrained(described, local_files_only=True)
+    found = _under_own_names(where, model.state_dict(), tensors)
+    if dtype != "auto":
+        found = {name: x.to(dtype) if x.is_floating_point() else x for name, x in found.items()}
+    with third_party(f"{where}: its tensors do not fit", "those of its configuration"):
+        model.load_state_dict(found, assign=True)
+        model.tie_weights()
+    return model.eval()
+
+
+def _under_own_names(where: str, own: dict, tensors: dict) -> dict:
+    """`tensors` under the model's names, in front of which a checkpoint may put what it was saved as part of; tied ones
+    may be there once."""
+    first = next(iter(own))
+    prefixes = [name.removesuffix(first) for name in tensors if name.endswith(first)] or [""]
+    prefix = min(prefixes, key=len)
+    found = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+    places = {name: x.data_ptr() for name, x in own.items()}
+    for name in own.keys() - found.keys():
+        twin = next((other for other in own if places[other] == places[name] and other in found), None)
+        if twin is not None:
+            found[name] = found[twin]
+    for kind, names in (("missing", own.keys() - found.keys()), ("unexpected", found.keys() - own.keys())):
+        names = sorted(name for name in names if not is_constant(name))
+        if names:
+            raise ValueError(f"{where}: {len(names)} {kind} tensors ({', '.join(names[:3])}), expected the model's own")
+    return {name: x for name, x in found.items() if name in own}
+
+
 def load_tokenizer(source, argument: str, *, trust_remote_code: bool = False):
     """The tokenizer in a folder or of a hub id; ValueError naming `argument` where there is none that loads."""
     from transformers import AutoTokenizer
 
     local = is_folder(source, argument)
+    if local and (Path(source) / CONFIG_FOLDER).is_dir():
+        source = Path(source) / CONFIG_FOLDER
     failed = f"{argument}: {str(source)!r}: its tokenizer could not be loaded"
     with _network(not local), third_party(failed, "one of transformers"):
         return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, local_files_only=local)

@@ -117,7 +117,8 @@ def update_attribution(
 
     Args:
         policy, batch: those of the measurement.
-        update: `policy_gradient_step(policy, rollouts, ...)`, of other rollouts than the batch's.
+        update: `policy_gradient_step(policy, rollouts, ...)`, of other rollouts than the batch's. Where the
+            measurement is made at other weights than the step (after it, say), its policy is one at those before it.
         sums: `measure(policy, batch, direction, keep_tokens=True)` at eta = 0.
         direction: the one `sums` was measured along; None is the step's own, `update.direction()`.
         gradient: the reverse pass where it was made already: `slope_gradient(..., parts=PARTS)` at the parameters of
@@ -126,7 +127,7 @@ def update_attribution(
         token_budget, progress: as in `measure`.
 
     Raises:
-        ValueError: as `measure` and `token_attribution` do; a step of another policy.
+        ValueError: as `measure` and `token_attribution` do; a step of a policy with other parameters.
 
     Example:
         >>> from dentropy import PackedBatch, measure, policy_gradient_step, sample, update_attribution
@@ -140,20 +141,19 @@ def update_attribution(
         >>> len(found.share), bool(abs(found.unexplained) < 1e-3 * abs(found.share).sum())
         (6, True)
     """
-    if update.policy is not policy:
-        raise ValueError("update: a step of another policy, expected one made with this Policy")
+    _check_same_parameters(policy, update)
     moving = moving_by_name(policy, update.direction() if direction is None else direction)
     settings = {"token_budget": token_budget, "progress": progress}
     if gradient is None:
         names = list(dict.fromkeys([*update.gradient, *moving]))
         gradient = slope_gradient(policy, batch, sums, names, estimator=estimator, per=per, parts=PARTS, **settings)
     dotted = _dotted(update, moving, gradient)
-    along = _along(policy, update.batch, dotted.steepest, **settings)
+    along = _along(update.policy, update.batch, dotted.steepest, **settings)
     shares = _terms(update, along)
     total = slope(sums, estimator=gradient.estimator, per=gradient.per).value
     other = {"momentum": dotted.momentum, "weight_decay": dotted.weight_decay}
     other |= {name: float(shares[name].sum()) for name in ("kl", "entropy_bonus")}
-    noise = _noise_fraction(policy, update, gradient, shares["share"], **settings)
+    noise = _noise_fraction(update, gradient, shares["share"], **settings)
     return UpdateAttribution(
         total=total,
         **other,
@@ -172,6 +172,12 @@ def update_attribution(
         entropy=_float64(along.entropy),
         share=shares["share"],
     )
+
+
+def _check_same_parameters(policy: Policy, update: PolicyGradientStep) -> None:
+    here, there = ({n: p.shape for n, p in each.model.named_parameters()} for each in (policy, update.policy))
+    if here != there:
+        raise ValueError("update: a step of a policy with other parameters, expected one made with this Policy")
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,9 +220,7 @@ def noise_rollouts(batch: PackedBatch) -> list[np.ndarray]:
     return [np.arange(k * apart, len(batch), PARTS * apart) for k in range(PARTS)]
 
 
-def _noise_fraction(
-    policy: Policy, update: PolicyGradientStep, gradient: SlopeGradient, share: np.ndarray, **settings
-) -> float | None:
+def _noise_fraction(update: PolicyGradientStep, gradient: SlopeGradient, share: np.ndarray, **settings) -> float | None:
     """Σ_j of the shares' squared standard errors over that of their squares, for prompts drawn at random; None from
     one part.
 
@@ -233,7 +237,7 @@ def _noise_fraction(
         inside = np.isin(row, rows)
         if not inside.any() or not any(u.any() for u in apart.values()):
             continue
-        along = _along(policy, update.batch.take(rows), apart, **settings)
+        along = _along(update.policy, update.batch.take(rows), apart, **settings)
         off = update.clip_factor * update.coefficients.policy[inside] * _float64(along.dlogp)
         noise += float((off**2).sum()) / (portion * (1 - portion))
         square += float((share[inside] ** 2).sum())

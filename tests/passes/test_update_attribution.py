@@ -263,6 +263,30 @@ def test_of_another_direction_the_rest_is_unexplained_and_no_tokens(tiny):
     assert found.cosine == pytest.approx(float(torch.nn.functional.cosine_similarity(*flat, dim=0)))
 
 
+def test_of_a_slope_after_the_step_the_shares_are_products_of_gradients_at_both_weights(tiny):
+    """⟨∇R after the step, ∇logp_j before it⟩, by autograd."""
+    with InFloat64():
+        step = policy_gradient_step(tiny.policy, UPDATE, step_size=STEP, optimizer="sgd")
+        after = Tiny()
+        with torch.no_grad():
+            for name, p in after.named.items():
+                p.add_(step.direction().tensors[name], alpha=100 * STEP)
+        sums = measure(after.policy, EVALUATION, step.direction(), keep_tokens=True)
+        found = update_attribution(after.policy, EVALUATION, step, sums)
+        toward = after.slope_gradient(EVALUATION)
+        logp, weight = tiny.values(UPDATE)[0], torch.tensor(-step.coefficients.policy)
+
+        def product(value):
+            return sum(float((toward[name] * g).sum()) for name, g in tiny.gradient(value).items())
+
+        chosen = [0, 7, len(logp) - 1]
+        products = [product(weight[j] * logp[j]) for j in chosen]
+        whole = product((weight * logp).sum())
+    np.testing.assert_allclose(found.share[chosen], products, rtol=1e-8)
+    assert found.total == pytest.approx(whole, rel=1e-8) == found.share.sum()
+    assert found.total != pytest.approx(slope(measure(tiny.policy, EVALUATION, step.direction())).value, rel=1e-3)
+
+
 def test_the_padding_row_of_an_embedding_is_nobodys(tiny):
     """A policy can generate its padding token, whose embedding a trainer gives no gradient."""
     padded = PackedBatch.from_lists([[3], [3]], [[0, 4, 0, 5], [4, 0, 2]], group=[0, 0], reward=[0.0, 1.0])
@@ -320,5 +344,5 @@ def test_bad_requests_are_refused(tiny):
         sums = measure(tiny.policy, EVALUATION, step.direction())
         with pytest.raises(ValueError, match="keep_tokens=True"):
             update_attribution(tiny.policy, EVALUATION, step, sums)
-        with pytest.raises(ValueError, match="update: a step of another policy"):
-            update_attribution(Policy(tiny.model), EVALUATION, step, sums)
+        with pytest.raises(ValueError, match="update: a step of a policy with other parameters"):
+            update_attribution(Policy(random_model("gpt2").double()), EVALUATION, step, sums)

@@ -1,0 +1,170 @@
+"""The page of a replayed run: what its steps add up to, the figure, and a table that leads to each step's report."""
+
+from __future__ import annotations
+
+import base64
+from importlib.resources import files
+
+from dentropy.experiment.readings import told_apart
+from dentropy.experiment.report.numbers import Unit, number, percent, plain, quantity, unit_for, with_error
+from dentropy.experiment.report.sections import NATS, section
+from dentropy.experiment.report.tables import Column, table
+from dentropy.experiment.report.tags import Markup, tag
+
+# As the report of a step, and the figure that the page brings along.
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+UPDATE = ("tokens", "momentum", "weight decay", "unexplained")
+
+
+def html(content: dict, picture: bytes) -> str:
+    """The page, self-contained: no scripts, no requests.
+
+    Args:
+        content: That of replay.json.
+        picture: The figure, a PNG.
+
+    Returns:
+        The page. Links lead to the reports of the steps beside it.
+    """
+    shown = [_figure(picture), _sums(content["totals"]), _steps(content["steps"]), _warnings(content)]
+    body = tag("body", _head(content), tag("main", [part for part in shown if part is not None]))
+    return f"<!doctype html>\n{tag('html', _metadata(content), body, lang='en')}\n"
+
+
+def answer(content: dict) -> str:
+    """One sentence: the sum of what was measured."""
+    found = content["totals"]
+    value, stderr = found["measured"], found["measured_stderr"]
+    steps = f"Over {found['steps']} steps between checkpoints"
+    if value is None:
+        return f"{steps} the change of entropy is not known: a measurement is not finite."
+    if stderr is not None and not told_apart(value, stderr):
+        return (
+            f"{steps} entropy does not change by an amount that can be told from zero: {plain(value, stderr)} {NATS}."
+        )
+    return f"{steps} entropy {'falls' if value < 0 else 'rises'} by {plain(abs(value), stderr)} {NATS} (measured)."
+
+
+def _metadata(content: dict) -> Markup:
+    style = Markup(files(__package__).joinpath("report.css").read_text(encoding="utf-8"))
+    return tag(
+        "head",
+        tag("meta", charset="utf-8"),
+        tag("meta", http_equiv="Content-Security-Policy", content=POLICY),
+        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        tag("meta", name="color-scheme", content="light dark"),
+        tag("title", "dentropy: ", answer(content)),
+        tag("style", style, "\nimg { max-width: 100%; background: white; }"),
+    )
+
+
+def _head(content: dict) -> Markup:
+    warned = sum(bool(row["warnings"]) for row in content["steps"]) + len(content["notes"])
+    link = tag("p", tag("a", f"{warned} to read before use", href="#warnings"), class_="warned") if warned else None
+    return tag(
+        "header",
+        tag("p", "dentropy replay", class_="label"),
+        tag("h1", answer(content)),
+        link,
+        tag("p", content["run"]),
+        tag("p", "± is one standard error.", class_="note"),
+    )
+
+
+def _figure(picture: bytes) -> Markup:
+    source = "data:image/png;base64," + base64.b64encode(picture).decode("ascii")
+    image = tag("img", src=source, alt="Change of entropy of each step, and entropy from step to step; numbers below.")
+    return section("timeline", "From step to step", tag("figure", image))
+
+
+def _sums(found: dict) -> Markup:
+    names = {
+        "measured": "Sum of the measured changes",
+        "predicted": "Sum of the predicted changes, by slopes",
+        "predicted_quadratic": "The same with curvatures",
+        "whole": "Last less first checkpoint, each by rollouts of its own",
+        "difference": "Sum of the measured changes less that",
+        "measured_until": f"Sum of the measured changes until checkpoint {found['logged_until']}",
+        "logged": "The same as the trainer logged it",
+    }
+    rows = [{"name": said, "value": found[name], "stderr": found.get(f"{name}_stderr")} for name, said in names.items()]
+    rows = [row for row in rows if row["value"] is not None]
+    unit = unit_for([row["value"] for row in rows], NATS)
+    columns = [("", "", lambda row: row["name"]), ("ΔH ± SE", unit.name, lambda row: _sum(row, unit))]
+    return section("sums", "What they add up to", table("Changes of the entropy over the whole run", rows, columns))
+
+
+def _sum(row: dict, unit: Unit) -> Markup:
+    """What the trainer logged has no error."""
+    if row["stderr"] is None:
+        return quantity(row["value"], unit)
+    return with_error(row["value"], row["stderr"], unit)
+
+
+def _steps(rows: list[dict]) -> Markup:
+    change = unit_for([row[name] for row in rows for name in ("measured", "predicted")], NATS)
+    entropy, no_unit, tokens, nats = (Unit(1.0, name) for name in (NATS, "", "tokens", "nats per rollout"))
+    checkpoints = ("Checkpoints", "before, after", _link)
+    changes = [
+        checkpoints,
+        ("Judged by", "", lambda row: row["judged_by"]),
+        ("Rollouts", "", lambda row: row.get("n_rollouts") and number(row["n_rollouts"])),
+        _with_error("Entropy after", "entropy_after", entropy),
+        ("Logged", NATS, _logged),
+        _with_error("ΔH predicted", "predicted", change),
+        _with_error("with curvature", "predicted_quadratic", change),
+        _with_error("ΔH measured", "measured", change),
+        _with_error("predicted − measured", "error", change),
+        ("ESS", "", lambda row: percent(row.get("ess_fraction"))),
+        ("Verdict", "", lambda row: row["verdict"]),
+    ]
+    forecast = [
+        checkpoints,
+        _with_error("Reward predicted", "reward_predicted", no_unit),
+        _with_error("measured", "reward_measured", no_unit),
+        _with_error("Length predicted", "length_predicted", tokens),
+        _with_error("measured", "length_measured", tokens),
+        _with_error("KL divergence", "kl", nats),
+    ]
+    sources = [
+        checkpoints,
+        _with_error("ΔH predicted", "predicted", change),
+        _with_error("in the same contexts", "pathwise", change),
+        _with_error("through other answers", "other_answers", change),
+        _alone("without the length correction", "predicted_uncorrected", change),
+        *[_alone(f"update: {name}", f"update_{name}".replace(" ", "_"), change) for name in UPDATE],
+        _alone("cosine", "update_cosine", no_unit),
+    ]
+    return section(
+        "steps",
+        "Each step",
+        table("Change of the entropy; each step leads to its own report", rows, changes),
+        table("Reward, length and divergence of each step", rows, forecast),
+        table("Where the predicted change comes from", rows, sources),
+    )
+
+
+def _with_error(head: str, name: str, unit: Unit) -> Column:
+    return head, unit.name, lambda row: with_error(row.get(name), row.get(f"{name}_stderr"), unit)
+
+
+def _alone(head: str, name: str, unit: Unit) -> Column:
+    return head, unit.name, lambda row: quantity(row.get(name), unit)
+
+
+def _logged(row: dict) -> Markup | None:
+    value = row["logged_entropy_after"]
+    return None if value is None else number(value, f"{value:.4f}")
+
+
+def _link(row: dict) -> Markup | str:
+    before, after = row["step_before"], row["step_after"]
+    if "n_rollouts" not in row:  # equal checkpoints have no report
+        return f"{before} → {after}"
+    return tag("a", f"{before} → {after}", href=f"pairs/{before:06d}-{after:06d}/probe/report.html")
+
+
+def _warnings(content: dict) -> Markup | None:
+    said = [tag("li", note) for note in content["notes"]]
+    said += [tag("li", _link(row), ": ", row["warnings"]) for row in content["steps"] if row["warnings"]]
+    return section("warnings", "Warnings", tag("ul", said)) if said else None

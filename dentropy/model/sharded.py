@@ -1,0 +1,133 @@
+"""Sharded training checkpoints, put together without a process group and without running what a pickle could name.
+
+Read by torch's own readers: a folder of torch.distributed.checkpoint (`.metadata` beside `__R_N.distcp`), and FSDP2's
+state dicts as ranks save them (`model_world_size_W_rank_R.pt`, verl's). `.metadata` is a pickle, which torch loads as
+it is; here it may name the classes of a checkpoint and nothing else.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dentropy.doors import reason, third_party
+
+METADATA = ".metadata"
+RANK_FILE = re.compile(r"model_world_size_(\d+)_rank_(\d+)\.pt")
+OPTIMIZER = re.compile(r"(^|\.)(optimizers?|optim)\.")
+_DCP = "torch.distributed.checkpoint"
+_PATHS = {"PosixPath", "WindowsPath", "PurePosixPath"}
+ALLOWED = {  # module -> what `.metadata` may name of it
+    f"{_DCP}.metadata": {
+        *("Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties"),
+        *("MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING"),
+    },
+    f"{_DCP}.filesystem": {"_StorageInfo", "_StoragePrefix"},
+    "pathlib": _PATHS,
+    "pathlib._local": _PATHS,
+    "torch": {"Size", "device", "float64", "float32", "bfloat16", "float16", "int64", "int32", "uint8", "bool"},
+    "torch.serialization": {"_get_layout"},
+    "collections": {"OrderedDict"},
+}
+
+
+def is_sharded(folder: Path) -> bool:
+    return (folder / METADATA).is_file() or any(RANK_FILE.fullmatch(path.name) for path in folder.glob("model_*.pt"))
+
+
+def sharded_tensors(folder: Path, argument: str) -> dict[str, Tensor]:
+    """The model's whole tensors by name, on the CPU, as saved; of an optimizer beside it none.
+
+    Raises:
+        ValueError: naming `argument`, for rank files that are missing or hold other things, for tensors sharded along
+            more than one dimension, and for a `.metadata` that names what no checkpoint needs or leads out of the
+            folder.
+    """
+    where = f"{argument}: {folder}"
+    found = _distributed(folder, where) if (folder / METADATA).is_file() else _of_ranks(folder, where)
+    tensors = dict(found)
+    if not tensors:
+        raise ValueError(f"{where}: no tensors of a model, expected its weights")
+    return tensors
+
+
+class _Restricted(pickle.Unpickler):
+    def find_class(self, module: str, name: str):
+        if name in ALLOWED.get(module, ()):
+            return super().find_class(module, name)
+        raise ValueError(f"it names {module}.{name}, which no checkpoint needs")
+
+
+def _distributed(folder: Path, where: str) -> Iterator[tuple[str, Tensor]]:
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+    class Reader(dcp.FileSystemReader):
+        def read_metadata(self, *args, **kwargs):
+            metadata = _Restricted(io.BytesIO((folder / METADATA).read_bytes())).load()
+            if not isinstance(metadata, Metadata):
+                raise ValueError(f"it holds a {type(metadata).__name__}")
+            for info in metadata.storage_data.values():
+                if Path(info.relative_path).name != info.relative_path:
+                    raise ValueError(f"it names {info.relative_path}, outside of the folder")
+            if getattr(metadata, "storage_meta", None) is None:
+                metadata.storage_meta = self.storage_meta()
+            metadata.storage_meta.load_id = self.load_id
+            return metadata
+
+    expected = "a checkpoint of torch.distributed"
+    try:
+        entries = Reader(folder).read_metadata().state_dict_metadata
+    except Exception as error:  # a damaged pickle fails in any way; all of them are refused
+        raise ValueError(f"{where}: {METADATA} cannot be read ({reason(error)}), expected {expected}") from error
+    for name, entry in entries.items():
+        if isinstance(entry, TensorStorageMetadata) and not OPTIMIZER.search(name):
+            try:
+                state = {name: torch.empty(entry.size, dtype=entry.properties.dtype)}
+                dcp.load(state, storage_reader=Reader(folder), no_dist=True)
+            except (Exception, dcp.CheckpointException) as error:  # torch's own is no Exception
+                raise ValueError(f"{where}: {name} cannot be read ({reason(error)}), expected {expected}") from error
+            yield name, state[name]
+
+
+def _of_ranks(folder: Path, where: str) -> Iterator[tuple[str, Tensor]]:
+    from torch.distributed.tensor import DTensor  # what it imports is what weights_only allows
+
+    files = {int(found[2]): path for path in folder.iterdir() if (found := RANK_FILE.fullmatch(path.name))}
+    worlds = {int(RANK_FILE.fullmatch(path.name)[1]) for path in files.values()}
+    if worlds != {len(files)} or sorted(files) != list(range(len(files))):
+        raise ValueError(f"{where}: rank files {sorted(files)} of {sorted(worlds)} ranks, expected one of each rank")
+    shards = []
+    for rank in sorted(files):
+        with third_party(f"{where}: {files[rank].name} cannot be read", "a state dict of FSDP2"):
+            shards.append(torch.load(files[rank], weights_only=True, map_location="cpu", mmap=True))
+    if not all(isinstance(shard, dict) and shard.keys() == shards[0].keys() for shard in shards):
+        raise ValueError(f"{where}: ranks have tensors of other names, expected the same in every file")
+    for name, first in shards[0].items():
+        if isinstance(first, DTensor):
+            yield name, _whole(f"{where}: {name}", [shard[name] for shard in shards])
+        elif isinstance(first, Tensor):
+            yield name, first
+
+
+def _whole(where: str, parts: list) -> Tensor:
+    """Ranks' parts of a tensor put together; of replicas the last."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    first = parts[0]
+    *replicated, last = first.placements
+    plain = type(last) in (Shard, Replicate)  # what derives from Shard is laid out in another order
+    if not plain or not all(placement.is_replicate() for placement in replicated):
+        raise ValueError(f"{where}: laid out as {first.placements}, expected one dimension sharded")
+    if last.is_replicate():
+        return first.to_local()
+    whole = torch.cat([part.to_local() for part in parts[-first.device_mesh.shape[-1] :]], last.dim)
+    if whole.shape != first.shape:
+        raise ValueError(f"{where}: parts of {tuple(whole.shape)} in all, expected {tuple(first.shape)}")
+    return whole
