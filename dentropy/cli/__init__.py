@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from dentropy import __version__
 from dentropy.cli import demo, probe, sample, show
 from dentropy.cli.command_line import Parser
+from dentropy.cli.processes import Terminated, count
 from dentropy.cli.terminal import Terminal
 from dentropy.doors import is_refusal
 
-INTERRUPTED = 130  # as a shell says it of a command ended by Ctrl-C
+INTERRUPTED, TERMINATED = 130, 143  # as a shell says it of a command ended by Ctrl-C, or by SIGTERM
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0; 2 for bad input, for rollouts too long for the memory there is and for what could not be
-        written where it was asked for; 130 after Ctrl-C. What is none of these is a bug, and raised.
+        written where it was asked for; 130 after Ctrl-C, 143 after SIGTERM. What is none of these is a bug, and raised.
     """
     arguments = sys.argv[1:] if argv is None else argv
     # argparse takes -1e-6 for an option; behind a space it is a value, and float() does not mind the space.
@@ -35,10 +36,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     with terminal.open():
         try:
             options = parser().parse_args(arguments)
+            if count() > 1 and options.run is not probe.run:
+                raise ValueError(
+                    f"{arguments[0]}: started in {count()} processes, expected one (probe alone runs in more)"
+                )
             options.run(options)
-        except KeyboardInterrupt:
-            terminal.complain("interrupted")
-            return INTERRUPTED
+        except KeyboardInterrupt as error:
+            terminal.complain(str(error) or "interrupted")
+            return TERMINATED if isinstance(error, Terminated) else INTERRUPTED
         except (OSError, MemoryError) as error:
             terminal.complain(error)
             return 2

@@ -12,6 +12,8 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from dentropy.cli.processes import is_first
+
 # Control and format characters (escape, backspace, right-to-left marks, ...), and separators of lines.
 STEERING = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 
@@ -23,7 +25,9 @@ class Terminal:
         self._words = {word.partition("=")[0] for word in arguments if word.startswith("--")}
 
     def complain(self, message: object) -> None:
-        """An error, in one line."""
+        """An error, in one line; of several processes the first says it, unless it cannot know."""
+        if not is_first() and getattr(message, "dentropy_told", True):
+            return
         print(f"dentropy: {visible(self._line(message))}", file=sys.stderr)
 
     @contextmanager
@@ -42,6 +46,8 @@ class Terminal:
                     stream.reconfigure(errors=errors)
 
     def _warn(self, message, category, filename, lineno, file=None, line=None) -> None:
+        if not is_first():
+            return
         text = self._line(message)
         if _options and not text.startswith("--"):
             text = f"{_options[-1]}: {text}"
@@ -57,12 +63,14 @@ class Terminal:
 
 def say(text: str) -> None:
     """A result, on stdout."""
-    print(visible(text), flush=True)
+    if is_first():
+        print(visible(text), flush=True)
 
 
 def remark(text: str) -> None:
     """What was understood of an input, on stderr, in one line."""
-    print(f"dentropy: {visible(' '.join(text.split()))}", file=sys.stderr)
+    if is_first():
+        print(f"dentropy: {visible(' '.join(text.split()))}", file=sys.stderr)
 
 
 @contextmanager

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from dentropy.passes import ranks
+
 # Seconds before a bar appears: input that is refused at once is not answered with a bar.
 DELAY = 0.2
 
 
 @contextmanager
 def token_bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar over `total` tokens; yields a function to call with the number of tokens just finished."""
+    """A bar over `total` tokens, shown by the first rank; yields a function to call with the number just finished."""
     from tqdm import tqdm
 
-    with tqdm(total=total, desc=label, unit=" tokens", unit_scale=True, leave=False, delay=DELAY) as bar:
+    settings = dict(unit=" tokens", unit_scale=True, leave=False, delay=DELAY, disable=ranks.rank() > 0)
+    with tqdm(total=total, desc=label, **settings) as bar:
         yield bar.update
 
 
