@@ -13,10 +13,11 @@ from collections.abc import Sequence
 from dentropy import __version__
 from dentropy.cli import demo, probe, replay, sample, show
 from dentropy.cli.command_line import Parser
+from dentropy.cli.processes import Terminated, count
 from dentropy.cli.terminal import Terminal, quiet
 from dentropy.doors import is_refusal
 
-INTERRUPTED = 130  # as a shell says it of a command ended by Ctrl-C
+INTERRUPTED, TERMINATED = 130, 143  # as a shell says it of a command ended by Ctrl-C, or by SIGTERM
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0; 2 for bad input, for rollouts too long for the memory there is and for what could not be
-        written where it was asked for; 130 after Ctrl-C. What is none of these is a bug, and raised.
+        written where it was asked for; 130 after Ctrl-C, 143 after SIGTERM. What is none of these is a bug, and raised.
     """
     given = sys.argv[1:] if argv is None else argv
     # argparse takes -1e-6 for an option; behind a space it is a value, and float() does not mind the space.
@@ -37,11 +38,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             options = parser().parse_args(arguments)
             options.command = shlex.join(["dentropy", *given])
+            if count() > 1 and options.run is not probe.run:
+                raise ValueError(
+                    f"{arguments[0]}: started in {count()} processes, expected one (probe alone runs in more)"
+                )
             with quiet(options.quiet):
                 options.run(options)
-        except KeyboardInterrupt:
-            terminal.complain("interrupted")
-            return INTERRUPTED
+        except KeyboardInterrupt as error:
+            terminal.complain(str(error) or "interrupted")
+            return TERMINATED if isinstance(error, Terminated) else INTERRUPTED
         except (OSError, MemoryError) as error:
             terminal.complain(error)
             return 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import warnings
 
+from dentropy.cli.processes import own_device
 from dentropy.doors import third_party
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
@@ -73,14 +74,13 @@ def loading(options) -> dict:
     """Keyword arguments of Policy.from_pretrained."""
     import torch
 
+    named = own_device(options.device)
     with third_party(f"--device: {options.device!r} is not a device", "cpu or cuda"):
-        device = None if options.device is None else torch.device(options.device)
+        device = None if named is None else torch.device(named)
     if device is not None and device.type not in ("cpu", "cuda"):
         raise ValueError(f"--device: {options.device}, expected cpu or cuda")
     if device is not None and device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"--device: {options.device}, expected one of the {torch.cuda.device_count()} CUDA devices here"
-        )
+        raise ValueError(f"--device: {named}, expected one of the {torch.cuda.device_count()} CUDA devices here")
     dtype = getattr(torch, options.dtype)
     return {"dtype": dtype, "device": device, "trust_remote_code": options.trust_remote_code}
 

@@ -3,17 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+from contextlib import nullcontext
 from pathlib import Path
 
 from dentropy.cli import loss
 from dentropy.cli.apart import apart, check_files
 from dentropy.cli.keeping import finish
 from dentropy.cli.options import LazyTokenizer, add_model_options, add_reading_options, load_libraries, loading
+from dentropy.cli.processes import ended_by_sigterm, is_first, process_group
 from dentropy.cli.terminal import about, remark
 from dentropy.doors import saved_by_torch
 
 OPTIMIZER = "optimizer.pt"  # the name under which trainers save its state in a checkpoint's folder
 DEFAULT_STEPS = (-1.0, -0.5, 0.5, 1.0, 2.0)
+SOURCES = ("policy", "rollouts", "after", "direction", "update_rollouts")
+# What else the passes depend on: an unfinished run goes on with the same.
+SETTINGS = (
+    "step_size",
+    "etas",
+    "prompt_set",
+    "token_budget",
+    "compile_layers",
+    "skip_parameters",
+    "pass_at_k",
+    "optimizer",
+    "optimizer_state",
+    "max_grad_norm",
+    *(f"loss_{name}" for name in loss.OPTIONS),
+)
 
 
 def add(commands) -> None:
@@ -77,19 +95,39 @@ def add(commands) -> None:
         metavar="K",
         help="forecast pass@K too: needs rewards of 0 and 1 and K rollouts or more for every prompt",
     )
+    command.add_argument(
+        "--on-nonfinite",
+        choices=("raise", "drop"),
+        default="raise",
+        help="what becomes of rollouts whose statistics are not finite: an error that names the first, or all are "
+        "left out, named and counted (default: %(default)s)",
+    )
     command.add_argument("--out", required=True, metavar="DIR", help="run folder, new or empty")
     add_reading_options(command)
+    command.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the unfinished run of the same command; start anew where there is none",
+    )
     add_model_options(command)
     command.set_defaults(run=run)
 
 
 def run(options) -> None:
-    from dentropy.experiment.probe import check_etas, probe, tokens_to_run
-    from dentropy.experiment.progress import token_bar
+    from dentropy.passes.ranks import together
+
+    with process_group():
+        together(_run)(options)
+
+
+def _run(options) -> None:
+    from dentropy.experiment.probe import check_etas
+    from dentropy.experiment.resumable import check_unfinished
     from dentropy.experiment.run_folder import check_out
     from dentropy.model.policy import Policy
 
-    out = check_out(options.out)
+    if is_first():
+        check_unfinished(check_out(options.out), options.resume)
     if options.update_rollouts is None and options.after is None and options.direction is None:
         raise ValueError("--after, --direction, --update-rollouts: one of the arguments is needed, expected the update")
     if options.step_size is None and options.direction is None:
@@ -115,17 +153,46 @@ def run(options) -> None:
             update = _rollouts(options.update_rollouts, options, policy, tokenizer, recognized.append)
         batch, update, divided = apart(batch, update, options.split)
     direction = _direction(options, policy)
-    step = None
-    if update is not None:
-        step = _step(options, policy, update, options.step_size or direction.step_size)
-        direction = direction or step.direction()
-    etas = etas or check_etas([step * direction.step_size for step in DEFAULT_STEPS])
     for_report = tokenizer.load_for_the_report()
-    parameters = not options.skip_parameters
     for text in recognized:
         remark(text)
-    with token_bar("passes", tokens_to_run(policy, batch, etas, parameters, step)) as progress:
-        result = probe(
+    with ended_by_sigterm(), _store(options, policy, batch, direction, update) as store:
+        result = _passes(options, policy, batch, direction, update, etas, store)
+        named = {name: getattr(options, name) for name in SOURCES}
+        source = {name: str(value) for name, value in (named | {"split": divided}).items() if value is not None}
+        if is_first():
+            finish(dataclasses.replace(result, source=source, command=options.command), Path(options.out), for_report)
+
+
+def _store(options, policy, batch, direction, update):
+    """What is finished is kept in it, by the first process."""
+    from dentropy.experiment.identity import identity
+    from dentropy.experiment.resumable import unfinished_run
+
+    if not is_first():
+        return nullcontext()
+    settings = {name: getattr(options, name) for name in SETTINGS}
+    if options.optimizer_state is not None:
+        settings["optimizer_state"] = hashlib.sha256(Path(options.optimizer_state).read_bytes()).hexdigest()
+    return unfinished_run(Path(options.out), identity(policy, batch, direction, update, settings))
+
+
+def _passes(options, policy, batch, direction, update, etas, store):
+    """The ProbeResult."""
+    from dentropy.experiment.probe import check_etas, probe, tokens_to_run
+    from dentropy.experiment.progress import token_bar
+    from dentropy.passes.finished import keeping
+
+    step = None
+    if update is not None:
+        with keeping(store, "update", gradient=True):
+            step = _step(options, policy, update, options.step_size or direction.step_size)
+        direction = direction or step.direction()
+    etas = etas or check_etas([step * direction.step_size for step in DEFAULT_STEPS])
+    parameters = not options.skip_parameters
+    total = tokens_to_run(policy, batch, etas, parameters, step)
+    with token_bar("passes", total) as progress, keeping(store, "probe"):
+        return probe(
             policy,
             batch,
             direction,
@@ -135,11 +202,9 @@ def run(options) -> None:
             parameters=parameters,
             pass_at_k=options.pass_at_k,
             update=step,
+            on_nonfinite=options.on_nonfinite,
             progress=progress,
         )
-    named = {name: getattr(options, name) for name in ("policy", "rollouts", "after", "direction", "update_rollouts")}
-    source = {name: str(value) for name, value in (named | {"split": divided}).items() if value is not None}
-    finish(dataclasses.replace(result, source=source, command=options.command), out, for_report)
 
 
 def _rollouts(path: str, options, policy, tokenizer, say):

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
+from dentropy.cli.processes import is_first
 from dentropy.experiment.progress import hidden
 
 # Control and format characters (escape, backspace, right-to-left marks, ...), and separators of lines.
@@ -27,7 +28,9 @@ class Terminal:
         self._warned: Counter[str] = Counter()
 
     def complain(self, message: object) -> None:
-        """An error, in one line."""
+        """An error, in one line; of several processes the first says it, unless it cannot know."""
+        if not is_first() and getattr(message, "dentropy_told", True):
+            return
         print(f"dentropy: {visible(self._line(message))}", file=sys.stderr)
 
     @contextmanager
@@ -51,6 +54,8 @@ class Terminal:
                     stream.reconfigure(errors=errors)
 
     def _warn(self, message, category, filename, lineno, file=None, line=None) -> None:
+        if not is_first():
+            return
         text = self._line(message)
         if _options and not text.startswith("--"):
             text = f"{_options[-1]}: {text}"
@@ -68,12 +73,13 @@ class Terminal:
 
 def say(text: str) -> None:
     """A result, on stdout."""
-    print(visible(text), flush=True)
+    if is_first():
+        print(visible(text), flush=True)
 
 
 def remark(text: str) -> None:
     """What was understood of an input, on stderr, in one line."""
-    if not _quiet:
+    if is_first() and not _quiet:
         print(f"dentropy: {visible(' '.join(text.split()))}", file=sys.stderr)
 
 

@@ -35,6 +35,7 @@ from dentropy.experiment.changes import Change, Form, FreshCheck, lost_in_roundi
 from dentropy.experiment.cost import cost
 from dentropy.experiment.results import ProbeResult
 from dentropy.model.direction import Direction
+from dentropy.model.fingerprint import check_unchanged, parameter_fingerprints
 from dentropy.model.policy import Policy
 from dentropy.passes.measure import measure
 from dentropy.passes.microbatches import AUTO
@@ -46,9 +47,11 @@ from dentropy.passes.slope_gradient import slope_gradient
 from dentropy.passes.update_attribution import PARTS, UpdateAttribution, update_attribution
 from dentropy.rollouts.batch import PackedBatch
 from dentropy.rollouts.sampling import end_tokens, without_end
+from dentropy.stats.checks import NotFiniteError
 from dentropy.stats.sequence_sums import sequence_sums
 from dentropy.stats.tables import SequenceSums
 
+ON_NONFINITE = ("raise", "drop")
 ESTIMATORS = ("causal", "exact", "mixed")
 SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max  # of |η|
 # Over √rollouts, as standard errors fall: the bend within ±η up to which the measurements there serve the curvature.
@@ -67,6 +70,7 @@ def probe(
     parameters: bool = True,
     pass_at_k: Sequence[int] = (),
     update: PolicyGradientStep | None = None,
+    on_nonfinite: str = "raise",
     progress: Callable[[int], None] | None = None,
 ) -> ProbeResult:
     """Slope and curvature of the entropy along `direction`, and the measured ΔH(η) at each of `etas`.
@@ -82,11 +86,15 @@ def probe(
 
     `prompts` says what the standard errors are for: prompts drawn at "random", or this "fixed" set. `pass_at_k` are the
     k whose pass@k the forecast has too. `token_budget` is that of `measure`, for every pass by itself: they differ in
-    what a token needs. `progress` is called with the number of tokens just finished, `tokens_to_run` in all: what turns
-    out not to be needed counts as finished.
+    what a token needs. `on_nonfinite` says what becomes of rollouts whose statistics are not finite: "raise", or "drop"
+    them, which the result counts, and run the passes again without them. `progress` is called with the number of tokens
+    just finished, `tokens_to_run` in all: what turns out not to be needed counts as finished.
+
+    In a process group every rank calls it, as `measure`.
 
     Raises ValueError, before any work, for etas that are empty, not finite, repeated, or 0 only, and for `pass_at_k`
     that the rewards or the groups do not allow (see `forecast`); see `measure` for what it refuses.
+    ValueError too where the policy's weights have changed by the end.
 
     Example:
         >>> from dentropy.demo.run import load_policy, draw_rollouts
@@ -102,14 +110,20 @@ def probe(
     """
     date, begun = datetime.now(UTC).isoformat(timespec="seconds"), time.perf_counter()
     etas = check_etas(etas)
-    check_pass_at_k(pass_at_k, batch.reward, Groups.of(batch.group, prompts))
+    if on_nonfinite not in ON_NONFINITE:
+        raise ValueError(f"on_nonfinite: {on_nonfinite!r}, expected one of {ON_NONFINITE}")
     settings = {"token_budget": token_budget, "progress": progress}
-    base = measure(policy, batch, direction, keep_tokens=True, **settings)
-    second_order = _has_second_order(policy)
-    moved = {eta: measure(policy, batch, direction, eta=eta, order=0, keep_tokens=True, **settings) for eta in etas}
-    own_steps, no_curvature = 0, f"weights in {policy.dtype}, in which a small step vanishes"
-    if second_order:
-        base, own_steps, no_curvature = _with_second_order(policy, batch, direction, base, moved, **settings)
+    weights, given, used = parameter_fingerprints(policy.model), batch, np.arange(len(batch))
+    while True:
+        check_pass_at_k(pass_at_k, batch.reward, Groups.of(batch.group, prompts))
+        try:
+            base, moved, own_steps, no_curvature = _tables(policy, batch, direction, etas, **settings)
+            break
+        except NotFiniteError as error:
+            used = np.delete(used, error.rollouts)
+            if on_nonfinite == "raise" or not given.response_lens[used].any():
+                raise
+            batch = given.take(used)
     slopes = {name: slope(base, estimator=name, prompts=prompts) for name in ESTIMATORS}
     seconds = dict.fromkeys(DERIVATIVE.values())
     if no_curvature is None:
@@ -123,6 +137,7 @@ def probe(
         changes.append(Change(**vars(prefix), moved=moved[eta], sequence=sequence))
     shares, of_update = _explained(policy, batch, direction, base, parameters, update, **settings)
     base_entropy, base_influence = entropy_per_token(base)
+    check_unchanged(policy.model, weights)
     return ProbeResult(
         base=base,
         base_entropy=base_entropy,
@@ -138,6 +153,7 @@ def probe(
         audit=on_policy_audit(base),
         without_end=without_end(batch, end_tokens(policy)),
         batch=batch,
+        dropped=tuple(np.setdiff1d(np.arange(len(given)), used).tolist()),
         step_size=direction.step_size,
         prompts=prompts,
         dtype=str(policy.dtype).removeprefix("torch."),
@@ -147,6 +163,18 @@ def probe(
         date=date,
         seconds=time.perf_counter() - begun,
     )
+
+
+def _tables(
+    policy: Policy, batch: PackedBatch, direction: Direction, etas: Sequence[float], **settings
+) -> tuple[SequenceSums, dict[float, SequenceSums], int, str | None]:
+    """The table at the base weights, those at each of `etas`, and of `_with_second_order` the rest."""
+    base = measure(policy, batch, direction, keep_tokens=True, **settings)
+    moved = {eta: measure(policy, batch, direction, eta=eta, order=0, keep_tokens=True, **settings) for eta in etas}
+    if not _has_second_order(policy):
+        return base, moved, 0, f"weights in {policy.dtype}, in which a small step vanishes"
+    base, own_steps, no_curvature = _with_second_order(policy, batch, direction, base, moved, **settings)
+    return base, moved, own_steps, no_curvature
 
 
 def _explained(

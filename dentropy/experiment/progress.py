@@ -1,6 +1,6 @@
 """Progress of long work on stderr: done of all, tokens per second, time left.
 
-On a terminal a bar that moves; elsewhere, in a log, a line now and then.
+On a terminal a bar that moves; elsewhere, in a log, a line now and then. Of several ranks the first shows it.
 """
 
 from __future__ import annotations
@@ -56,7 +56,9 @@ def rollout_bar(label: str, total: int) -> Iterator[Callable[[int, int], None]]:
 def _bar(label: str, total: int, **settings):
     from tqdm import tqdm
 
-    settings |= dict(total=total, desc=label, leave=False, disable=_hidden)
+    from dentropy.passes import ranks
+
+    settings |= dict(total=total, desc=label, leave=False, disable=_hidden or ranks.rank() > 0)
     if sys.stderr.isatty():
         return tqdm(delay=DELAY, **settings)
     return tqdm(delay=BETWEEN_LINES, mininterval=BETWEEN_LINES, maxinterval=BETWEEN_LINES, file=_Lines(), **settings)

@@ -89,7 +89,7 @@ def _beyond_two(value: float | None, stderr: float | None) -> bool:
 
 def cut_short(audit: dict) -> str | None:
     """A sentence on the rollouts that a length cap cut, where they are some and not all."""
-    cut, total = audit.get("rollouts_without_end") or 0, audit["rollouts_expected"]
+    cut, total = audit.get("rollouts_without_end") or 0, audit["rollouts_used"]
     if not 0 < cut < total:
         return None
     return (

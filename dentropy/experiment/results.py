@@ -37,7 +37,7 @@ class ProbeResult:
         parameters: Contribution of every parameter that moves to the causal slope, by name; None if not asked for.
         audit: Do the rollouts look like samples of this policy?
         without_end: Rollouts that do not end with an end token of the policy; None where it has none.
-        batch: The rollouts.
+        batch: The rollouts, without those dropped.
         step_size: The η that is the update itself.
         prompts: "random" or "fixed": what the standard errors are for.
         dtype: Of the weights in the pass.
@@ -50,6 +50,7 @@ class ProbeResult:
         date: When `probe` was called, UTC, as ISO 8601 writes it.
         seconds: What it took.
         command: Free for the caller: the command line that called it.
+        dropped: The rollouts left out because their statistics were not finite, by their place in the batch given.
     """
 
     base: SequenceSums
@@ -78,6 +79,7 @@ class ProbeResult:
     date: str | None = None
     seconds: float | None = None
     command: str | None = None
+    dropped: tuple[int, ...] = ()
 
     def __repr__(self) -> str:
         """What was found at the η nearest to the step itself; `summary` has all."""
@@ -170,7 +172,8 @@ class ProbeResult:
         estimates = {f"slope_{name}": estimate for name, estimate in self.slopes.items()}
         if self.curvature is not None:
             estimates |= {"curvature": self.curvature, "curvature_exact": self.exact_curvature}
-        return rollout_rows.columns(self.base, self.batch.reward, estimates, self.changes)
+        found = rollout_rows.columns(self.base, self.batch.reward, estimates, self.changes)
+        return found | {"rollout": self._place_given(found["rollout"])}
 
     def to_pandas(self):
         """`columns` as a pandas DataFrame: the table of rollouts.csv. ImportError without pandas."""
@@ -227,18 +230,29 @@ class ProbeResult:
         checks = {"logp_plus_entropy": self.audit.logp_plus_entropy, "dlogp": self.audit.dlogp}
         return {
             "rollouts_used": len(self.base),
-            "rollouts_expected": len(self.batch),
+            "rollouts_expected": len(self.batch) + len(self.dropped),
+            "rollouts_dropped": list(self.dropped),
             "tokens_used": int(self.base.n_tokens.sum()),
             "tokens_expected": int(self.batch.n_tokens),
             "contributions": {k: {"sum": float(total), "expected": float(value)} for k, (total, value) in sums.items()},
             "on_policy": {name: None if check is None else dict(vars(check)) for name, check in checks.items()},
             "rollouts_without_end": self.without_end,
-            "warnings": [*self.audit.warnings, *self._no_ends()],
+            "warnings": [*self.audit.warnings, *self._no_ends(), *self._dropped()],
         }
 
     def _temperature(self) -> float | list[float]:
         found = np.unique(self.batch.temperatures).tolist()
         return found[0] if len(found) == 1 else found
+
+    def _place_given(self, rollouts: np.ndarray) -> np.ndarray:
+        """Their places in the batch that was given, before any were dropped."""
+        return np.setdiff1d(np.arange(len(self.batch) + len(self.dropped)), self.dropped)[rollouts]
+
+    def _dropped(self) -> list[str]:
+        if not self.dropped:
+            return []
+        named = ", ".join(map(str, self.dropped[:8])) + (", ..." if len(self.dropped) > 8 else "")
+        return [f"{count(len(self.dropped), 'rollout')} dropped, whose statistics are not finite: {named}"]
 
     def _no_ends(self) -> list[str]:
         """A warning where not one rollout has an end token: so they were written down, not sampled."""

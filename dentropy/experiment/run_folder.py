@@ -24,6 +24,7 @@ from dentropy.experiment.unfinished import remove_left_behind, temporary
 SCHEMA_VERSION, KNOWN_VERSIONS = 3, (1, 2, 3)
 RESULTS, ROLLOUTS, REPORT = "results.json", "rollouts.csv", "report.html"
 UPDATE_TOKENS = "update_tokens.parquet"
+UNFINISHED = ".unfinished"  # behind the name of the folder that a run is kept in until its own is written
 
 
 class ViewsFailedError(RuntimeError):
@@ -42,7 +43,7 @@ def check_out(out: str | Path) -> Path:
     try:
         if out.is_dir():
             remove_left_behind(out)
-            if any(out.iterdir()):
+            if _entries(out):
                 raise ValueError(f"out: {out} exists and is not empty, expected a new or an empty folder")
         elif out.exists() or out.is_symlink():
             raise ValueError(f"out: {out} exists and is not a folder, expected a new or an empty one")
@@ -180,12 +181,17 @@ def _unfinished(out: Path) -> Iterator[Path]:
                 empty.rmdir()
 
 
+def _entries(out: Path) -> list[Path]:
+    """What is in `out` beside the run's own unfinished folder."""
+    return [path for path in out.iterdir() if path.name != UNFINISHED]
+
+
 def _move(unfinished: Path, out: Path) -> None:
     """To its place: by one rename, or into the folder that is there, results.json last."""
     if unfinished.parent != out:
         unfinished.rename(out)
         return
-    if len(list(out.iterdir())) > 1:
+    if len(_entries(out)) > 1:
         raise ValueError(f"out: {out} is no longer empty, expected an empty folder")
     moved: list[Path] = []
     try:

@@ -174,6 +174,11 @@ class Policy:
         check_not_idle(self.model, [p for p, _ in pairs])
         return pairs
 
+    @property
+    def seen_rollouts(self) -> bool:
+        """Whether `check_on` has passed."""
+        return self._seen_rollouts
+
     @in_turn
     def check_on(self, sequences: Callable[[], list[np.ndarray]]) -> None:
         """The self-check on token ids that look like the user's: the first that come, once. Raises as at

@@ -2,7 +2,9 @@
 
 import numpy as np
 
+from dentropy.model.fingerprint import weights_fingerprint
 from dentropy.model.policy import Policy
+from dentropy.passes import ranks
 from dentropy.rollouts.batch import PackedBatch
 
 # Enough to go from prompt to response, few enough to cost next to nothing.
@@ -10,7 +12,10 @@ ROLLOUTS, TOKENS, BEHIND_THE_PROMPT = 3, 64, 32
 
 
 def check_on_first(policy: Policy, batch: PackedBatch) -> None:
-    """`Policy.check_on` for a few rollouts of the batch, where a prompt ends and its response begins."""
+    """`Policy.check_on` for a few rollouts of the batch, where a prompt ends and its response begins; of several
+    ranks all must have the same weights."""
+    if ranks.count() > 1 and not all(ranks.exchange(policy.seen_rollouts)):
+        ranks.agree("policy", weights_fingerprint(policy.model))
     policy.check_on(lambda: _some(batch))
 
 

@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 from dentropy.model.direction import Direction
 from dentropy.model.in_place import TURN, in_place_of_parameters
 from dentropy.model.policy import Policy
+from dentropy.passes.alone import blame_rollouts
 from dentropy.passes.microbatches import Microbatch, TokenBudget, in_rollout_order, walk
 from dentropy.rollouts.batch import PackedBatch
 from dentropy.stats.tables import TokenStats
@@ -35,7 +36,8 @@ def response_stats(
         return policy.score(microbatch.row, microbatch.temperature, tangent=tangent)
 
     with policy.ready(), moved_weights(policy, direction, eta, tangent=tangent), torch.no_grad():
-        return in_rollout_order(walk(batch, budget, score), progress)
+        stats = in_rollout_order(walk(batch, budget, score, shared=True), progress)
+        return blame_rollouts(stats, batch, budget, score)
 
 
 @contextmanager

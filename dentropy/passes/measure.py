@@ -10,7 +10,9 @@ import numpy as np
 import torch
 
 from dentropy.model.direction import Direction
+from dentropy.model.fingerprint import fingerprint
 from dentropy.model.policy import Policy
+from dentropy.passes import ranks
 from dentropy.passes.first_rollouts import check_on_first
 from dentropy.passes.forward_mode import response_stats
 from dentropy.passes.microbatches import AUTO, TokenBudget
@@ -23,6 +25,7 @@ from dentropy.stats.tables import SequenceSums, TokenStats
 SECOND_ORDER = ("difference", "nested")
 
 
+@ranks.together
 def measure(
     policy: Policy,
     batch: PackedBatch,
@@ -39,6 +42,10 @@ def measure(
 
     The tokens are those that the policy generated; given ones, before or between them, are context.
     The policy is taken at θ + eta·v, v the direction; sums are in nats, derivatives in nats per unit of η.
+
+    In a process group (torch.distributed) every rank must call this, with the same policy, batch and settings: each
+    runs its part of the microbatches, and all of them get the table of one process, bit for bit at an equal budget
+    with the same threads and device. What one rank fails with ends it on all.
 
     Args:
         policy: the model; it is left as found.
@@ -77,6 +84,9 @@ def measure(
     """
     order = (1 if direction is not None and eta == 0 else 0) if order is None else order
     _check_request(policy, batch, direction, eta, order, second_order)
+    if ranks.count() > 1:
+        ranks.agree("eta, order, second_order", (eta, order, second_order))
+        ranks.agree("direction", None if direction is None else fingerprint(direction.tensors.items()))
     settings = dict(budget=TokenBudget(token_budget, policy.device), progress=progress)
     check_on_first(policy, batch)
 

@@ -3,6 +3,7 @@
 Rollouts are packed end to end, so nothing is padded: the longest that is left, then again and again the longest that
 still fits. That is first-fit decreasing, one microbatch at a time, so that the budget may change on the way. Lengths
 within a microbatch are much alike, and a rollout that is too long for the machine fails first, not after hours.
+Several ranks run the same microbatches as one process does, so that tables do not depend on their number.
 
 Memory follows given and generated tokens together: activations are linear in them (attention takes its queries in
 blocks), and logits, which only generated tokens need, exist a few rows at a time. A microbatch has one temperature.
@@ -15,13 +16,15 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Integral
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 
 from dentropy.model.memory import free_memory, is_out_of_memory
 from dentropy.model.packed_row import PackedRow, to_device
+from dentropy.passes import ranks
+from dentropy.passes.finished import Finished, Walk, digest_of, key_of, next_walk
 from dentropy.rollouts.batch import PackedBatch
 from dentropy.stats.tables import TokenStats
 
@@ -50,6 +53,15 @@ class TokenBudget:
         self.device = device
         self._measures = request == AUTO and device.type == "cuda"
         self._lowered = False
+
+    @property
+    def measures(self) -> bool:
+        """Whether the next microbatch settles it."""
+        return self._measures
+
+    def set_to(self, tokens: int) -> None:
+        """What another rank, or an earlier run of the same pass, has found."""
+        self.tokens, self._measures = tokens, False
 
     @contextmanager
     def trial(self, size: int) -> Iterator[None]:
@@ -95,45 +107,154 @@ class Microbatch:
 
 
 def walk(
-    batch: PackedBatch, budget: TokenBudget, run: Callable[[Microbatch], Result]
-) -> Iterator[tuple[Microbatch, Result]]:
+    batch: PackedBatch, budget: TokenBudget, run: Callable[[Microbatch], Result], *, shared: bool = False
+) -> Iterator[tuple[Microbatch, Result | None]]:
     """(microbatch, run(microbatch)), for microbatches that hold every rollout with generated tokens once.
+
+    They are those of one process, whatever the number of ranks: each rank runs one of the next ones. With `shared` a
+    result is the statistics of the microbatch's tokens: every rank gets all of them, and a store that is open
+    (`finished.keeping`) has them before the next ones begin, or has had them already. Without, a rank gets None for
+    what another has run.
 
     Where `run` runs out of memory the budget is halved and its rollouts wait for another microbatch, so `run` must
     leave nothing behind but what it returns; that is not held on to.
 
-    Raises MemoryError, naming the rollout and its length, where a rollout does not fit alone.
+    Raises MemoryError, naming the rollout and its length, where a rollout does not fit alone; ValueError where ranks
+    differ in their rollouts or budgets.
     """
-    queues = _by_temperature(batch)
-    while queues:
-        temperature = max(queues, key=lambda key: queues[key][-1])
-        waiting = queues[temperature]
-        taken = _take(waiting, budget.tokens)
-        rollouts, size = np.array([i for _, i in taken]), sum(length for length, _ in taken)
-        microbatch, results = Microbatch.of(batch, rollouts, budget.device), []
-        shortage = _attempt(budget, size, run, microbatch, results)
-        if shortage is None:
-            yield microbatch, results.pop()
-        elif len(taken) > 1:
-            budget.lower(size)
-            waiting[:] = sorted(waiting + taken)
+    waiting = _Waiting(batch)
+    kept, known = _begin(batch, budget, shared)
+    while waiting:
+        taken = [waiting.take(budget.tokens)]
+        found = known.pop(taken[0].key, None)
+        while found is None and waiting and len(taken) < ranks.count() and not budget.measures:
+            taken.append(waiting.take(budget.tokens))
+        microbatches = [Microbatch.of(batch, one.rollouts, budget.device) for one in taken]
+        if found is None:
+            shortages, results = _run_on_ranks(taken, microbatches, budget, run, kept, shared)
         else:
-            raise MemoryError(
-                f"rollout {rollouts[0]}: its {size:,} tokens do not fit into memory even alone; "
-                f"expected shorter rollouts, a smaller dtype or more memory ({shortage})"
-            )
+            budget.set_to(found.tokens)
+            shortages = [None if found.stats is not None else "as before"]
+            results = [None if found.stats is None else _moved(found.stats, budget.device)]
+        for number, shortage in enumerate(shortages):
+            if shortage is None:
+                yield microbatches[number], results.pop(0)
+                continue
+            if len(taken[number].items) == 1:
+                raise MemoryError(
+                    f"rollout {taken[number].rollouts[0]}: its {taken[number].size:,} tokens do not fit into memory "
+                    f"even alone; expected shorter rollouts, a smaller dtype or more memory ({shortage})"
+                )
+            budget.lower(taken[number].size)
+            waiting.put_back(taken[number:])  # those behind it were chosen at the budget of before
+            break
+
+
+def _begin(batch: PackedBatch, budget: TokenBudget, shared: bool) -> tuple[Walk | None, dict[str, Finished]]:
+    """This walk's place in the store, None without one, and what is there, the same on all ranks."""
+    kept = next_walk() if shared else None
+    if kept is None and ranks.count() == 1:
+        return None, {}
+    digest = f"{digest_of(batch)} {budget.tokens}"
+    said = ranks.exchange((digest, {} if kept is None else kept.open(digest)))
+    if any(other != digest for other, _ in said):
+        raise ValueError(
+            f"batch: the {len(said)} ranks have different rollouts or token budgets, expected the same on all of them "
+            "(each then runs its part)"
+        )
+    return kept, said[0][1]
+
+
+def _run_on_ranks(
+    taken: list["_Taken"], microbatches: list[Microbatch], budget: TokenBudget, run, kept: Walk | None, shared: bool
+) -> tuple[list[str | None], list]:
+    """Runs one microbatch on each rank, the same on all while the budget is to be measured. For each microbatch: the
+    allocator's message where memory ran out, and the result, as in `walk`."""
+    measures, results = budget.measures, []
+    mine = 0 if measures else ranks.rank()
+    shortage = None
+    if mine < len(taken):
+        shortage = _attempt(budget, taken[mine].size, run, microbatches[mine], results)
+    if ranks.count() == 1 and kept is None:
+        return [shortage], results
+    stats = _moved(results.pop(), torch.device("cpu")) if shared and results else None
+    said = ranks.exchange((shortage, budget.tokens, stats))
+    if measures:  # every rank has an opinion, and the least memory decides
+        budget.set_to(min(tokens for _, tokens, _ in said))
+        said[0] = (next((one for one, _, _ in said if one is not None), None), budget.tokens, said[0][2])
+    said = said[: len(taken)]
+    shortages = [short for short, _, _ in said]
+    if shared:
+        if kept is not None:
+            _keep(kept, taken, said, budget)
+        return shortages, [_moved(stats, budget.device) for short, _, stats in said if short is None]
+    own = results if ranks.rank() == mine else []
+    ran = [number for number, short in enumerate(shortages) if short is None]
+    return shortages, [own.pop() if own and number == mine else None for number in ran]
+
+
+def _keep(kept: Walk, taken: list["_Taken"], said: list[tuple], budget: TokenBudget) -> None:
+    """What this round leaves behind: the microbatches up to the first that did not fit, and that it did not."""
+    done: dict[str, Finished] = {}
+    for one, (shortage, _, stats) in zip(taken, said, strict=True):
+        if shortage is None:
+            done[one.key] = Finished(stats, budget.tokens)
+            continue
+        if len(one.items) > 1:
+            done[one.key] = Finished(None, budget.tokens)
+        break
+    kept.write(done)
+
+
+def _moved(stats: TokenStats, device: torch.device) -> TokenStats:
+    return TokenStats(*(None if x is None else x.to(device) for x in stats))
+
+
+class _Taken(NamedTuple):
+    """(length, rollout) of one microbatch, and the temperature they have in common."""
+
+    temperature: float
+    items: list[tuple[int, int]]
+
+    @property
+    def rollouts(self) -> np.ndarray:
+        return np.array([i for _, i in self.items])
+
+    @property
+    def size(self) -> int:
+        return sum(length for length, _ in self.items)
+
+    @property
+    def key(self) -> str:
+        return key_of(self.rollouts)
+
+
+class _Waiting:
+    """The rollouts with generated tokens that no microbatch holds yet."""
+
+    def __init__(self, batch: PackedBatch):
+        rollouts = np.flatnonzero(batch.response_lens)
+        columns = (batch.row_lens[rollouts].tolist(), rollouts.tolist())
+        self._queues: dict[float, list[tuple[int, int]]] = {}  # by temperature, ascending
+        for temperature, length, i in sorted(zip(batch.temperatures[rollouts].tolist(), *columns, strict=True)):
+            self._queues.setdefault(temperature, []).append((length, i))
+
+    def __bool__(self) -> bool:
+        return bool(self._queues)
+
+    def take(self, budget: int) -> _Taken:
+        """The next microbatch of so many tokens."""
+        temperature = max(self._queues, key=lambda key: self._queues[key][-1])
+        waiting = self._queues[temperature]
+        taken = _take(waiting, budget)
         if not waiting:
-            del queues[temperature]
+            del self._queues[temperature]
+        return _Taken(temperature, taken)
 
-
-def _by_temperature(batch: PackedBatch) -> dict[float, list[tuple[int, int]]]:
-    """(length, rollout) of those with generated tokens, ascending, by temperature."""
-    rollouts = np.flatnonzero(batch.response_lens)
-    columns = (batch.row_lens[rollouts].tolist(), rollouts.tolist())
-    queues: dict[float, list[tuple[int, int]]] = {}
-    for temperature, length, i in sorted(zip(batch.temperatures[rollouts].tolist(), *columns, strict=True)):
-        queues.setdefault(temperature, []).append((length, i))
-    return queues
+    def put_back(self, taken: Iterable[_Taken]) -> None:
+        """As if they had not been taken."""
+        for one in taken:
+            self._queues[one.temperature] = sorted(self._queues.get(one.temperature, []) + one.items)
 
 
 def _take(waiting: list[tuple[int, int]], budget: int) -> list[tuple[int, int]]:

@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from dentropy.model import attention
 from dentropy.model.in_place import in_place_of_parameters
 from dentropy.model.packed_row import PackedRow
+from dentropy.passes.alone import blame_rollouts
 from dentropy.passes.microbatches import Microbatch, in_rollout_order, walk
 from dentropy.stats import plain
 from dentropy.stats.tables import TokenStats
@@ -26,7 +27,8 @@ def nested_response_stats(policy, batch, direction, eta, *, budget, progress) ->
 
     # Some derivatives (silu's) are differentiable again only while gradients are enabled; no weight asks for one.
     with policy.ready(attention.NESTABLE), torch.enable_grad(), _NestableLayerNorm():
-        return in_rollout_order(walk(batch, budget, score), progress)
+        stats = in_rollout_order(walk(batch, budget, score, shared=True), progress)
+        return blame_rollouts(stats, batch, budget, score)
 
 
 def _score(policy, row: PackedRow, moving, eta: float, temperature: float) -> TokenStats:

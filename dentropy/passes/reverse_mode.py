@@ -16,6 +16,8 @@ from torch.autograd.function import once_differentiable
 from dentropy.model.in_place import in_turn
 from dentropy.model.packed_row import to_device
 from dentropy.model.policy import Policy
+from dentropy.passes import ranks
+from dentropy.passes.finished import gradient_store
 from dentropy.passes.first_rollouts import check_on_first
 from dentropy.passes.microbatches import AUTO, Microbatch, TokenBudget, walk
 from dentropy.rollouts.batch import PackedBatch
@@ -24,6 +26,7 @@ from dentropy.rollouts.batch import PackedBatch
 CHUNK = 2**24
 
 
+@ranks.together
 @in_turn
 def gradient(
     policy: Policy,
@@ -37,7 +40,8 @@ def gradient(
 ) -> list[Tensor]:
     """∂/∂θ of Σ_k (a_k h_k + b_k logp_k) over the batch's generated tokens, one tensor per parameter.
 
-    The model and its .grad are left as found.
+    The model and its .grad are left as found. In a process group each rank adds up its microbatches' gradients and all
+    get the sum of the ranks, the same bits on each; their number changes its rounding.
 
     Args:
         policy, batch: as in `measure`.
@@ -50,6 +54,22 @@ def gradient(
     """
     check_on_first(policy, batch)
     total = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
+    store = gradient_store()
+    known = None if store is None else store.read_gradient()
+    if known is not None:
+        _add(total, [part.to(sum_.device) for sum_, part in zip(total, known, strict=True)])
+    if not any(ranks.exchange(known is not None)):
+        _run(policy, batch, parameters, total, entropy_weight, logp_weight, token_budget, progress)
+    elif progress is not None:
+        progress(batch.n_tokens)
+    ranks.sum_over_ranks(total)
+    if store is not None and known is None:
+        store.write_gradient(total)
+    return total
+
+
+def _run(policy, batch, parameters, total, entropy_weight, logp_weight, token_budget, progress) -> None:
+    """Adds this rank's part of the gradient to `total`."""
     frozen = [p for p in parameters if not p.requires_grad]
 
     def run(microbatch: Microbatch) -> tuple[Tensor | None, ...]:
@@ -61,14 +81,14 @@ def gradient(
             p.requires_grad_(True)
         with policy.ready(), torch.enable_grad():
             for microbatch, parts in walk(batch, TokenBudget(token_budget, policy.device), run):
-                _add(total, parts)
+                if parts is not None:
+                    _add(total, parts)
                 del parts  # as large as the model: not to be held through the next microbatch
                 if progress is not None:
                     progress(len(microbatch.places))
     finally:
         for p in frozen:
             p.requires_grad_(False)
-    return total
 
 
 def _add(total: list[Tensor], parts: Sequence[Tensor | None]) -> None:

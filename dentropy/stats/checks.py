@@ -138,6 +138,14 @@ def checked_group(group, n_sequences: int) -> np.ndarray:
     return group.astype(np.int64)
 
 
+class NotFiniteError(ValueError):
+    """Sums that are not finite, of all `rollouts` [n], int64; the message names the first."""
+
+    def __init__(self, message: str, rollouts: np.ndarray):
+        super().__init__(message)
+        self.rollouts = rollouts
+
+
 def check_sums(columns: dict[str, np.ndarray], stats: TokenStats, ends: np.ndarray) -> None:
     """Sums of `stats` are finite; looks at tokens only where one is not, as it is where any of its tokens is not."""
     for name, column in columns.items():
@@ -151,4 +159,16 @@ def check_sums(columns: dict[str, np.ndarray], stats: TokenStats, ends: np.ndarr
             tokens = np.flatnonzero(~np.isfinite(values))
             if len(tokens):
                 was, expected = f"{values[tokens[0]]} at token {tokens[0]}", "finite numbers"
-        raise ValueError(f"{name} of rollout {rollout}: {was}, expected {expected}")
+        raise NotFiniteError(
+            f"{name} of rollout {rollout}: {was}, expected {expected}", _not_finite(columns, stats, ends)
+        )
+
+
+def _not_finite(columns: dict[str, np.ndarray], stats: TokenStats, ends: np.ndarray) -> np.ndarray:
+    """The rollouts with tokens that are not finite, int64 [n]; without any, those whose sums are not. (Sums that run
+    over all tokens spread what is not finite to the rollouts behind it.)"""
+    tokens = np.logical_or.reduce([~torch.isfinite(x.detach()).cpu().numpy() for x in stats if x is not None])
+    found = np.unique(np.searchsorted(ends, np.flatnonzero(tokens), side="right") - 1)
+    if len(found):
+        return found
+    return np.flatnonzero(~np.logical_and.reduce([np.isfinite(column) for column in columns.values()]))

@@ -1,0 +1,78 @@
+"""`dentropy probe` in two processes, as torchrun starts them."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from commands import completed
+
+pytestmark = pytest.mark.slow
+OPTIONS = "--direction v.safetensors --etas 1e-3 --token-budget 60 --device cpu"
+
+
+def torchrun(out, options=OPTIONS, command="probe"):
+    words = completed(f"{command} {options} --out {out}")
+    launched = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--standalone",
+        "-m",
+        "dentropy",
+    ]
+    return subprocess.Popen(
+        [*launched, *words],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_the_table_is_that_of_one_process_and_one_of_them_speaks(tmp_path):
+    both = torchrun(tmp_path / "both")
+    out, err = both.communicate(timeout=300)
+    assert both.returncode == 0, err
+    assert out.count("Files in") == 1
+    alone = [sys.executable, "-m", "dentropy", *completed(f"probe {OPTIONS} --out {tmp_path / 'alone'}")]
+    subprocess.run(alone, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, capture_output=True)
+    assert (tmp_path / "both/rollouts.csv").read_bytes() == (tmp_path / "alone/rollouts.csv").read_bytes()
+
+
+def test_what_is_refused_is_said_once(tmp_path):
+    refused = torchrun(tmp_path / "new", "--direction other.safetensors --device cpu")
+    _, err = refused.communicate(timeout=300)
+    assert refused.returncode != 0
+    assert len([line for line in err.splitlines() if line.startswith("dentropy: ")]) == 1, err
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_commands_run_in_one_process(tmp_path):
+    refused = torchrun(tmp_path / "new.jsonl", "--device cpu", "sample")
+    _, err = refused.communicate(timeout=300)
+    assert refused.returncode != 0 and err.count("sample: started in 2 processes, expected one") == 1
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_process_ends_both_and_the_run_resumes(rank, tmp_path):
+    """In the middle of the passes: once the first has kept a microbatch."""
+    running, rows = torchrun(tmp_path / "run"), tmp_path / "run.unfinished/rows.sqlite-wal"
+    while running.poll() is None and not (rows.exists() and rows.stat().st_size > 100_000):
+        time.sleep(0.02)
+    workers = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(running.pid)], capture_output=True, text=True, check=True
+    )
+    start = time.monotonic()
+    os.kill(sorted(map(int, workers.stdout.split()))[rank], signal.SIGKILL)
+    running.communicate(timeout=60)
+    assert running.returncode != 0 and time.monotonic() - start < 60
+    resumed = torchrun(tmp_path / "run", f"{OPTIONS} --resume")
+    assert resumed.communicate(timeout=300) and resumed.returncode == 0
+    again = torchrun(tmp_path / "again")
+    assert again.communicate(timeout=300) and again.returncode == 0
+    assert (tmp_path / "run/rollouts.csv").read_bytes() == (tmp_path / "again/rollouts.csv").read_bytes()
