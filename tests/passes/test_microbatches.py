@@ -133,7 +133,7 @@ class TestOutOfMemory:
             (dict(order=2), card_shortage),
             (dict(order=2, second_order="nested"), card_shortage),
         ],
-        ids=str,
+        ids=lambda value: getattr(value, "__name__", str(value)),
     )
     def test_nothing_is_lost(self, settings, error, monkeypatch):
         model = random_model("llama").double()
