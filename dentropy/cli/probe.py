@@ -17,11 +17,15 @@ DEFAULT_STEPS = (-1.0, -0.5, 0.5, 1.0, 2.0)
 
 
 def add(commands) -> None:
-    command = commands.add_parser("probe", help="predict and measure the entropy change along an update")
+    parser = commands.add_parser("probe", help="predict and measure the entropy change along an update")
+    parser.set_defaults(run=run)
+    command = parser.add_argument_group("what is read and written")
     command.add_argument("--policy", required=True, metavar="DIR_OR_ID", help="model before the update")
     command.add_argument(
         "--rollouts", required=True, metavar="PATH", help="rollouts of this policy: a file or a folder"
     )
+    command.add_argument("--out", required=True, metavar="DIR", help="run folder, new or empty")
+    command = parser.add_argument_group("the update (--after, --direction or --update-rollouts)")
     update = command.add_mutually_exclusive_group()
     update.add_argument("--after", metavar="DIR", help="model after the update")
     update.add_argument("--direction", metavar="FILE", help="direction v, as safetensors")
@@ -60,6 +64,7 @@ def add(commands) -> None:
         metavar="X",
         help=f"where to measure (default: step size times {', '.join(f'{s:g}' for s in DEFAULT_STEPS)})",
     )
+    command = parser.add_argument_group("what rollouts do not say themselves")
     command.add_argument(
         "--append-eos",
         nargs="?",
@@ -79,6 +84,7 @@ def add(commands) -> None:
     command.add_argument(
         "--step", type=int, metavar="N", help="which step's rollouts, where a file or folder has several"
     )
+    command = parser.add_argument_group("what is computed and how")
     command.add_argument(
         "--prompt-set",
         choices=("random", "fixed"),
@@ -111,9 +117,7 @@ def add(commands) -> None:
         metavar="K",
         help="forecast pass@K too: needs rewards of 0 and 1 and K rollouts or more for every prompt",
     )
-    command.add_argument("--out", required=True, metavar="DIR", help="run folder, new or empty")
     add_model_options(command)
-    command.set_defaults(run=run)
 
 
 def _token_budget(text: str) -> int | str:

@@ -84,9 +84,9 @@ class UpdateAttribution:
     def __repr__(self) -> str:
         terms = ("total", "tokens", "kl", "entropy_bonus", "momentum", "weight_decay", "unexplained")
         rows = [(name.replace("_", " "), f"{getattr(self, name): .3e}") for name in terms]
-        trust = "?" if self.reliability is None else f"{self.reliability:.2f}"
+        noise = "?" if self.noise_fraction is None else f"{self.noise_fraction:.2f}"
         of = f"{self.estimator} slope, nats per {self.per} per unit of η, by {count(len(self.share), 'token')}"
-        return lines(self, [("of", f"{of} of {self.optimizer}"), *rows, ("reliability of the shares", trust)])
+        return lines(self, [("of", f"{of} of {self.optimizer}"), *rows, ("noise fraction", noise)])
 
     @property
     def tokens(self) -> float:
