@@ -31,6 +31,7 @@ _HOMES = {
     ],
     "dentropy.experiment.probe": ["probe"],
     "dentropy.experiment.results": ["ProbeResult"],
+    "dentropy.experiment.saved_run": ["SavedRun"],
     "dentropy.experiment.step_watch": ["StepWatch", "watch_step"],
     "dentropy.model.direction": ["Direction"],
     "dentropy.model.policy": ["Policy"],

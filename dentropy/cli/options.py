@@ -20,7 +20,7 @@ def add_model_options(command) -> None:
 
 
 def add_reading_options(command) -> None:
-    """What files of rollouts do not say, and how these are used."""
+    """What files of rollouts do not say."""
     command.add_argument(
         "--append-eos",
         nargs="?",
@@ -37,6 +37,10 @@ def add_reading_options(command) -> None:
     )
     command.add_argument("--temperature", type=float, metavar="X", help="of sampling, where rollouts do not say it")
     command.add_argument("--reward-column", metavar="NAME", help="which column is the reward, where several may be")
+
+
+def add_pass_options(command) -> None:
+    """How rollouts are used."""
     command.add_argument(
         "--prompt-set",
         choices=("random", "fixed"),

@@ -10,7 +10,14 @@ from pathlib import Path
 from dentropy.cli import loss
 from dentropy.cli.apart import apart, check_files
 from dentropy.cli.keeping import finish
-from dentropy.cli.options import LazyTokenizer, add_model_options, add_reading_options, load_libraries, loading
+from dentropy.cli.options import (
+    LazyTokenizer,
+    add_model_options,
+    add_pass_options,
+    add_reading_options,
+    load_libraries,
+    loading,
+)
 from dentropy.cli.processes import ended_by_sigterm, is_first, process_group
 from dentropy.cli.terminal import about, remark
 from dentropy.doors import saved_by_torch
@@ -36,58 +43,63 @@ SETTINGS = (
 
 def add(commands) -> None:
     command = commands.add_parser("probe", help="predict and measure the entropy change along an update")
-    command.add_argument("--policy", required=True, metavar="DIR_OR_ID", help="model before the update")
-    command.add_argument(
-        "--rollouts", required=True, metavar="PATH", help="rollouts of this policy: a file or a folder"
-    )
-    update = command.add_mutually_exclusive_group()
+    command.set_defaults(run=run)
+    group = command.add_argument_group("what is read and written")
+    group.add_argument("--policy", required=True, metavar="DIR_OR_ID", help="model before the update")
+    group.add_argument("--rollouts", required=True, metavar="PATH", help="rollouts of this policy: a file or a folder")
+    group.add_argument("--out", required=True, metavar="DIR", help="run folder, new or empty")
+    group = command.add_argument_group("the update (--after, --direction or --update-rollouts)")
+    update = group.add_mutually_exclusive_group()
     update.add_argument("--after", metavar="DIR", help="model after the update")
     update.add_argument("--direction", metavar="FILE", help="direction v, as safetensors")
-    command.add_argument(
+    group.add_argument(
         "--update-rollouts",
         metavar="PATH",
         help="rewarded rollouts: take the step of their policy gradient, or, with --after or --direction, explain that "
         "update by them",
     )
-    command.add_argument(
+    group.add_argument(
         "--split",
         action="store_true",
         help="make the update from half of the prompts of --update-rollouts and judge it on the others: for one file "
         "as both --rollouts and --update-rollouts",
     )
-    command.add_argument("--optimizer", choices=("sgd", "adam", "adamw"), help="of --update-rollouts (default: adamw)")
-    command.add_argument(
+    group.add_argument("--optimizer", choices=("sgd", "adam", "adamw"), help="of --update-rollouts (default: adamw)")
+    group.add_argument(
         "--optimizer-state",
         metavar="PATH",
         help="its saved state (torch.save of state_dict()), or a checkpoint with it",
     )
-    command.add_argument(
+    group.add_argument(
         "--max-grad-norm", type=float, metavar="X", help="at which its gradient's norm is clipped (default: it is not)"
     )
-    loss.add(command)
-    command.add_argument(
+    loss.add(group)
+    group.add_argument(
         "--step-size",
         type=float,
         metavar="X",
         help="the η that is the update itself, for an optimizer step its learning rate; "
         "may be left out with --direction, where the file says it",
     )
-    command.add_argument(
+    group.add_argument(
         "--etas",
         type=float,
         nargs="+",
         metavar="X",
         help=f"where to measure (default: step size times {', '.join(f'{s:g}' for s in DEFAULT_STEPS)})",
     )
-    command.add_argument(
+    group = command.add_argument_group("what rollouts do not say themselves")
+    add_reading_options(group)
+    group.add_argument(
         "--step", type=int, metavar="N", help="which step's rollouts, where a file or folder has several"
     )
-    command.add_argument(
+    group = command.add_argument_group("what is computed and how")
+    group.add_argument(
         "--compile-layers",
         action="store_true",
         help="compile decoder layers with their tangents: experimental, no gain recorded yet",
     )
-    command.add_argument(
+    group.add_argument(
         "--pass-at-k",
         type=int,
         nargs="+",
@@ -95,22 +107,20 @@ def add(commands) -> None:
         metavar="K",
         help="forecast pass@K too: needs rewards of 0 and 1 and K rollouts or more for every prompt",
     )
-    command.add_argument(
+    group.add_argument(
         "--on-nonfinite",
         choices=("raise", "drop"),
         default="raise",
         help="what becomes of rollouts whose statistics are not finite: an error that names the first, or all are "
         "left out, named and counted (default: %(default)s)",
     )
-    command.add_argument("--out", required=True, metavar="DIR", help="run folder, new or empty")
-    add_reading_options(command)
-    command.add_argument(
+    group.add_argument(
         "--resume",
         action="store_true",
         help="go on with the unfinished run of the same command; start anew where there is none",
     )
-    add_model_options(command)
-    command.set_defaults(run=run)
+    add_pass_options(group)
+    add_model_options(group)
 
 
 def run(options) -> None:

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from dentropy.cli.options import LazyTokenizer, add_model_options, add_reading_options, load_libraries, loading
+from dentropy.cli.options import (
+    LazyTokenizer,
+    add_model_options,
+    add_pass_options,
+    add_reading_options,
+    load_libraries,
+    loading,
+)
 from dentropy.cli.terminal import remark, say
 
 TRL = ("gradient_accumulation_steps", "steps_per_generation", "num_iterations")
@@ -42,6 +49,7 @@ def add(commands) -> None:
         "--out", required=True, metavar="DIR", help="a new folder, or that of a replay, which is gone on with"
     )
     add_reading_options(command)
+    add_pass_options(command)
     add_model_options(command)
     command.set_defaults(run=run)
 

@@ -92,7 +92,8 @@ def contributions(content: dict, columns: dict[str, np.ndarray]):
     edges = np.linspace(low, high, n_bins + 1) if high > low else np.linspace(low - 1, high + 1, n_bins + 1)
     figure, rows = canvas(3, height=5.8, sharey=True)
     for axes, (name, values, color) in zip(rows, panels, strict=True):
-        axes.hist(np.clip(values * unit.factor, edges[0], edges[-1]), bins=edges, color=color, alpha=0.85)
+        counts, _ = np.histogram(np.clip(values * unit.factor, edges[0], edges[-1]), edges)
+        axes.stairs(counts, edges, fill=True, color=color, alpha=0.85)
         axes.axvline(0, color=COLOURS["muted"], lw=0.8)
         if len(measured) >= MANY_ROLLOUTS:
             axes.set_yscale("log")

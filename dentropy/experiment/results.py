@@ -12,10 +12,12 @@ from dentropy.estimators import Estimate, Forecast, OnPolicyAudit, TrustRange
 from dentropy.experiment import entries, forecast_entry, rollout_rows, run_folder, update_tokens
 from dentropy.experiment.changes import Change, FreshCheck
 from dentropy.experiment.cost import forward_passes
+from dentropy.experiment.glance import changes_table, rollouts_text
+from dentropy.experiment.saved_run import SavedRun
 from dentropy.experiment.summary import summary
 from dentropy.passes.update_attribution import UpdateAttribution
 from dentropy.rollouts.batch import PackedBatch
-from dentropy.shown import count, data_frame, html_table, lines, number
+from dentropy.shown import count, data_frame, lines, number
 from dentropy.stats.tables import SequenceSums
 
 
@@ -85,8 +87,9 @@ class ProbeResult:
         """What was found at the η nearest to the step itself; `summary` has all."""
         near = min(self.changes, key=lambda change: abs(change.eta - self.step_size))
         slope, unit = self.slopes["causal"], "nats per token"
+        sizes = len(self.base), np.unique(self.base.group).size, int(self.base.n_tokens.sum())
         rows = [
-            ("rollouts", self._rollouts()),
+            ("rollouts", rollouts_text(*sizes, self.dtype, self.device)),
             ("entropy", number(self.base_entropy, self.base_stderr, unit)),
             ("slope", number(slope.value, slope.stderr, f"{unit} per unit of η")),
             (f"ΔH at η = {near.eta:g}", f"predicted {number(near.linear.value, near.linear.stderr, unit)}"),
@@ -96,24 +99,16 @@ class ProbeResult:
 
     def _repr_html_(self) -> str:
         """Prediction and measurement at every η, for a notebook."""
-        rows = [
-            (
-                f"{change.eta:g}",
-                number(change.linear.value, change.linear.stderr),
-                number(change.measured.value, change.measured.stderr),
-                f"{change.measured.ess_fraction:.1%}",
-                change.diagnostics.verdict,
-            )
-            for change in self.changes
-        ]
-        entropy = number(self.base_entropy, self.base_stderr)
-        caption = f"Change of the entropy in nats per token, {entropy} before: {self._rollouts()}"
-        return html_table(caption, ("η", "predicted ± SE", "measured ± SE", "ESS", "verdict"), rows)
+        return changes_table(self.content)
 
-    def _rollouts(self) -> str:
-        prompts, n_tokens = count(np.unique(self.base.group).size, "prompt"), int(self.base.n_tokens.sum())
-        where = f"{self.dtype} on {self.device}"
-        return f"{count(len(self.base), 'rollout')} of {prompts}, {count(n_tokens, 'token')}, {where}"
+    @staticmethod
+    def load(folder: str | Path) -> SavedRun:
+        """What `save`, or a command, wrote, by this version or an earlier one.
+
+        Raises:
+            ValueError: Where the folder, its results.json or the schema of that are not those of a finished run.
+        """
+        return SavedRun(Path(folder), run_folder.load(folder))
 
     @property
     def noise_floor(self) -> float:

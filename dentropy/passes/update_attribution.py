@@ -88,7 +88,7 @@ class UpdateAttribution:
         rows = [(name.replace("_", " "), f"{getattr(self, name): .3e}") for name in terms]
         noise = "?" if self.noise_fraction is None else f"{self.noise_fraction:.2f}"
         of = f"{self.estimator} slope, nats per {self.per} per unit of η, by {count(len(self.share), 'token')}"
-        return lines(self, [("of", f"{of} of {self.optimizer}"), *rows, ("noise in Σ share²", noise)])
+        return lines(self, [("of", f"{of} of {self.optimizer}"), *rows, ("noise fraction", noise)])
 
     @property
     def tokens(self) -> float:

@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from blank_figures import blank_figures
 from commands import STEP
 from models import random_model
 from safetensors.torch import save_file
@@ -60,3 +61,9 @@ def place(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def inside(place, monkeypatch):
     monkeypatch.chdir(place)
+
+
+@pytest.fixture(autouse=True)
+def undrawn(monkeypatch):
+    """Nothing here looks at figures; the test of the command in a process of its own has the real ones."""
+    blank_figures(monkeypatch)

@@ -10,7 +10,10 @@ from commands import DIRECTION, completed
 
 from dentropy import __version__
 from dentropy.cli import main
+from dentropy.experiment.run_folder import load
 
+FIGURES = ["contributions.png", "delta_entropy.png", "weights.png"]
+FILES = sorted([*FIGURES, "report.html", "results.json", "rollouts.csv"])
 SAVED = Path(__file__).parents[1] / "experiment" / "schema_1" / "results.json"
 
 
@@ -23,18 +26,19 @@ def test_version_and_help(capsys):
 
 
 def test_the_command_itself_in_a_process_of_its_own(tmp_path):
-    """One good and one bad run: warnings, progress and errors of libraries would show here."""
-    command = [sys.executable, "-c", "import sys; from dentropy.cli import main; sys.exit(main())"]
-
-    def run(text):
-        environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-        return subprocess.run([*command, *completed(text)], capture_output=True, text=True, env=environment)
-
-    bad = run(f"{DIRECTION} --policy broken")
-    assert (bad.returncode, bad.stdout, bad.stderr.count("\n")) == (2, "", 1)
-    good = run(f"{DIRECTION} --out {tmp_path}/run")
-    assert good.returncode == 0 and "warning" not in good.stderr.lower()
-    assert (tmp_path / "run" / "results.json").exists() and "Files in" in good.stdout
+    """Warnings, progress and errors of libraries would show here; everything is written and drawn, without pyplot."""
+    code = "import sys; from dentropy.cli import main; sys.exit(main() or 'matplotlib.pyplot' in sys.modules)"
+    out = tmp_path / "run"
+    command = [sys.executable, "-c", code, *completed(f"{DIRECTION} --out {out}")]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0 and "warning" not in done.stderr.lower()
+    assert f"Files in {out}: {', '.join(FILES)}" in done.stdout and sorted(path.name for path in out.iterdir()) == FILES
+    assert load(out)["n_sequences"] == 18
+    for name in FIGURES:
+        picture = (out / name).read_bytes()
+        assert picture.startswith(b"\x89PNG") and len(picture) > 20_000
+    page = (out / "report.html").read_text()
+    assert page.count("<svg") > len(FIGURES) and "predicted ± 2 SE" in page
 
 
 @pytest.mark.parametrize("words", [["--version"], ["--help"], ["probe", "--help"], ["sample", "--help"]])

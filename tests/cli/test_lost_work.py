@@ -10,11 +10,10 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from matplotlib.figure import Figure
 from runs import small_run
 
 from dentropy.cli import main
-from dentropy.experiment import figures, probe, run_folder
+from dentropy.experiment import probe, run_folder
 from dentropy.experiment.report import page
 from dentropy.experiment.unfinished import HOST
 from dentropy.rollouts import sampling
@@ -26,7 +25,6 @@ FILES = ["contributions.png", "delta_entropy.png", "report.html", "results.json"
 def passed(tmp_path, monkeypatch):
     """The passes are done in no time: their result is a run made once. In an empty folder."""
     monkeypatch.setattr(probe, "probe", lambda *_, **__: small_run())
-    monkeypatch.setattr(figures, "FIGURES", dict.fromkeys(figures.FIGURES, lambda *_: Figure(figsize=(1, 1))))
     monkeypatch.chdir(tmp_path)
 
 

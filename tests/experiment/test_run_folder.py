@@ -7,20 +7,12 @@ import subprocess
 import sys
 
 import pytest
-from matplotlib.figure import Figure
 
 from dentropy.experiment import figures, run_folder
-from dentropy.experiment.report import page, tables
+from dentropy.experiment.report import page
 from dentropy.experiment.run_folder import ViewsFailedError, check_out, load
 
 FILES = ["contributions.png", "delta_entropy.png", "report.html", "results.json", "rollouts.csv", "weights.png"]
-
-
-@pytest.fixture(autouse=True)
-def blank_figures(monkeypatch):
-    """Drawn in no time: these tests are about files. The session's own run has the real ones."""
-    monkeypatch.setattr(figures, "FIGURES", dict.fromkeys(figures.FIGURES, lambda *_: Figure(figsize=(1, 1))))
-    monkeypatch.setattr(tables, "bars", lambda *_, **__: Figure(figsize=(1, 1)))
 
 
 def names(folder):
@@ -186,32 +178,33 @@ class TestLeftBehind:
     """A process that was killed while it wrote leaves its temporary folder; the next run there removes it."""
 
     CODE = """
-import os, signal, sys
+import contextlib, os, signal, sys
 from dentropy.experiment import run_folder
-with run_folder._unfinished(run_folder.Path(sys.argv[1])) as folder:
-    (folder / "rollouts.csv").write_text("half of it")
-    if sys.argv[2] == "killed":
+with contextlib.ExitStack() as stack:
+    for out in sys.argv[2:]:
+        folder = stack.enter_context(run_folder._unfinished(run_folder.Path(out)))
+        (folder / "rollouts.csv").write_text("half of it")
+    if sys.argv[1] == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     print(flush=True)
     sys.stdin.read()
 """
 
-    def process(self, out, what):
-        command = [sys.executable, "-c", self.CODE, str(out), what]
+    def process(self, what, *outs):
+        command = [sys.executable, "-c", self.CODE, what, *map(str, outs)]
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def test_that_of_a_dead_process_is_removed(self, result, tmp_path):
         empty = tmp_path / "empty"
         empty.mkdir()
-        for out in (tmp_path / "run", empty):
-            with self.process(out, "killed") as killed:
-                killed.wait()
+        with self.process("killed", tmp_path / "run", empty) as killed:
+            killed.wait()
         assert len(names(tmp_path)) == 2 and len(names(empty)) == 1
         check_out(empty), check_out(tmp_path / "run")
         assert names(tmp_path) == ["empty"] and names(empty) == []
 
     def test_that_of_a_living_one_is_left_alone(self, result, tmp_path):
-        with self.process(tmp_path / "run", "waits") as waits:
+        with self.process("waits", tmp_path / "run") as waits:
             waits.stdout.readline()
             (left,) = names(tmp_path)
             result.save(tmp_path / "run")

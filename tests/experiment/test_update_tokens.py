@@ -7,25 +7,17 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from matplotlib.figure import Figure
 from models import random_batch, random_direction, random_model
 from report_page import Page
 
-from dentropy import Policy, measure, policy_gradient_step, probe, sample, update_attribution
+from dentropy import Policy, ProbeResult, measure, policy_gradient_step, probe, sample, update_attribution
 from dentropy.experiment import update_tokens
 from dentropy.experiment.probe import tokens_to_run
-from dentropy.experiment.report import tables
 from dentropy.experiment.report.page import html
 from dentropy.experiment.run_folder import load
 from dentropy.passes import reverse_mode, slope_gradient
 
 STEP, ETAS = 1e-3, (-1e-3, 1e-3)
-
-
-@pytest.fixture(autouse=True)
-def blank_bars(monkeypatch):
-    """Drawn in no time: these tests are about words and numbers."""
-    monkeypatch.setattr(tables, "bars", lambda *_, **__: Figure(figsize=(1, 1)))
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +58,7 @@ def test_it_is_the_attribution_of_the_causal_slope(setting, result):
     found = update_attribution(policy, batch, step, sums)
     np.testing.assert_allclose(result.update.share, found.share, rtol=1e-4, atol=1e-9)
     assert result.update.total == result.slopes["causal"].value
+    assert repr(result.update).endswith(f"noise fraction  {result.update.noise_fraction:.2f}>")
     assert abs(result.update.unexplained) < 1e-4 * abs(found.share).sum()
 
 
@@ -76,6 +69,8 @@ def test_the_run_folder_has_every_token_and_the_sums(setting, result, tmp_path):
     assert list(table) == ["rollout", "position", "token", "advantage", "weight", "logp", "entropy", "share"]
     for i in range(len(step.batch)):
         assert table.token[table.rollout == i].tolist() == step.batch.response(i)
+    read_back = ProbeResult.load(folder).update_tokens()
+    assert all(np.array_equal(read_back[name], table[name]) for name in table) and list(read_back) == list(table)
     assert table.share.dtype == np.float64 and table.share.sum() == pytest.approx(entry["tokens"], rel=1e-12)
     named = sum(entry[name] for name in ("tokens", "kl", "entropy_bonus", "momentum", "weight_decay", "unexplained"))
     assert named == pytest.approx(entry["total"], rel=1e-9)

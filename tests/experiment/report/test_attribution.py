@@ -17,7 +17,7 @@ def test_the_parts_come_with_their_errors_and_the_two_that_cancel_as_one():
 
 
 def test_shares_without_error_bars_say_why():
-    notes = " ".join(e["text"] for e in page().all("p", within="attribution"))
+    notes = " ".join(" ".join(e["text"] for e in page().all("p", within="attribution")).split())
     assert "The shares of parameters have none: one gradient gives them all" in notes
     assert "an error bar would cost a pass with tangents per layer" in notes
 
