@@ -6,9 +6,11 @@ from pathlib import Path
 
 from dentropy.cli.keeping import write_or_keep
 from dentropy.cli.options import LazyTokenizer, add_model_options, load_libraries, loading
+from dentropy.cli.processes import ended_by_sigterm
 from dentropy.cli.terminal import about, say
 
 MAX_NEW_TOKENS = 512
+SETTINGS = ("per_prompt", "temperature", "seed")  # an unfinished draw goes on with the same
 
 
 def add(commands) -> None:
@@ -32,12 +34,19 @@ def add(commands) -> None:
     command.add_argument("--top-k", type=int, default=0, help="off (0) is all that is accepted")
     command.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     command.add_argument("--out", required=True, metavar="FILE", help="a new file, JSON lines")
+    command.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the unfinished draw of the same command; start anew where there is none",
+    )
     add_model_options(command)
     command.set_defaults(run=run)
 
 
 def run(options) -> None:
+    from dentropy.experiment.identity import draw_identity
     from dentropy.experiment.progress import rollout_bar
+    from dentropy.experiment.resumable import check_unfinished, unfinished_run
     from dentropy.model.policy import Policy
     from dentropy.rollouts.sampling import read_prompts, sample
 
@@ -47,6 +56,7 @@ def run(options) -> None:
             "cut by them come from another distribution than the one entropy and weights are of"
         )
     out = _new_file(options.out)
+    check_unfinished(out, options.resume)
     load_libraries()
     tokenizer = LazyTokenizer(options.policy, options.trust_remote_code)
     with about("--prompts"):
@@ -56,17 +66,11 @@ def run(options) -> None:
     max_new_tokens = options.max_new_tokens
     if max_new_tokens is None:
         max_new_tokens = _what_fits(policy, prompts)
-    with rollout_bar("sampling", len(prompts) * options.per_prompt) as progress:
-        batch = sample(
-            policy,
-            prompts,
-            per_prompt=options.per_prompt,
-            max_new_tokens=max_new_tokens,
-            temperature=options.temperature,
-            seed=options.seed,
-            progress=progress,
-        )
-    out = write_or_keep(lambda path: _write(batch, path, tokenizer.loaded), out, "dentropy-rollouts", ".jsonl")
+    settings = {name: getattr(options, name) for name in SETTINGS} | {"max_new_tokens": max_new_tokens}
+    with ended_by_sigterm(), unfinished_run(out, draw_identity(policy, prompts, settings)) as store:
+        with rollout_bar("sampling", len(prompts) * options.per_prompt) as progress:
+            batch = sample(policy, prompts, **settings, progress=progress, store=store)
+        out = write_or_keep(lambda path: _write(batch, path, tokenizer.loaded), out, "dentropy-rollouts", ".jsonl")
     say(f"{len(batch):,} rollouts of {batch.n_groups:,} prompts, {batch.n_tokens:,} tokens: {out}")
 
 

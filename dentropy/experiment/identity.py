@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 
 import numpy as np
@@ -41,8 +41,22 @@ def identity(
         found["direction's step size"] = repr(direction.step_size)
     if update is not None:
         found["update's rollouts"] = rollouts_fingerprint(update)
-    found |= {name: json.dumps(value) for name, value in settings.items()}
-    found |= {"device": policy.device.type, "dtype": str(policy.dtype).removeprefix("torch.")}
+    return found | _settings(settings) | _surroundings(policy)
+
+
+def draw_identity(policy: Policy, prompts: Sequence[Sequence[int]], settings: Mapping[str, object]) -> dict[str, str]:
+    """By name, what a draw of rollouts depends on: the prompts as token ids, the settings as in `identity`."""
+    found = {"policy": _policy(policy), "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest()}
+    return found | _settings(settings) | _surroundings(policy)
+
+
+def _settings(settings: Mapping[str, object]) -> dict[str, str]:
+    return {name: json.dumps(value) for name, value in settings.items()}
+
+
+def _surroundings(policy: Policy) -> dict[str, str]:
+    """What computes: the same code on another device need not give the same bits."""
+    found = {"device": policy.device.type, "dtype": str(policy.dtype).removeprefix("torch.")}
     if policy.device.type == "cpu":
         found["threads"] = str(torch.get_num_threads())
     else:

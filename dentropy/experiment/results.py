@@ -1,4 +1,4 @@
-"""What `probe` returns, and its ways out: the content of results.json, the columns of rollouts.csv, the run folder."""
+"""What `probe` returns, and its ways out: results.json, the columns of rollouts.parquet, the run folder."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ class ProbeResult:
         return entries.writable(content)
 
     def columns(self) -> dict[str, np.ndarray]:
-        """The columns of rollouts.csv, [S] each: one row per rollout, in the batch's order; see results.md."""
+        """The columns of rollouts.parquet, [S] each: one row per rollout, in the batch's order; see results.md."""
         estimates = {f"slope_{name}": estimate for name, estimate in self.slopes.items()}
         if self.curvature is not None:
             estimates |= {"curvature": self.curvature, "curvature_exact": self.exact_curvature}
@@ -171,7 +171,7 @@ class ProbeResult:
         return found | {"rollout": self._place_given(found["rollout"])}
 
     def to_pandas(self):
-        """`columns` as a pandas DataFrame: the table of rollouts.csv. ImportError without pandas."""
+        """`columns` as a pandas DataFrame: the table of rollouts.parquet. ImportError without pandas."""
         return data_frame(self.columns())
 
     def save(self, out: str | Path, tokenizer=None) -> Path:
@@ -187,8 +187,8 @@ class ProbeResult:
         Raises:
             ValueError: Where `out` exists and is not an empty folder, or cannot be written.
             OSError: Where writing fails, as on a full disk; then nothing is left there.
-            run_folder.ViewsFailedError: Where the report or a figure fails; results.json, rollouts.csv and the
-                others are in the folder.
+            run_folder.ViewsFailedError: Where the report or a figure fails; results.json, the table of rollouts and
+                the others are in the folder.
         """
 
         def shown() -> list[dict]:

@@ -1,14 +1,16 @@
 """A run that goes on where it was killed: the folder of an unfinished one, and what must be the same for it to go on.
 
 The folder stands beside the run folder until that is written. `rows.sqlite` in it holds the statistics of every
-finished microbatch, each round in one transaction that is flushed to the disk, so that neither a killed process nor a
-full disk takes what was there. Where the update is made from rollouts, `gradient.safetensors` holds their gradient.
+finished microbatch, or the rollouts of every finished part of a draw, each round in one transaction that is flushed to
+the disk, so that neither a killed process nor a full disk takes what was there. Where the update is made from rollouts,
+`gradient.safetensors` holds their gradient.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import shutil
 import sqlite3
@@ -32,6 +34,7 @@ TABLES = """
     CREATE TABLE IF NOT EXISTS microbatch (
         walk TEXT, rollouts TEXT, token_budget INT, stats BLOB, sha256 BLOB, PRIMARY KEY (walk, rollouts)
     ) WITHOUT ROWID;
+    CREATE TABLE IF NOT EXISTS drawn (part INTEGER PRIMARY KEY, responses BLOB, random_state BLOB, sha256 BLOB);
 """
 
 
@@ -53,7 +56,7 @@ def check_unfinished(out: Path, resume: bool) -> None:
 
 
 class UnfinishedRun:
-    """The store of one run (`passes.finished.Store`)."""
+    """The store of one run: of its passes (`passes.finished.Store`), or of its draw (`rollouts.sampling.DrawStore`)."""
 
     def __init__(self, folder: Path, identity: Mapping[str, str]):
         self.folder = folder
@@ -73,7 +76,7 @@ class UnfinishedRun:
 
     @property
     def is_empty(self) -> bool:
-        rows = self._db.execute("SELECT 1 FROM microbatch LIMIT 1").fetchone()
+        rows = self._db.execute("SELECT 1 FROM microbatch UNION ALL SELECT 1 FROM drawn LIMIT 1").fetchone()
         return rows is None and not (self.folder / GRADIENT).exists()
 
     def read(self, walk: str) -> dict[str, Finished]:
@@ -97,6 +100,22 @@ class UnfinishedRun:
             rows.append((walk, rollouts, token_budget, packed, packed and hashlib.sha256(packed).digest()))
         with self._on_disk():
             self._insert("microbatch VALUES (?, ?, ?, ?, ?)", rows)
+
+    def read_drawn(self, part: int) -> tuple[list[list[int]], Tensor] | None:
+        """None where it is not there, or not whole."""
+        with self._on_disk():
+            row = self._db.execute(
+                "SELECT responses, random_state, sha256 FROM drawn WHERE part = ?", (part,)
+            ).fetchone()
+        if row is None or hashlib.sha256(row[0] + row[1]).digest() != row[2]:
+            return None
+        return json.loads(row[0]), torch.frombuffer(bytearray(row[1]), dtype=torch.uint8)
+
+    def write_drawn(self, part: int, responses: list[list[int]], state: Tensor) -> None:
+        packed, state = json.dumps(responses).encode(), state.cpu().numpy().tobytes()
+        with self._on_disk():
+            row = (part, packed, state, hashlib.sha256(packed + state).digest())
+            self._insert("drawn VALUES (?, ?, ?, ?)", [row])
 
     def read_gradient(self) -> list[Tensor] | None:
         """The tensors of `write_gradient`; None where they are not there, or not whole."""
@@ -192,7 +211,7 @@ def unfinished_run(out: Path, identity: Mapping[str, str]) -> Iterator[Unfinishe
         run.close(done=True)  # there is nothing in it to go on from
         raise
     finally:
-        run.close(done=(out / RESULTS).exists())
+        run.close(done=out.is_file() or (out / RESULTS).exists())
 
 
 def _packed(stats: TokenStats) -> bytes:

@@ -1,4 +1,4 @@
-"""What a run says of single rollouts: the columns of rollouts.csv, and those that the report shows token by token."""
+"""What a run says of single rollouts: the columns of rollouts.parquet, and those that the report shows by token."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SHOWN_ROLLOUTS = 24
 def columns(
     base: SequenceSums, reward: np.ndarray | None, estimates: dict[str, Estimate], changes: Sequence[Change]
 ) -> dict[str, np.ndarray]:
-    """The columns of rollouts.csv, as results.md describes them.
+    """The columns of rollouts.parquet, as results.md describes them.
 
     Args:
         base: The table at the base weights, with tangent columns.

@@ -1,4 +1,4 @@
-"""The run folder on disk: results.json, rollouts.csv, the report and the figures; `dentropy/results.md` describes them.
+"""The run folder on disk: results.json, the rollouts, the report and the figures; `dentropy/results.md` describes them.
 
 Everything is written into a folder under a temporary name and moved to its place at the end: a new folder by one
 rename, into an empty one that exists (a mount point, a link, ".") file by file with results.json last.
@@ -22,7 +22,9 @@ from dentropy.experiment.results_schema import check
 from dentropy.experiment.unfinished import remove_left_behind, temporary
 
 SCHEMA_VERSION, KNOWN_VERSIONS = 3, (1, 2, 3)
-RESULTS, ROLLOUTS, REPORT = "results.json", "rollouts.csv", "report.html"
+RESULTS, REPORT = "results.json", "report.html"
+ROLLOUTS, ROLLOUTS_TEXT = "rollouts.parquet", "rollouts.csv"
+MOST_AS_TEXT = 100_000  # rollouts that are written as text too
 UPDATE_TOKENS = "update_tokens.parquet"
 UNFINISHED = ".unfinished"  # behind the name of the folder that a run is kept in until its own is written
 
@@ -69,7 +71,7 @@ def save(
     Args:
         out: A new folder, or one that exists and is empty.
         content: Of results.json.
-        columns: Of rollouts.csv.
+        columns: Of rollouts.parquet and rollouts.csv.
         shown: Gives the rollouts that the report shows token by token, as `report.page.html` takes them.
         update_tokens: Columns of update_tokens.parquet, which is not written without.
         update_shown: As `shown`, of the update's rollouts.
@@ -79,7 +81,7 @@ def save(
 
     Raises:
         ValueError: As `check_out`.
-        OSError: Where results.json or rollouts.csv cannot be written; then nothing is left.
+        OSError: Where results.json or the table of rollouts cannot be written; then nothing is left.
         ViewsFailedError: Where the report or a figure fails: all else is in the folder.
     """
     out = check_out(out)
@@ -87,10 +89,9 @@ def save(
         with open(unfinished / RESULTS, "w", encoding="utf-8") as file:
             json.dump(content, file, indent=2, allow_nan=False, ensure_ascii=False)
             file.write("\n")
-        with open(unfinished / ROLLOUTS, "w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(columns)
-            writer.writerows(zip(*(column.tolist() for column in columns.values()), strict=True))
+        _write_parquet(unfinished / ROLLOUTS, columns)
+        if len(columns["rollout"]) <= MOST_AS_TEXT:
+            _write_csv(unfinished / ROLLOUTS_TEXT, columns)
         if update_tokens is not None:
             _write_parquet(unfinished / UPDATE_TOKENS, update_tokens)
         failed = _write_views(unfinished, content, columns, shown, update_shown)
@@ -117,6 +118,13 @@ def load(folder: str | Path) -> dict:
         raise ValueError(f"{path}: schema_version is {found!r:.40}, this version reads {known}")
     check(content, str(path))
     return content
+
+
+def _write_csv(path: Path, columns: dict[str, np.ndarray]) -> None:
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows(zip(*(column.tolist() for column in columns.values()), strict=True))
 
 
 def _write_parquet(path: Path, columns: dict[str, np.ndarray]) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -24,6 +25,16 @@ from dentropy.rollouts.text import TextReader
 FEW = 32  # rows: taking out those that have ended gains nothing where there are fewer
 
 
+class DrawStore(Protocol):
+    """The parts of one draw that are finished, by their number: each part's responses, and the state of the random
+    numbers behind it."""
+
+    def read_drawn(self, part: int) -> tuple[list[list[int]], torch.Tensor] | None: ...
+
+    def write_drawn(self, part: int, responses: list[list[int]], state: torch.Tensor) -> None:
+        """Whole or, where the process dies, not at all."""
+
+
 def sample(
     policy,
     prompts: Sequence[Sequence[int]],
@@ -35,6 +46,7 @@ def sample(
     eos_token_id: int | Sequence[int] | None = None,
     batch_size: int = 64,
     progress: Callable[[int, int], None] | None = None,
+    store: DrawStore | None = None,
 ) -> PackedBatch:
     """Draw `per_prompt` responses to each prompt from the policy at `temperature`.
 
@@ -51,6 +63,7 @@ def sample(
             an empty list none at all.
         batch_size: rows generated at a time.
         progress: called with the numbers of rollouts and of tokens just finished.
+        store: of this very draw: `batch_size` rows at a time are kept there, and those that are there not drawn again.
 
     Returns:
         A batch of len(prompts)·per_prompt rollouts in the order of the prompts; `group` is the prompt's index, also
@@ -75,9 +88,16 @@ def sample(
     by_length = sorted(range(len(group)), key=lambda row: len(prompts[group[row]]))  # little padding
     responses: list[list[int]] = [[] for _ in group]
     with policy.turn, _clean_generation(policy.model), _seeded(policy.device, seed):
-        for start in range(0, len(by_length), batch_size):
+        for part, start in enumerate(range(0, len(by_length), batch_size)):
             rows = by_length[start : start + batch_size]
-            drawn = _generate(policy, [prompts[group[row]] for row in rows], max_new_tokens, temperature, ends)
+            found = None if store is None else store.read_drawn(part)
+            if found is not None:
+                drawn, state = found
+                _random_numbers(policy.device).set_rng_state(state)
+            else:
+                drawn = _generate(policy, [prompts[group[row]] for row in rows], max_new_tokens, temperature, ends)
+                if store is not None:
+                    store.write_drawn(part, drawn, _random_numbers(policy.device).get_rng_state())
             for row, response in zip(rows, drawn, strict=True):
                 responses[row] = response
             if progress is not None:
@@ -255,3 +275,8 @@ def _seeded(device: torch.device, seed: int) -> Iterator[None]:
         with torch.random.fork_rng(devices=[device], device_type=device.type), backend.device(device):
             backend.manual_seed(seed)
             yield
+
+
+def _random_numbers(device: torch.device):
+    """The module with the state of those that sampling on the device, inside `_seeded`, draws from."""
+    return torch if device.type == "cpu" else torch.get_device_module(device)

@@ -18,7 +18,10 @@ from dentropy.experiment.report import page
 from dentropy.experiment.unfinished import HOST
 from dentropy.rollouts import sampling
 
-FILES = ["contributions.png", "delta_entropy.png", "report.html", "results.json", "rollouts.csv", "weights.png"]
+FILES = [
+    *("contributions.png", "delta_entropy.png", "report.html"),
+    *("results.json", "rollouts.csv", "rollouts.parquet", "weights.png"),
+]
 
 
 @pytest.fixture(autouse=True)

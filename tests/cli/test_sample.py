@@ -1,4 +1,6 @@
 import json
+import os
+import signal
 
 import torch
 from commands import completed
@@ -6,6 +8,7 @@ from commands import completed
 from dentropy import PackedBatch
 from dentropy.cli import main
 from dentropy.demo.train import build_tokenizer
+from dentropy.experiment.resumable import UnfinishedRun
 
 
 class TestSample:
@@ -37,3 +40,35 @@ class TestSample:
         (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt_ids": [4] * 64}) + "\n")
         assert main(completed(f"sample --prompts {tmp_path}/prompts.jsonl --out {tmp_path}/drawn")) == 2
         assert "after a prompt of 64 tokens" in capsys.readouterr().err
+
+
+def test_an_interrupted_draw_goes_on_to_the_same_file(tmp_path, monkeypatch, capsys):
+    """Three parts of 64 rollouts; the second is the last that was kept."""
+    options = "sample --per-prompt 64 --max-new-tokens 4 --out"
+    assert main(completed(f"{options} {tmp_path}/undisturbed")) == 0
+    words, write, kept = completed(f"{options} {tmp_path}/drawn"), UnfinishedRun.write_drawn, []
+
+    def counted(store, part, *arguments):
+        write(store, part, *arguments)
+        kept.append(part)
+        if kept == [0, 1]:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(UnfinishedRun, "write_drawn", counted)
+    capsys.readouterr()
+    assert main(words) == 130
+    out, err = capsys.readouterr()
+    folder = tmp_path / "drawn.unfinished"
+    assert out == "" and err.count("\n") == 1
+    assert f"kept in {folder}: the same command with --resume goes on" in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == [folder.name, "undisturbed"]
+
+    assert main(words) == 2
+    assert f"--out: an unfinished run is kept in {folder}" in capsys.readouterr().err
+    assert main([*words, "--resume", "--policy", "after", "--seed", "1"]) == 2
+    said = capsys.readouterr().err
+    assert f"--resume: the unfinished run in {folder} has another policy (" in said and "seed (0, now 1)" in said
+    assert main([*words, "--resume"]) == 0
+    assert kept == [0, 1, 2]
+    assert (tmp_path / "drawn").read_bytes() == (tmp_path / "undisturbed").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["drawn", "undisturbed"]

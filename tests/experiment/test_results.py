@@ -207,6 +207,13 @@ def test_floats_come_back_bit_for_bit(run, result):
     assert [float(text) for text in rows.entropy] == result.base.entropy.tolist()
 
 
+def test_the_table_holds_the_columns_bit_for_bit(run, result):
+    rows, columns = pd.read_parquet(run / "rollouts.parquet"), result.columns()
+    assert list(rows.columns) == list(columns)
+    for name, column in columns.items():
+        assert rows[name].dtype == column.dtype and rows[name].to_numpy().tobytes() == column.tobytes(), name
+
+
 def test_attribution_adds_up_to_the_slope(content, result):
     slopes = {entry["estimator"]: entry["value"] for entry in content["slope"]}
     scale = sum(map(abs, result.parameters.values()))

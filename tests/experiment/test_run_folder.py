@@ -6,13 +6,17 @@ import os
 import subprocess
 import sys
 
+import pandas as pd
 import pytest
 
 from dentropy.experiment import figures, run_folder
 from dentropy.experiment.report import page
 from dentropy.experiment.run_folder import ViewsFailedError, check_out, load
 
-FILES = ["contributions.png", "delta_entropy.png", "report.html", "results.json", "rollouts.csv", "weights.png"]
+FILES = [
+    *("contributions.png", "delta_entropy.png", "report.html"),
+    *("results.json", "rollouts.csv", "rollouts.parquet", "weights.png"),
+]
 
 
 def names(folder):
@@ -26,6 +30,14 @@ def full_disk(*_, **__):
 def test_the_folder_holds_what_it_should_and_nothing_is_left_beside_it(run):
     assert names(run) == FILES
     assert names(run.parent) == ["run"]
+
+
+def test_more_rollouts_than_text_is_good_for_are_in_the_table_alone(result, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, "MOST_AS_TEXT", len(result.base) - 1)
+    out = result.save(tmp_path / "run")
+    assert names(out) == [name for name in FILES if name != "rollouts.csv"]
+    rows = pd.read_parquet(out / "rollouts.parquet")
+    assert len(rows) == len(result.base)
 
 
 def test_load_reads_what_was_saved(run, result):
