@@ -47,6 +47,15 @@ def add(commands) -> None:
         "--max-grad-norm", type=float, metavar="X", help="at which its gradient's norm is clipped (default: it is not)"
     )
     command.add_argument(
+        "--update-group",
+        type=lambda text: text.replace("-", " "),
+        nargs="+",
+        default=(),
+        metavar="NAME",
+        help="more groups of the update's tokens whose share gets an error bar: negative-advantage, high-entropy, "
+        "low-entropy (always: positive-advantage, end-token); two passes each",
+    )
+    command.add_argument(
         "--step-size",
         type=float,
         metavar="X",
@@ -133,6 +142,7 @@ def run(options) -> None:
     from dentropy.experiment.progress import token_bar
     from dentropy.experiment.run_folder import check_out
     from dentropy.model.policy import Policy
+    from dentropy.passes.token_groups import check_group
 
     out = check_out(options.out)
     if options.update_rollouts is None and options.after is None and options.direction is None:
@@ -141,10 +151,14 @@ def run(options) -> None:
         raise ValueError("--step-size: needed with --after and --update-rollouts")
     if options.update_rollouts is None and (options.optimizer or options.optimizer_state or options.max_grad_norm):
         raise ValueError("--optimizer, --optimizer-state and --max-grad-norm: only with --update-rollouts")
+    if options.update_rollouts is None and options.update_group:
+        raise ValueError("--update-group: only with --update-rollouts")
     if options.max_new_tokens is not None and not options.append_eos:
         raise ValueError("--max-new-tokens: only with --append-eos")
     check_files(options)
     etas = None if options.etas is None else check_etas(options.etas)
+    for name in options.update_group:
+        check_group(name)
     load_libraries()
     tokenizer = LazyTokenizer(options.policy, options.trust_remote_code)
     with about("--policy"):
@@ -167,7 +181,7 @@ def run(options) -> None:
     parameters = not options.skip_parameters
     for text in recognized:
         remark(text)
-    with token_bar("passes", tokens_to_run(policy, batch, etas, parameters, step)) as progress:
+    with token_bar("passes", tokens_to_run(policy, batch, etas, parameters, step, options.update_group)) as progress:
         result = probe(
             policy,
             batch,
@@ -178,6 +192,7 @@ def run(options) -> None:
             parameters=parameters,
             pass_at_k=options.pass_at_k,
             update=step,
+            update_groups=options.update_group,
             progress=progress,
         )
     named = {name: getattr(options, name) for name in ("policy", "rollouts", "after", "direction", "update_rollouts")}

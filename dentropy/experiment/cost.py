@@ -10,7 +10,12 @@ TANGENT, REVERSE = 3, 3
 
 
 def cost(
-    batch: PackedBatch, n_etas: int, own_steps: int, parameters: bool, update: PackedBatch | None = None
+    batch: PackedBatch,
+    n_etas: int,
+    own_steps: int,
+    parameters: bool,
+    update: PackedBatch | None = None,
+    groups: int = 0,
 ) -> dict[str, int]:
     """`cost` of results.json: passes by kind, and the response tokens they run.
 
@@ -20,14 +25,18 @@ def cost(
         own_steps: passes that only the second derivatives need, 0 or 2.
         parameters: whether a reverse pass gives their shares.
         update: rollouts whose tokens' shares two passes with tangents give, after the same reverse pass.
+        groups: of these tokens, each of which takes a reverse pass over the update's rollouts and a pass with tangents.
+
+    Proxies of the update's shares take a plain pass over its rollouts.
     """
-    passes = {"forward": n_etas + own_steps, "tangent": 1, "reverse": int(parameters or update is not None)}
+    passes = {"forward": n_etas + own_steps, "tangent": 1 + groups, "reverse": int(parameters or update is not None)}
     sample = n_etas * int(batch.response_lens[sampled_rollouts(batch)].sum())
     tokens = sum(passes.values()) * int(batch.n_tokens) + sample
     if update is None:
         return passes | {"noise_floor": sample, "tokens": tokens}
-    shares = 2 * update.n_tokens
-    return passes | {"noise_floor": sample, "update": shares, "tokens": tokens + shares}
+    shares = (2 + groups) * update.n_tokens
+    more = {"noise_floor": sample, "update": shares, "proxies": update.n_tokens}
+    return passes | more | {"tokens": tokens + shares + update.n_tokens}
 
 
 def cost_text(content: dict) -> str | None:
@@ -36,10 +45,12 @@ def cost_text(content: dict) -> str | None:
     if found is None:
         return None
     passes = found["forward"] + found["tangent"] + found["reverse"]
-    sample = (found["noise_floor"] + TANGENT * found.get("update", 0)) / content["n_tokens"]
+    sample = (found["noise_floor"] + found.get("proxies", 0) + TANGENT * found.get("update", 0)) / content["n_tokens"]
     forwards = found["forward"] + TANGENT * found["tangent"] + REVERSE * found["reverse"] + sample
     share = found["noise_floor"] / content["n_tokens"] / len(content["measured"])
-    more = ", two with tangents over the update's," if found.get("update") else ""
+    update, more = found.get("update", 0), ""
+    if update:
+        more = f", {update // content['update_attribution']['n_tokens']} with derivatives over the update's,"
     return (
         f"{passes} passes over the rollouts{more} and noise floors on {share:.0%} of the tokens at each η, "
         f"{found['tokens']:,} tokens in all, "

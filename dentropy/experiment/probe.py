@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -31,9 +32,11 @@ from dentropy.estimators.pass_at_k import check_pass_at_k
 from dentropy.estimators.prefix_weights import LARGEST_LOG_WEIGHT, token_ratios
 from dentropy.experiment.changes import Change, Form, FreshCheck, lost_in_rounding
 from dentropy.experiment.cost import cost
+from dentropy.experiment.proxies import grades
 from dentropy.experiment.results import ProbeResult
 from dentropy.model.direction import Direction
 from dentropy.model.policy import Policy
+from dentropy.passes.mean_discriminant import mean_discriminant
 from dentropy.passes.measure import measure
 from dentropy.passes.microbatches import AUTO
 from dentropy.passes.noise_floor import DERIVATIVE, noise_floor
@@ -41,7 +44,10 @@ from dentropy.passes.parameter_attribution import moving_by_name, parameter_shar
 from dentropy.passes.policy_gradient import PolicyGradientStep
 from dentropy.passes.second_order import bend, difference_step, doubt, with_second_order
 from dentropy.passes.slope_gradient import slope_gradient
+from dentropy.passes.token_groups import DEFAULT_GROUPS, check_group, token_groups
 from dentropy.passes.update_attribution import PARTS, UpdateAttribution, update_attribution
+from dentropy.passes.update_groups import UpdateGroup
+from dentropy.passes.update_groups import update_groups as groups_of_update
 from dentropy.rollouts.batch import PackedBatch
 from dentropy.rollouts.sampling import end_tokens, without_end
 from dentropy.stats.sequence_sums import sequence_sums
@@ -65,6 +71,7 @@ def probe(
     parameters: bool = True,
     pass_at_k: Sequence[int] = (),
     update: PolicyGradientStep | None = None,
+    update_groups: Sequence[str] = (),
     progress: Callable[[int], None] | None = None,
 ) -> ProbeResult:
     """Slope and curvature of the entropy along `direction`, and the measured ΔH(η) at each of `etas`.
@@ -74,16 +81,20 @@ def probe(
     in mathematics.md) and one over a fifth of the rollouts, 32 at least, its noise floor; one reverse pass gives each
     parameter's share, unless `parameters` is False (it needs a gradient's memory). With `update`, the step that
     `direction` is or is to be explained by, the same reverse pass and two passes with tangents over its rollouts give
-    the share of each of their tokens. Second derivatives, for the curvature, are second differences of values: of those
-    at ±η where two of the `etas` are such a pair and a good step for it, else of two plain passes more.
+    the share of each of their tokens; a reverse pass over its rollouts and a pass with tangents give that of each group
+    of tokens, DEFAULT_GROUPS and `update_groups` (names as in `token_groups`), with its error; and a plain pass over
+    its rollouts serves the grades of published proxies of the shares. Second derivatives, for the curvature, are second
+    differences of values: of those at ±η where two of the `etas` are such a pair and a good step for it, else of two
+    plain passes more.
 
     `prompts` says what the standard errors are for: prompts drawn at "random", or this "fixed" set. `pass_at_k` are the
     k whose pass@k the forecast has too. `token_budget` is that of `measure`, for every pass by itself: they differ in
     what a token needs. `progress` is called with the number of tokens just finished, `tokens_to_run` in all: what turns
     out not to be needed counts as finished.
 
-    Raises ValueError, before any work, for etas that are empty, not finite, repeated, or 0 only, and for `pass_at_k`
-    that the rewards or the groups do not allow (see `forecast`); see `measure` for what it refuses.
+    Raises ValueError, before any work, for etas that are empty, not finite, repeated, or 0 only, for `pass_at_k` that
+    the rewards or the groups do not allow (see `forecast`), and for `update_groups` that are unknown or without an
+    `update`; see `measure` for what it refuses.
 
     Example:
         >>> from dentropy.demo.run import load_policy, draw_rollouts
@@ -97,7 +108,7 @@ def probe(
         >>> bool(abs(measured.contributions.sum() - measured.delta) < 1e-12)
         True
     """
-    etas = check_etas(etas)
+    etas, names = check_etas(etas), group_names(update, update_groups)
     check_pass_at_k(pass_at_k, batch.reward, Groups.of(batch.group, prompts))
     settings = {"token_budget": token_budget, "progress": progress}
     base = measure(policy, batch, direction, keep_tokens=True, **settings)
@@ -119,6 +130,8 @@ def probe(
         floor = noise_floor(policy, batch, direction, base, prefix.measured, slopes["causal"], eta, **settings)
         changes.append(_change(prefix, sequence, moved[eta], eta, floor))
     shares, of_update = _explained(policy, batch, direction, base, parameters, update, **settings)
+    groups = _groups(policy, batch, direction, base, update, of_update, names, prompts=prompts, **settings)
+    graded = None if update is None else grades(of_update, mean_discriminant(policy, update.batch, **settings))
     base_entropy, base_influence = entropy_per_token(base)
     return ProbeResult(
         base=base,
@@ -139,8 +152,10 @@ def probe(
         prompts=prompts,
         dtype=str(policy.dtype).removeprefix("torch."),
         device=_device_name(policy.device),
-        cost=cost(batch, len(etas), own_steps, parameters, None if update is None else update.batch),
+        cost=cost(batch, len(etas), own_steps, parameters, *_update_cost(update, groups)),
         update=of_update,
+        update_groups=groups,
+        proxies=graded,
     )
 
 
@@ -166,16 +181,61 @@ def _explained(
     return shares, update_attribution(policy, batch, update, base, **more, **settings)
 
 
+def group_names(update: PolicyGradientStep | None, more: Sequence[str]) -> tuple[str, ...]:
+    """The groups of the update's tokens that `probe` takes: the default ones and `more`, each once."""
+    if update is None:
+        if more:
+            raise ValueError(f"update_groups: {', '.join(more)} without an update, expected the step they are of")
+        return ()
+    for name in more:
+        check_group(name)
+    return tuple(dict.fromkeys([*DEFAULT_GROUPS, *more]))
+
+
+def _groups(
+    policy: Policy,
+    batch: PackedBatch,
+    direction: Direction,
+    base: SequenceSums,
+    update: PolicyGradientStep | None,
+    found: UpdateAttribution | None,
+    names: Sequence[str],
+    *,
+    progress: Callable[[int], None] | None,
+    **settings,
+) -> dict[str, UpdateGroup] | None:
+    """Those of `names` that occur in the update; None without one."""
+    if update is None:
+        return None
+    masks = token_groups(found, names)
+    absent = [name for name in names if name not in masks]
+    if asked_for := [name for name in absent if name not in DEFAULT_GROUPS]:
+        warnings.warn(f"update_groups: no token of the update is in {', '.join(asked_for)}", stacklevel=3)
+    if absent and progress is not None:
+        progress(len(absent) * (batch.n_tokens + update.batch.n_tokens))
+    return groups_of_update(policy, batch, update, base, masks, direction=direction, progress=progress, **settings)
+
+
+def _update_cost(
+    update: PolicyGradientStep | None, groups: dict[str, UpdateGroup] | None
+) -> tuple[PackedBatch | None, int]:
+    """What `cost` asks of the update: its rollouts, and how many groups took passes."""
+    if update is None:
+        return None, 0
+    return update.batch, sum(not group.is_complement for group in groups.values())
+
+
 def tokens_to_run(
     policy: Policy,
     batch: PackedBatch,
     etas: Sequence[float],
     parameters: bool = True,
     update: PolicyGradientStep | None = None,
+    update_groups: Sequence[str] = (),
 ) -> int:
     """How many response tokens `probe` reports as finished: all that it may have to run."""
-    rollouts = None if update is None else update.batch
-    return cost(batch, len(etas), 2 if _has_second_order(policy) else 0, parameters, rollouts)["tokens"]
+    rollouts, groups = None if update is None else update.batch, len(group_names(update, update_groups))
+    return cost(batch, len(etas), 2 if _has_second_order(policy) else 0, parameters, rollouts, groups)["tokens"]
 
 
 def _with_second_order(

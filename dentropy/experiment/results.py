@@ -8,11 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from dentropy.estimators import Estimate, Forecast, OnPolicyAudit, TrustRange
-from dentropy.experiment import entries, forecast_entry, rollout_rows, run_folder, update_tokens
+from dentropy.estimators import Estimate, Forecast, OnPolicyAudit, ProxyGrade, TrustRange
+from dentropy.experiment import entries, forecast_entry, proxies, rollout_rows, run_folder, update_tokens
+from dentropy.experiment import update_groups as groups_of_update
 from dentropy.experiment.changes import Change, FreshCheck
 from dentropy.experiment.summary import summary
 from dentropy.passes.update_attribution import UpdateAttribution
+from dentropy.passes.update_groups import UpdateGroup
 from dentropy.rollouts.batch import PackedBatch
 from dentropy.shown import count, data_frame, html_table, lines, number
 from dentropy.stats.tables import SequenceSums
@@ -43,6 +45,8 @@ class ProbeResult:
         device: Where it ran.
         cost: Its passes by kind and the tokens they ran, as results.md describes.
         update: The shares of the update's own tokens; None if not asked for.
+        update_groups: Those of groups of them, with errors, by name; None where `update` is.
+        proxies: How far published proxies agree with these shares, by name; None where `update` is.
         seeds: Free for the caller: random seeds by name.
         source: Free for the caller: where policy, rollouts and update came from, by name.
         fresh: Free for the caller: the comparison with rollouts of the moved policy.
@@ -68,6 +72,8 @@ class ProbeResult:
     device: str
     cost: dict[str, int]
     update: UpdateAttribution | None = None
+    update_groups: dict[str, UpdateGroup] | None = None
+    proxies: dict[str, ProxyGrade] | None = None
     seeds: dict[str, int] = field(default_factory=dict)
     source: dict[str, str] = field(default_factory=dict)
     fresh: FreshCheck | None = None
@@ -147,6 +153,8 @@ class ProbeResult:
             "forecast": forecast_entry.forecast(self.forecast, self.etas),
             "attribution": entries.attribution(self.base, self.prompts, self.parameters),
             "update_attribution": None if self.update is None else update_tokens.entry(self.update),
+            "update_groups": None if self.update_groups is None else groups_of_update.entry(self.update_groups),
+            "proxies": None if self.proxies is None else proxies.entry(self.proxies, self.changes, self.step_size),
             "fresh_check": None if self.fresh is None else dict(vars(self.fresh)),
             "audit": self._audit(),
         }

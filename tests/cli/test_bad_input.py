@@ -43,6 +43,8 @@ BAD = {
     "no update": ("probe", "one of the arguments"),
     "a cap without end tokens": (f"{DIRECTION} --max-new-tokens 8", "only with --append-eos"),
     "optimizer without update rollouts": (f"{DIRECTION} --optimizer sgd", "only with --update-rollouts"),
+    "groups of no update": (f"{DIRECTION} --update-group end-token", "--update-group: only with --update-rollouts"),
+    "no such group": (f"{UPDATE} rewarded.jsonl --update-group odd", "groups: 'odd', expected one of"),
     "one file for both": (f"{UPDATE} rollouts.jsonl", "rollouts.jsonl is the file of --rollouts: an update judged on"),
     "split of nothing": (f"{DIRECTION} --split", "--split: only with --update-rollouts"),
     "token budget in words": (f"{DIRECTION} --token-budget lots", "--token-budget: 'lots', expected auto or a whole"),

@@ -47,7 +47,9 @@ def test_one_reverse_pass_serves_parameters_and_tokens(setting, monkeypatch):
     assert sum(ran) == batch.n_tokens and len(ran) == 4
     assert sum(counts) == tokens_to_run(policy, batch, ETAS, update=step)
     without = probe(policy, batch, step.direction(), ETAS)
-    assert found.cost["update"] == 2 * step.batch.n_tokens == found.cost["tokens"] - without.cost["tokens"]
+    assert found.cost["update"] == 4 * step.batch.n_tokens and found.cost["tangent"] == 3
+    assert found.cost["tokens"] - without.cost["tokens"] == 5 * step.batch.n_tokens + 2 * batch.n_tokens
+    assert "4 with derivatives over the update's, and" in found.summary()
     for name, share in without.parameters.items():
         assert found.parameters[name] == pytest.approx(share, rel=1e-4, abs=1e-7)
 
@@ -87,6 +89,35 @@ def test_the_run_folder_has_every_token_and_the_sums(setting, result, tmp_path):
     assert "update-tokens" in (folder / "report.html").read_text()
 
 
+def test_groups_have_error_bars(setting, result, tmp_path):
+    policy, batch, step = setting
+    folder = result.save(tmp_path / "run")
+    table, entry = pd.read_parquet(folder / "update_tokens.parquet"), load(folder)["update_groups"]
+    ends = (table.token == 2) & ~table.duplicated(["rollout", "token"])
+    for row, inside in zip(entry, (table.advantage > 0, ends), strict=True):
+        assert row["tokens"] == inside.sum()
+        assert row["share"]["value"] == pytest.approx(table.share[inside].sum(), rel=1e-3, abs=1e-7)
+        assert row["rest"]["value"] == pytest.approx(result.slopes["causal"].value - row["share"]["value"], rel=1e-9)
+        assert row["share"]["stderr"] > 0 and row["rest"]["interval"][0] < row["rest"]["value"]
+    page = shown(result)
+    assert [row["name"] for row in entry] == ["positive advantage", "end token"]
+    assert "What groups of tokens make" in page.text and "The rest of the update without them" in page.text
+
+
+def test_more_groups_by_name(setting):
+    policy, batch, step = setting
+    counts, names = [], ["negative advantage", "end token"]
+    settings = dict(update=step, update_groups=names)
+    found = probe(policy, batch, step.direction(), ETAS, parameters=False, progress=counts.append, **settings)
+    assert list(found.update_groups) == ["positive advantage", "end token", "negative advantage"]
+    assert sum(counts) == tokens_to_run(policy, batch, ETAS, False, **settings)
+    assert found.cost["tangent"] == 3 and found.cost["tokens"] == sum(counts) - step.batch.n_tokens - batch.n_tokens
+    with pytest.raises(ValueError, match="groups: 'odd', expected one of"):
+        probe(policy, batch, step.direction(), ETAS, update=step, update_groups=["odd"])
+    with pytest.raises(ValueError, match="update_groups: end token without an update"):
+        probe(policy, batch, step.direction(), ETAS, update_groups=["end token"])
+
+
 def test_without_an_update_there_is_none(setting, tmp_path):
     policy, batch, step = setting
     found = probe(policy, batch, step.direction(), ETAS, parameters=False)
@@ -124,3 +155,24 @@ def test_another_update_is_said_to_be_one(setting, result):
     text = shown(found).text
     assert "the cosine of the two is" in text and "Unexplained" in text
     assert torch.is_grad_enabled()
+
+
+def test_proxies_are_graded(setting, result, tmp_path):
+    folder = result.save(tmp_path / "run")
+    table, entry = pd.read_parquet(folder / "update_tokens.parquet"), load(folder)["proxies"]
+    assert [row["name"] for row in entry] == ["covariance", "surprise", "STEER", "discriminant"]
+    p = np.exp(table.logp)
+    by_hand = -table.advantage * p * (1 - p) * (table.logp + table.entropy)
+    inside = table.weight != 0
+    graded = entry[2]
+    assert graded["rank_correlation"]["value"] == pytest.approx(by_hand[inside].corr(table.share[inside], "spearman"))
+    assert graded["r_squared"]["value"] == pytest.approx(by_hand[inside].corr(table.share[inside]) ** 2)
+    assert graded["mean"] == pytest.approx(by_hand[inside].mean())
+    page = shown(result)
+    assert "Published proxies, graded" in page.text and "−A π(1 − π)(log π + h)" in page.text
+    change = next(c for c in result.changes if c.eta == result.step_size)
+    ends = change.measured.interval()
+    if not (change.below_noise or ends[0] <= 0 <= ends[1]):
+        assert graded["right_sign"] == (graded["mean"] * change.measured.delta > 0)
+    else:
+        assert graded["right_sign"] is None

@@ -10,6 +10,7 @@ from dentropy.experiment.report.attribution import attribution
 from dentropy.experiment.report.changes import changes, reliability
 from dentropy.experiment.report.forecast import forecast
 from dentropy.experiment.report.provenance import audit, provenance
+from dentropy.experiment.report.proxies import proxies
 from dentropy.experiment.report.rollouts import rollouts as token_by_token
 from dentropy.experiment.report.slopes import slopes
 from dentropy.experiment.report.tags import Markup, tag
@@ -43,6 +44,7 @@ def html(content: dict, rollouts: list[dict], update_rollouts: Sequence[dict] = 
             slopes(content),
             attribution(content),
             update_tokens(content, update_rollouts),
+            proxies(content),
             token_by_token(content, rollouts),
             audit(content),
             provenance(content),

@@ -41,9 +41,17 @@ class Bar:
 
 
 def bars(
-    caption: str, rows: list[Bar], unit: Unit, *, head: str, count: str | None, total_stderr: float | None, clear: bool
+    caption: str,
+    rows: list[Bar],
+    unit: Unit,
+    *,
+    head: str,
+    count: str | None,
+    total_stderr: float | None,
+    clear: bool,
+    total: bool = True,
 ) -> Markup:
-    """Horizontal bars from a common zero, whiskers of 2 standard errors, and their sum below.
+    """Horizontal bars from a common zero, whiskers of 2 standard errors, and their sum below (`total`).
 
     Bars that are not told apart from 0 are grey, and so are all of them where their sum is not (`clear`).
     """
@@ -66,7 +74,7 @@ def bars(
         tag("th", "ΔH ± SE" if any(row.stderr is not None for row in rows) else "ΔH", scope="col"),
         None if count is None else tag("th", count, scope="col"),
     ]
-    total = [
+    below = [
         tag("th", "Sum", scope="row"),
         tag("td", class_="bar"),
         tag("td", _amount(sum(values), total_stderr, unit)),
@@ -76,7 +84,7 @@ def bars(
         tag("caption", caption, " ", tag("small", f"in {unit.name}")),
         tag("thead", tag("tr", heads)),
         tag("tbody", body),
-        tag("tfoot", tag("tr", total, None if count is None else tag("td"))),
+        tag("tfoot", tag("tr", below, None if count is None else tag("td"))) if total else None,
         class_="bars",
     )
 

@@ -33,6 +33,10 @@ NOTE = (
     "They are terms of one sum: an Adam's division by its second moment is held as it is, so leaving a token out would "
     "not take away just its share. There are no error bars for these."
 )
+GROUPS = (
+    "Groups of tokens with error bars, for other rollouts of the evaluation and this very update. What the rest makes "
+    "is what the update would be predicted to do without the group, an Adam's division held as it is."
+)
 
 
 def update_tokens(content: dict, shown: Sequence[dict]) -> Markup | None:
@@ -51,9 +55,26 @@ def update_tokens(content: dict, shown: Sequence[dict]) -> Markup | None:
         tag("p", NOTE, class_="note"),
         _cosine(found),
         tag("div", lists, class_="grid"),
+        *_groups(content.get("update_groups"), step),
         tag("p", _trust(found), class_="note"),
         _text(found, shown, step),
     )
+
+
+def _groups(found: list[dict] | None, step: float) -> list[Markup]:
+    """The groups, and what the update does without each."""
+    if not found:
+        return []
+    parts = {"share": "What groups of tokens make", "rest": "The rest of the update without them"}
+    drawn = []
+    for part, title in parts.items():
+        rows = [
+            Bar(row["name"], *(times(row[part][key], step) for key in ("value", "stderr")), row["tokens"])
+            for row in found
+        ]
+        unit = unit_for([row.value for row in rows], NATS)
+        drawn.append(bars(title, rows, unit, head="Group", count="Tokens", total_stderr=None, clear=True, total=False))
+    return [tag("p", GROUPS, class_="note"), tag("div", drawn, class_="grid")]
 
 
 def _drawn(title: str, head: str, rows: list[Bar], count: str | None = None) -> Markup:
