@@ -16,8 +16,14 @@ IMPORTANCE = ("dentropy/estimators/importance_sampling.py", "tests/estimators/te
 PREDICTION = ("dentropy/estimators/prediction.py", "tests/estimators/test_prediction.py")
 MEANS = ("dentropy/estimators/mean_change.py", "tests/estimators/test_forecasts.py")
 PASS_AT_K = ("dentropy/estimators/pass_at_k.py", "tests/estimators/test_forecasts.py")
-RATES = ("dentropy/estimators/exchange_rates.py", "tests/estimators/test_forecasts.py")
+RATES = ("dentropy/estimators/fieller.py", "tests/estimators/test_forecasts.py")
 GROUPS = ("dentropy/estimators/groups.py", "tests/estimators/test_groups.py tests/estimators/test_jackknife.py")
+OF_UPDATE = ("dentropy/passes/update_groups.py", "tests/passes/test_update_groups.py")
+CROSS_FIT = ("dentropy/passes/cross_fit.py", "tests/passes/test_cross_fit.py")
+PROXIES = ("dentropy/estimators/proxies.py", "tests/estimators/test_proxies.py")
+DISCRIMINANT = ("dentropy/passes/mean_discriminant.py", "tests/passes/test_mean_discriminant.py")
+COEFFICIENT = ("dentropy/estimators/bonus.py", "tests/estimators/test_bonus.py")
+BONUS = ("dentropy/passes/entropy_bonus.py", "tests/passes/test_entropy_bonus.py")
 HEAD = ("dentropy/model/head.py", "tests/passes/test_forward_mode.py tests/model/test_exact_pass.py")
 ATTENTION = ("dentropy/model/attention_ops.py", "tests/model/test_attention.py")
 FORWARD = ("dentropy/passes/forward_mode.py", "tests/passes/test_forward_mode.py")
@@ -112,6 +118,18 @@ _CHANGES = [
     (UID, 'return uid.rsplit("_", 2)[0]', 'return uid.rsplit("_", 1)[0]'),
     (PADDING, '"token_ids": ids[:n], "loss_mask": kept[:n]', '"token_ids": ids, "loss_mask": kept'),
     (TEMPLATE, "if len(found) == 1:", "if found:"),
+    # groups of the update's tokens, proxies of their shares, bonuses
+    (OF_UPDATE, "-update.clip_factor * update.parts(name).gain * g", "-update.parts(name).gain * g"),
+    (OF_UPDATE, "difference(total, share)", "difference(share, total)"),
+    (CROSS_FIT, "others = parts[:k] + parts[k + 1 :]", "others = parts"),
+    (CROSS_FIT, "scale * reduce", "reduce"),
+    (PROXIES, "p * above - mean_discriminant", "p * above + mean_discriminant"),
+    (PROXIES, "np.cumsum(counts) - counts / 2", "np.cumsum(counts)"),
+    (PROXIES, "reliability if known", "reliability**0.5 if known"),
+    (DISCRIMINANT, "p.square() *", "p *"),
+    (COEFFICIENT, "influence=-update.influence", "influence=update.influence"),
+    (BONUS, "g / update.clip_factor - coefficient", "g - coefficient"),
+    (BONUS, "if not _is_linear(update):", "if False:"),
     # fresh rollouts
     (PROBE, "-base_influence - measured.influence", "-base_influence"),
     (PROBE, "-base_influence - measured.influence", "-base_influence + measured.influence"),

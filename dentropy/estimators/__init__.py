@@ -5,6 +5,7 @@ They import nothing but NumPy; intervals load SciPy and the Pareto k̂ arviz-sta
 
 from dentropy.estimators.attribution import Bins, by_label, by_lag, by_length, by_position, token_attribution
 from dentropy.estimators.audit import AuditCheck, OnPolicyAudit, on_policy_audit
+from dentropy.estimators.bonus import BonusCoefficient, bonus_coefficient
 from dentropy.estimators.curvatures import curvature
 from dentropy.estimators.diagnostics import ImportanceDiagnostics, importance_diagnostics
 from dentropy.estimators.estimate import Estimate, Statistic
@@ -15,12 +16,15 @@ from dentropy.estimators.importance_sampling import ImportanceResult, importance
 from dentropy.estimators.kl import Divergence
 from dentropy.estimators.mean_change import MeanChange
 from dentropy.estimators.prediction import TrustRange, difference, predict, prediction_error, trust_range
+from dentropy.estimators.proxies import Agreement, ProxyGrade, grade_proxy, update_proxies
 from dentropy.estimators.sample_size import RolloutsNeeded, rollouts_needed
 from dentropy.estimators.slopes import slope
 
 __all__ = [
+    "Agreement",
     "AuditCheck",
     "Bins",
+    "BonusCoefficient",
     "Divergence",
     "Estimate",
     "ExchangeRate",
@@ -29,9 +33,11 @@ __all__ = [
     "ImportanceResult",
     "MeanChange",
     "OnPolicyAudit",
+    "ProxyGrade",
     "RolloutsNeeded",
     "Statistic",
     "TrustRange",
+    "bonus_coefficient",
     "by_label",
     "by_lag",
     "by_length",
@@ -41,6 +47,7 @@ __all__ = [
     "difference",
     "exchange_rate",
     "forecast",
+    "grade_proxy",
     "importance",
     "importance_diagnostics",
     "on_policy_audit",
@@ -50,4 +57,5 @@ __all__ = [
     "slope",
     "token_attribution",
     "trust_range",
+    "update_proxies",
 ]

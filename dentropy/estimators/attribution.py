@@ -65,7 +65,7 @@ def score_coefficients(sums: SequenceSums, *, estimator: str, per: str) -> tuple
     """(a, D): the factor a_k of each token's dlogp_k in `token_attribution`, float64 [total tokens], and D."""
     check_choice("estimator", estimator, ESTIMATORS)
     ratio = entropy_ratio(sums, per)
-    score, _ = _score(KeptTokens.of(sums), ratio, estimator, per)
+    score, _ = _score(KeptTokens.of(sums, tangents=False), ratio, estimator, per)
     return score, ratio.total
 
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from dentropy.estimators.estimate import Statistic
-from dentropy.estimators.optional import load
+from dentropy.estimators.fieller import fieller
 
 
 @dataclass(frozen=True)
@@ -50,26 +48,9 @@ def exchange_rate(entropy: Statistic, reward: Statistic, level: float = 0.95) ->
         >>> found.exchange_rate.reason
         'the change of reward is not told apart from 0'
     """
-    groups = reward.groups
     if reward.stderr is None or entropy.stderr is None:
         return ExchangeRate(None, None, reward.stderr_reason or entropy.stderr_reason)
-    t = float(load("scipy.special", "an interval").stdtrit(min(entropy.dof, reward.dof), (1 + level) / 2))
-
-    def variance(influence: np.ndarray) -> float:
-        return float(groups.variance_terms(influence).sum())
-
-    scale = _spread(entropy.influence), _spread(reward.influence)
-    a, b = entropy.influence / scale[0], reward.influence / scale[1]
-    covariance = (variance(a + b) - variance(a - b)) / 4 * scale[0] * scale[1]
-    square = reward.value**2 - t**2 * variance(reward.influence)
-    middle = entropy.value * reward.value - t**2 * covariance
-    constant = entropy.value**2 - t**2 * variance(entropy.influence)
-    if square <= 0:
+    interval = fieller(entropy, reward, level)
+    if interval is None:
         return ExchangeRate(None, None, "the change of reward is not told apart from 0")
-    root = max(middle**2 - square * constant, 0.0) ** 0.5
-    return ExchangeRate(entropy.value / reward.value, ((middle - root) / square, (middle + root) / square))
-
-
-def _spread(influence: np.ndarray) -> float:
-    """Their largest size, so that neither of two drowns in the other's rounding; 1 where all are 0."""
-    return float(np.abs(influence).max()) or 1.0
+    return ExchangeRate(entropy.value / reward.value, interval)

@@ -21,24 +21,27 @@ class KeptTokens:
     n_tokens  int64 [S], T_i
     row       int64 [N], the row of the table
     position  int64 [N], the place k in its response, from 1
-    entropy, dlogp, dentropy   float64 [N]: h_k, dlogp_k, dh_k
+    entropy, dlogp, dentropy   float64 [N]: h_k, dlogp_k, dh_k; None for the last two where they were not asked for
     """
 
     n_tokens: np.ndarray
     row: np.ndarray
     position: np.ndarray
     entropy: np.ndarray
-    dlogp: np.ndarray
-    dentropy: np.ndarray
+    dlogp: np.ndarray | None
+    dentropy: np.ndarray | None
 
     @classmethod
-    def of(cls, sums: SequenceSums) -> KeptTokens:
+    def of(cls, sums: SequenceSums, tangents: bool = True) -> KeptTokens:
         """Those of a table; ValueError where they are missing, too few, too many, or not finite."""
         n_tokens = lengths(sums)
         if sums.tokens is None:
             raise ValueError("sums.tokens: None, expected those of a table measured with keep_tokens=True")
         found = []
         for name in ("entropy", "dlogp", "dentropy"):
+            if name != "entropy" and not tangents:
+                found.append(None)
+                continue
             values = getattr(sums.tokens, name)
             if values is None:
                 raise ValueError(f"sums.tokens.{name}: None, expected those of a pass with a direction")

@@ -9,7 +9,7 @@ does nothing:
 k over the tokens that the policy generated, D of them, or with the batch's own advantages where it has them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from numbers import Real
 
@@ -37,22 +37,26 @@ class PolicyGradientStep:
     Attributes:
         policy: whose step it is, at the weights before it.
         batch: the update's rollouts.
+        loss: what it is a step on.
         coefficients: of the loss, for each of their tokens.
         gradient: of the loss, clipped, by parameter name, float32 or better.
         clip_factor: κ = min(1, c/(‖g‖ + 1e-6)) of a gradient norm clipped at c; 1.0 where it was not.
         optimizer: its name.
         rules: the optimizer of each parameter, by the same names.
         step_size: the learning rate.
+        max_grad_norm: c; None where nothing is clipped.
     """
 
     policy: Policy
     batch: PackedBatch
+    loss: PolicyLoss
     coefficients: Coefficients
     gradient: dict[str, Tensor]
     clip_factor: float
     optimizer: str
     rules: dict[str, SGD | AdamW]
     step_size: float
+    max_grad_norm: float | None = None
 
     def parts(self, name: str) -> Parts:
         """What the step of one parameter is made of."""
@@ -126,7 +130,7 @@ def policy_gradient_step(
         raise ValueError(f"max_grad_norm: {max_grad_norm!r}, expected a positive number")
     step_size, loss = checked_step_size(step_size), PolicyLoss() if loss is None else loss
     check_batch(policy, batch)
-    named = _trained(policy.model)
+    named = trained_parameters(policy.model)
     if optimizer_state is None:
         rules = dict.fromkeys(named, SGD() if optimizer == "sgd" else AdamW(coupled=optimizer == "adam"))
     else:
@@ -137,25 +141,36 @@ def policy_gradient_step(
     if loss.needs_logp:
         logp = measure(policy, batch, keep_tokens=True, **settings).tokens.logp.double().numpy()
     found = coefficients(loss, batch, logp)
-    gradients = _gradient(policy, batch, found, named, **settings)
-    clip_factor = 1.0
-    if max_grad_norm is not None:
-        norm = float(sum(g.double().square().sum() for g in gradients.values()) ** 0.5)
-        clip_factor = min(1.0, max_grad_norm / (norm + CLIP_EPSILON))
-        gradients = {name: g.mul_(clip_factor) for name, g in gradients.items()}
-    return PolicyGradientStep(policy, batch, found, gradients, clip_factor, optimizer, rules, step_size)
+    gradients = loss_gradient(policy, batch, found, named, **settings)
+    gradients, clip_factor = clipped(gradients, max_grad_norm)
+    return PolicyGradientStep(
+        policy, batch, loss, found, gradients, clip_factor, optimizer, rules, step_size, max_grad_norm=max_grad_norm
+    )
 
 
-def _gradient(policy, batch, found: Coefficients, named: dict[str, nn.Parameter], **settings) -> dict[str, Tensor]:
-    """That of the loss, by parameter name."""
+def loss_gradient(
+    policy: Policy, batch: PackedBatch, found: Coefficients, names: Iterable[str], **settings
+) -> dict[str, Tensor]:
+    """That of the loss, at the parameters `names`; settings are token_budget and progress."""
+    names = list(names)
+    parameters = [policy.model.get_parameter(name) for name in names]
     entropy = np.zeros(batch.n_tokens) if found.entropy is None else found.entropy
     # Weights of at most 1, and the rest of the scale afterwards: in half precision small gradients vanish.
-    scale = max(abs(found.logp).max(), abs(entropy).max())
-    sums = gradient(policy, batch, list(named.values()), entropy / scale, found.logp / scale, **settings)
-    return {name: total.mul_(scale) for name, total in zip(named, sums, strict=True)}
+    scale = max(abs(found.logp).max(initial=0.0), abs(entropy).max(initial=0.0)) or 1.0
+    sums = gradient(policy, batch, parameters, entropy / scale, found.logp / scale, **settings)
+    return {name: total.mul_(scale) for name, total in zip(names, sums, strict=True)}
 
 
-def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+def clipped(gradients: dict[str, Tensor], max_norm: float | None) -> tuple[dict[str, Tensor], float]:
+    """The gradients times κ = min(1, c/(‖g‖ + 1e-6)), in place, and κ; as they are, and 1.0, for a c of None."""
+    if max_norm is None:
+        return gradients, 1.0
+    norm = float(sum(g.double().square().sum() for g in gradients.values()) ** 0.5)
+    factor = min(1.0, max_norm / (norm + CLIP_EPSILON))
+    return {name: g.mul_(factor) for name, g in gradients.items()}, factor
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that an update would move: those that require gradients; of a model loaded with an adapter, which
     then has none of these, the active adapter's."""
     named = dict(model.named_parameters())

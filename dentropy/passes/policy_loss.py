@@ -119,7 +119,7 @@ def coefficients(loss: PolicyLoss, batch: PackedBatch, logp: np.ndarray | None =
     """
     if loss.needs_logp and logp is None:
         raise ValueError("logp: None, expected log-probabilities for a loss of old or reference ones")
-    advantage, per_token = token_advantages(batch), _per_token(loss, batch)
+    advantage, per_token = token_advantages(batch), token_weights(loss, batch)
     old, logp = _values("old_logp", loss.old_logp, batch), _values("logp", logp, batch)
     reference = _values("reference_logp", loss.reference_logp, batch) if loss.kl else None
     ratio = np.ones_like(advantage) if old is None else np.exp(_log_ratio(loss, batch, logp - old))
@@ -171,7 +171,7 @@ def group_normalized_advantages(batch: PackedBatch) -> np.ndarray:
     return centred / (std + ADVANTAGE_EPSILON)[group]
 
 
-def _per_token(loss: PolicyLoss, batch: PackedBatch) -> np.ndarray:
+def token_weights(loss: PolicyLoss, batch: PackedBatch) -> np.ndarray:
     """n_j, float64 [n_tokens]."""
     lengths, n = batch.response_lens, len(batch)
     if loss.average == "token":

@@ -76,7 +76,7 @@ def slope_gradient(
     row = np.repeat(np.arange(len(batch)), batch.response_lens)
     found, portions = [], []
     with _every_embedding_row(policy.model):
-        for rows, portion in _parts(batch, parts):
+        for rows, portion in prompt_parts(batch, parts):
             inside = np.isin(row, rows)
             of_part = gradient(
                 policy,
@@ -92,7 +92,7 @@ def slope_gradient(
     return SlopeGradient(tuple(found), tuple(portions), estimator, per)
 
 
-def _parts(batch: PackedBatch, count: int) -> Iterator[tuple[np.ndarray, float]]:
+def prompt_parts(batch: PackedBatch, count: int) -> Iterator[tuple[np.ndarray, float]]:
     """The rollouts of each part, ascending, and its fraction of the prompts with responses."""
     prompts = np.unique(batch.group[batch.response_lens > 0])
     count = max(1, min(count, len(prompts)))

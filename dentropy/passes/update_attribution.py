@@ -95,6 +95,11 @@ class UpdateAttribution:
         """The sum of the shares."""
         return float(self.share.sum())
 
+    @property
+    def reliability(self) -> float | None:
+        """1 − noise_fraction: the part of Σ share² that is not noise; not above 0 where all of it may be."""
+        return None if self.noise_fraction is None else 1 - self.noise_fraction
+
 
 @in_turn
 def update_attribution(

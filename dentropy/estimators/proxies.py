@@ -1,0 +1,161 @@
+"""Published rules of thumb for what a token of an update does to entropy, and how far they agree with exact shares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+PROXIES = ("covariance", "surprise", "STEER", "discriminant")
+RESAMPLES, SEED, LEVEL = 400, 0, 0.95
+
+
+def update_proxies(
+    advantage: np.ndarray, logp: np.ndarray, entropy: np.ndarray, mean_discriminant: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Each proxy at the update's tokens, float64 [n_tokens], signed so that positive raises entropy.
+
+    With advantage A, log-probability and probability π of the token that was sampled, and h the entropy there:
+
+        "covariance"    −(logp − mean)(A − mean), means over the tokens: Cui et al., "The Entropy Mechanism of
+                        Reinforcement Learning for Reasoning Language Models" (2025). Exact in sum for natural gradients
+        "surprise"      −A (logp + h): the same with the mean of log-probabilities in place at each token
+        "STEER"         −A π(1 − π)(logp + h): Hao et al., "Rethinking Entropy Interventions in RLVR: An Entropy Change
+                        Perspective" (2025), which weighs tokens by it
+        "discriminant"  −A (S − E_p S), S = π(logp + h): S* of Wang et al., "On the Entropy Dynamics in Reinforcement
+                        Fine-Tuning of Large Language Models" (2026). Exact for one tabular softmax and a plain gradient
+
+    Args:
+        advantage, logp, entropy: of each token, [n_tokens].
+        mean_discriminant: E_p S, what `dentropy.passes.mean_discriminant` gives.
+
+    Example:
+        >>> import numpy as np
+        >>> found = update_proxies(np.array([1.0, -1.0]), np.log([0.9, 0.1]), np.full(2, 0.325), np.zeros(2))
+        >>> (found["surprise"] < 0).tolist()    # a likely token made likelier, an unlikely one made less likely
+        [True, True]
+    """
+    p, above = np.exp(logp), logp + entropy
+    return {
+        "covariance": -(logp - logp.mean()) * (advantage - advantage.mean()),
+        "surprise": -advantage * above,
+        "STEER": -advantage * p * (1 - p) * above,
+        "discriminant": -advantage * (p * above - mean_discriminant),
+    }
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """One measure of agreement: its value, the 95% interval over resampled prompts (None for one prompt), and both
+    corrected for the noise of the exact shares (None where that is unknown or all there is, or has no correction)."""
+
+    value: float
+    interval: tuple[float, float] | None
+    corrected: float | None
+    corrected_interval: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class ProxyGrade:
+    """How far a proxy agrees with the exact shares.
+
+    Attributes:
+        rank_correlation: Spearman's, equal values sharing their mean rank. It has no correction: the noise of ranks is
+            not that of squares, which a few large shares can make.
+        r_squared: the squared correlation, what of the shares' variance is linear in the proxy. Corrected: over
+            reliability.
+        sign_agreement: the fraction of tokens where both have the same sign. It has no correction.
+        mean: of the proxy over the tokens: its prediction of the sign of ΔH.
+    """
+
+    rank_correlation: Agreement
+    r_squared: Agreement
+    sign_agreement: Agreement
+    mean: float
+
+
+def grade_proxy(
+    proxy: np.ndarray, share: np.ndarray, group: np.ndarray, reliability: float | None = None
+) -> ProxyGrade:
+    """Grade a proxy by the exact shares of the same tokens.
+
+    A share is measured with noise, so that even the truth would not agree with it wholly: with the reliability ρ, the
+    part of Σ share² that is not noise, a correlation is attenuated by √ρ and its square by ρ (Spearman, "The proof and
+    measurement of association between two things", 1904).
+
+    Args:
+        proxy, share: float [n_tokens].
+        group: the prompt of each token, [n_tokens]: these are resampled for the intervals, ρ is held as it is.
+        reliability: ρ, as `UpdateAttribution` has it.
+
+    Raises:
+        ValueError: for shapes that differ, values that are not finite, and where all values of either are equal.
+
+    Example:
+        >>> import numpy as np
+        >>> grade = grade_proxy(np.arange(6.0) - 2.5, np.array([-3.0, -2, -1, 1, 3, 2]), np.repeat([0, 1, 2], 2))
+        >>> round(grade.rank_correlation.value, 3), grade.sign_agreement.value
+        (0.943, 1.0)
+    """
+    proxy, share, group = np.asarray(proxy, float), np.asarray(share, float), np.asarray(group)
+    for name, values in (("proxy", proxy), ("share", share)):
+        if values.shape != group.shape or values.ndim != 1:
+            raise ValueError(f"{name}: shape {values.shape}, expected {group.shape} as group has, one for each token")
+        if not np.isfinite(values).all():
+            raise ValueError(f"{name}: {values[int(np.argmin(np.isfinite(values)))]}, expected finite values")
+        if values.size == 0 or (values == values[0]).all():
+            raise ValueError(f"{name}: all {values.size} values are equal, expected some that differ")
+    measures = _Measures(proxy, share)
+    values = measures.at(np.ones(proxy.size))
+    prompts, row = np.unique(group, return_inverse=True)
+    drawn = None
+    if prompts.size > 1:
+        rng = np.random.default_rng(SEED)
+        weights = rng.multinomial(prompts.size, np.full(prompts.size, 1 / prompts.size), size=RESAMPLES)
+        drawn = np.array([measures.at(weight[row]) for weight in weights])
+    known = reliability is not None and reliability > 0
+    divisors = [None, reliability if known else None, None]
+    agreements = (
+        _agreement(value, None if drawn is None else drawn[:, i], divisor)
+        for i, (value, divisor) in enumerate(zip(values, divisors, strict=True))
+    )
+    return ProxyGrade(*agreements, mean=float(proxy.mean()))
+
+
+def _agreement(value: float, drawn: np.ndarray | None, divisor: float | None) -> Agreement:
+    interval = None
+    if drawn is not None:
+        low, high = np.nanquantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
+        interval = low, high
+    if divisor is None:
+        return Agreement(value, interval, None, None)
+    corrected = None if interval is None else (interval[0] / divisor, interval[1] / divisor)
+    return Agreement(value, interval, value / divisor, corrected)
+
+
+class _Measures:
+    """The three measures for tokens that occur `weight` times each; what does not depend on it is kept."""
+
+    def __init__(self, proxy: np.ndarray, share: np.ndarray):
+        self.proxy, self.share = proxy, share
+        self.places = [np.unique(values, return_inverse=True)[1] for values in (proxy, share)]
+        self.same_sign = np.sign(proxy) == np.sign(share)
+
+    def at(self, weight: np.ndarray) -> tuple[float, float, float]:
+        ranks = (_ranks(place, weight) for place in self.places)
+        agreeing = float((weight * self.same_sign).sum() / weight.sum())
+        return _correlation(*ranks, weight), _correlation(self.proxy, self.share, weight) ** 2, agreeing
+
+
+def _ranks(place: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Mean ranks, up to a constant, of values whose order is `place`."""
+    counts = np.bincount(place, weight)
+    return (np.cumsum(counts) - counts / 2)[place]
+
+
+def _correlation(x: np.ndarray, y: np.ndarray, weight: np.ndarray) -> float:
+    """Pearson's; NaN where either does not vary."""
+    total = weight.sum()
+    x, y = x - (weight * x).sum() / total, y - (weight * y).sum() / total
+    xx, yy = (weight * x * x).sum(), (weight * y * y).sum()
+    return float((weight * x * y).sum() / (xx * yy) ** 0.5) if xx > 0 and yy > 0 else float("nan")
