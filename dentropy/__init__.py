@@ -17,6 +17,7 @@ _HOMES = {
         "by_length",
         "by_position",
         "Forecast",
+        "base_weights",
         "curvature",
         "forecast",
         "importance",

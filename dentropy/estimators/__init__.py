@@ -5,6 +5,7 @@ They import nothing but NumPy; intervals load SciPy and the Pareto k̂ arviz-sta
 
 from dentropy.estimators.attribution import Bins, by_label, by_lag, by_length, by_position, token_attribution
 from dentropy.estimators.audit import AuditCheck, OnPolicyAudit, on_policy_audit
+from dentropy.estimators.base_weight_measurement import base_weights
 from dentropy.estimators.curvatures import curvature
 from dentropy.estimators.diagnostics import ImportanceDiagnostics, importance_diagnostics
 from dentropy.estimators.estimate import Estimate, Statistic
@@ -32,6 +33,7 @@ __all__ = [
     "RolloutsNeeded",
     "Statistic",
     "TrustRange",
+    "base_weights",
     "by_label",
     "by_lag",
     "by_length",
