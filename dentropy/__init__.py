@@ -18,6 +18,7 @@ _HOMES = {
         "by_length",
         "by_position",
         "Forecast",
+        "base_weights",
         "curvature",
         "forecast",
         "grade_proxy",

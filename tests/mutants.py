@@ -14,6 +14,7 @@ LEFT_OUT = ("dentropy/estimators/slopes.py", "tests/estimators/test_jackknife.py
 CURVATURES = ("dentropy/estimators/curvatures.py", "tests/estimators/test_curvatures.py")
 IMPORTANCE = ("dentropy/estimators/importance_sampling.py", "tests/estimators/test_importance_sampling.py")
 PREDICTION = ("dentropy/estimators/prediction.py", "tests/estimators/test_prediction.py")
+REWEIGHTING = ("dentropy/estimators/reweighting.py", "tests/estimators/test_another_sampler.py -k Every")
 MEANS = ("dentropy/estimators/mean_change.py", "tests/estimators/test_forecasts.py")
 PASS_AT_K = ("dentropy/estimators/pass_at_k.py", "tests/estimators/test_forecasts.py")
 RATES = ("dentropy/estimators/fieller.py", "tests/estimators/test_forecasts.py")
@@ -70,6 +71,9 @@ _CHANGES = [
     (SUMS, "- 1.0 - np.arange", "- np.arange"),
     (SUMS, '"entropy_to_go": entropy * first', '"entropy_to_go": entropy * (first + dlogp)'),
     (SUMS, "second = first**2 + sum_before", "second = first**2 - sum_before"),
+    # rollouts of another sampler
+    (REWEIGHTING, "_exp(sums.logp - sums.sampler_logp", "_exp(sums.sampler_logp - sums.logp"),
+    (REWEIGHTING, "token_weights(sums, weights) * np.exp(token_log_ratios(sums))", "token_weights(sums, weights)"),
     # the forecast
     (MEANS, "others = np.where(alone, of_all, of_group) - own", "others = np.where(alone, of_all, of_group)"),
     (MEANS, "np.exp(found.before) * np.expm1", "np.expm1"),
@@ -84,8 +88,8 @@ _CHANGES = [
     (CURVATURES, "cross = cross - 2 * first.value * dsize", "cross = cross - first.value * dsize"),
     (
         IMPORTANCE,
-        'column(moved, "logp", "moved")[rows] - column(base, "logp", "base")',
-        'column(base, "logp", "base") - column(moved, "logp", "moved")[rows]',
+        'column(moved, "logp", "moved")[rows] - column(as_drawn(base), "logp", "base")',
+        'column(as_drawn(base), "logp", "base") - column(moved, "logp", "moved")[rows]',
     ),
     (IMPORTANCE, "rows = paired_rows(base, moved)", "rows = _pair(base, moved) * 0 + np.arange(len(base.rollout))"),
     (
@@ -137,7 +141,7 @@ _CHANGES = [
     (WATCH, "BackwardChange(-back.delta", "BackwardChange(back.delta"),
     (MEANT, "copied = _in_float32 if in_float32 else", "copied = Tensor.clone if in_float32 else"),
     (TRAINER, "callbacks.insert(0, callback)", "callbacks.append(callback)"),
-    (TRAINER, "if buffer is None or buffer is known else", "if buffer is None else"),
+    (TRAINER, "if buffer is None or buffer is known:", "if buffer is None:"),
     (AUTOCAST, 'own["forward"] = own[ORIGINAL_FORWARD]', "pass"),
 ]
 MUTANTS = [(file, old, new, tests) for (file, tests), old, new in _CHANGES]

@@ -28,7 +28,7 @@ from dentropy import (
     sequence_sums,
     slope,
 )
-from dentropy.estimators.attribution import score_coefficients
+from dentropy.estimators.attribution import token_coefficients
 from dentropy.experiment.probe import probe
 from dentropy.passes.reverse_mode import gradient
 from dentropy.stats.sequence_sums import plain_columns
@@ -185,8 +185,7 @@ def test_reverse_mode(device, name, dtype):
     found = case(name, device, dtype)
     batch, named = found.batch, dict(found.model.named_parameters())
     base = measure(found.policy, batch, found.direction, keep_tokens=True)
-    score, total = score_coefficients(base, estimator="causal", per="token")
-    of_slope = np.full(batch.n_tokens, 1 / total), score / total
+    of_slope = token_coefficients(base, estimator="causal", per="token")
     truth, plain = (one_at_a_time.gradient(model, batch, *of_slope) for model in (found.exact, found.model))
     got = gradient(found.policy, batch, list(named.values()), *of_slope)
     for parameter, g in zip(named, got, strict=True):

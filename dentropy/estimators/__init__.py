@@ -5,6 +5,7 @@ They import nothing but NumPy; intervals load SciPy and the Pareto k̂ arviz-sta
 
 from dentropy.estimators.attribution import Bins, by_label, by_lag, by_length, by_position, token_attribution
 from dentropy.estimators.audit import AuditCheck, OnPolicyAudit, on_policy_audit
+from dentropy.estimators.base_weight_measurement import base_weights
 from dentropy.estimators.bonus import BonusCoefficient, bonus_coefficient
 from dentropy.estimators.curvatures import curvature
 from dentropy.estimators.diagnostics import ImportanceDiagnostics, importance_diagnostics
@@ -37,6 +38,7 @@ __all__ = [
     "RolloutsNeeded",
     "Statistic",
     "TrustRange",
+    "base_weights",
     "bonus_coefficient",
     "by_label",
     "by_lag",

@@ -12,6 +12,7 @@ import numpy as np
 
 from dentropy.estimators.columns import EntropyRatio, check_choice, column, entropy_ratio
 from dentropy.estimators.groups import Groups
+from dentropy.estimators.reweighting import FORM
 from dentropy.estimators.slopes import ESTIMATORS
 from dentropy.estimators.tokens import KeptTokens, check_length, lengths
 
@@ -56,17 +57,18 @@ def token_attribution(sums: SequenceSums, *, estimator: str = "causal", per: str
         >>> bool(abs(token_attribution(sums).sum() - slope(sums).value) < 1e-12)
         True
     """
-    score, total = score_coefficients(sums, estimator=estimator, per=per)
-    tokens = KeptTokens.of(sums)
-    return (tokens.dentropy + tokens.dlogp * score) / total
-
-
-def score_coefficients(sums: SequenceSums, *, estimator: str, per: str) -> tuple[np.ndarray, float]:
-    """(a, D): the factor a_k of each token's dlogp_k in `token_attribution`, float64 [total tokens], and D."""
     check_choice("estimator", estimator, ESTIMATORS)
-    ratio = entropy_ratio(sums, per)
-    score, _ = _score(KeptTokens.of(sums, tangents=False), ratio, estimator, per)
-    return score, ratio.total
+    ratio, tokens = entropy_ratio(sums, per, FORM[estimator]), KeptTokens.of(sums, FORM[estimator])
+    score, _ = _score(tokens, ratio, estimator, per)
+    return (tokens.dentropy + tokens.dlogp * score) / ratio.total
+
+
+def token_coefficients(sums: SequenceSums, *, estimator: str, per: str) -> tuple[np.ndarray, np.ndarray]:
+    """The factors of each token's dh_k and dlogp_k in `token_attribution`, float64 [total tokens] each."""
+    check_choice("estimator", estimator, ESTIMATORS)
+    ratio, tokens = entropy_ratio(sums, per, FORM[estimator]), KeptTokens.of(sums, FORM[estimator], tangents=False)
+    score, _ = _score(tokens, ratio, estimator, per)
+    return tokens.weight / ratio.total, score / ratio.total
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +117,8 @@ def by_position(sums: SequenceSums, *, estimator: str = "causal", per: str = "to
         >>> bool(abs(bins.contribution.sum() - slope(sums).value) < 1e-12)
         True
     """
-    tokens = KeptTokens.of(sums)
+    check_choice("estimator", estimator, ESTIMATORS)
+    tokens = KeptTokens.of(sums, FORM[estimator])
     doublings = np.frexp(tokens.position)[1] - 1  # floor(log2), exactly
     first = 2 ** np.arange(doublings.max(initial=-1) + 1)
     last = np.minimum(2 * first - 1, tokens.position.max(initial=0))
@@ -137,7 +140,8 @@ def by_label(
     Raises:
         ValueError: as for `by_position`; labels of another shape.
     """
-    tokens, labels = KeptTokens.of(sums), np.asarray(labels)
+    check_choice("estimator", estimator, ESTIMATORS)
+    tokens, labels = KeptTokens.of(sums, FORM[estimator]), np.asarray(labels)
     check_length("labels", labels, tokens.row.size, "token")
     found, index = np.unique(labels, return_inverse=True)
     return _by_token(tokens, index, found, found, sums, estimator, per, prompts)
@@ -171,8 +175,9 @@ def by_length(sums: SequenceSums, *, per: str = "token", prompts: str = "random"
         >>> bool(abs(bins.contribution.sum() - slope(sums, estimator="exact").value) < 1e-12)
         True
     """
-    ratio, groups, n_tokens = entropy_ratio(sums, per), Groups.of(sums.group, prompts), lengths(sums)
-    dlogp, dentropy = column(sums, "dlogp"), column(sums, "dentropy")
+    ratio, n_tokens = entropy_ratio(sums, per, FORM["exact"]), lengths(sums)
+    groups = Groups.of(sums.group, prompts)
+    dlogp, dentropy = column(ratio.table, "dlogp"), column(ratio.table, "dentropy")
     ordered = np.sort(n_tokens)
     ends = np.ceil(np.arange(1, LENGTH_BINS + 1) / LENGTH_BINS * ordered.size).astype(np.int64) - 1
     last = np.unique(ordered[ends])
@@ -196,17 +201,18 @@ def by_lag(sums: SequenceSums, *, per: str = "token", prompts: str = "random") -
     Raises:
         ValueError: as for `by_position`.
     """
-    ratio, groups, tokens = entropy_ratio(sums, per), Groups.of(sums.group, prompts), KeptTokens.of(sums)
+    ratio, tokens = entropy_ratio(sums, per, FORM["causal"]), KeptTokens.of(sums, FORM["causal"])
+    groups = Groups.of(sums.group, prompts)
     longest = int(tokens.n_tokens.max())
     first = np.append(0, 2 ** np.arange((longest - 1).bit_length()))
     last = np.minimum(np.append(0, 2 * first[1:] - 1), longest - 1)
     parts, counts = [(tokens.per_rollout(tokens.dentropy), np.zeros(tokens.n_tokens.size))], [tokens.row.size]
     for lags in zip(first[1:].tolist(), last[1:].tolist(), strict=True):
-        later, count = tokens.between(*lags)
-        dsize = count if per == "token" else np.zeros(count.size)
+        later, size = tokens.between(*lags)
+        dsize = size if per == "token" else np.zeros(size.size)
         score = tokens.dlogp * (later - ratio.mean * dsize)
         parts.append((tokens.per_rollout(score), tokens.per_rollout(tokens.dlogp * dsize)))
-        counts.append(count.sum())
+        counts.append(np.sum(tokens.count_beyond(lags[0] - 1) - tokens.count_beyond(lags[1])))
     return _bins(first, last, np.array(counts), parts, ratio, groups)
 
 
@@ -232,8 +238,7 @@ def _by_token(
     prompts: str,
 ) -> Bins:
     """Bins of the token contributions, token k in bin index[k]."""
-    check_choice("estimator", estimator, ESTIMATORS)
-    ratio, groups = entropy_ratio(sums, per), Groups.of(sums.group, prompts)
+    ratio, groups = entropy_ratio(sums, per, FORM[estimator]), Groups.of(sums.group, prompts)
     score, size = _score(tokens, ratio, estimator, per)
     terms, dsize = tokens.dentropy + tokens.dlogp * score, tokens.dlogp * size
     count = np.bincount(index, minlength=first.size)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dentropy.estimators.columns import column, entropy_ratio
+from dentropy.estimators.reweighting import sequence_weights, token_log_ratios
 
 if TYPE_CHECKING:
     from dentropy.stats.tables import SequenceSums
@@ -17,6 +18,14 @@ THRESHOLD = 4.0
 CAUSES = (
     "sampling at another temperature, with top-p or top-k, or from stale weights, or a shift between tokens and logits"
 )
+# So far from 1 a mean base weight matters, whatever its error.
+WEIGHT_TOLERANCE = 0.01
+# The two ways in which a mean base weight can be off.
+TRUNCATED = (
+    "this is the missing mass of a sampler that cannot produce all that the policy can (top-p, top-k or min-p), and no "
+    "weights make up for it: its rollouts cannot stand for the policy's"
+)
+MISREPORTED = "usual causes: sampler_logp is of other tokens, of another temperature or of a policy that did not sample"
 # The direction cannot move logp + entropy; it moves ℓ' where it was made to raise or lower these very tokens.
 DIRECTION_CAUSES = f"{CAUSES}, or an update made from these very rollouts"
 
@@ -38,12 +47,25 @@ class AuditCheck:
 class OnPolicyAudit:
     """logp_plus_entropy: mean of L_i + H_i, nats per rollout. dlogp: mean of ℓ'_i, or None without a tangent.
 
+    Of rollouts of another sampler these are weighted means, and there are (else None)
+
+    base_weight              mean of W_i − 1
+    token_weight             mean of Σ_k (ρ_k − 1): minus the mass that the sampler cannot produce, per rollout
+    token_logp_plus_entropy  mean of Σ_k ρ_k (logp_k + h_k), nats per rollout
+    token_dlogp              mean of Σ_k ρ_k dlogp_k
+
+    the last three from kept tokens. They hold whatever W_i, each token given what came before it.
+
     warnings: one sentence for each check beyond 4 standard errors; empty where nothing is wrong.
     """
 
     logp_plus_entropy: AuditCheck
     dlogp: AuditCheck | None
     warnings: list[str]
+    base_weight: AuditCheck | None = None
+    token_weight: AuditCheck | None = None
+    token_logp_plus_entropy: AuditCheck | None = None
+    token_dlogp: AuditCheck | None = None
 
 
 def on_policy_audit(sums: SequenceSums) -> OnPolicyAudit:
@@ -57,6 +79,11 @@ def on_policy_audit(sums: SequenceSums) -> OnPolicyAudit:
     the first form is K, the second λ, which is the variance of K.) z = mean / stderr, and |z| > 4 is a warning: a
     reason to look at the sampler; no warning is no proof. There is no z where the rollouts hold so little entropy that
     the rare tokens on which all of it rests may be missing.
+
+    Of rollouts of another sampler, with base weights W_i = Π_k ρ_k, it is E[W_i] = 1, E[W_i (L_i + H_i)] = 0 and
+    E[W_i ℓ'_i] = 0; the means are over Σ W_i. Of kept tokens E[ρ_k] = 1, E[ρ_k (logp_k + h_k)] = 0 and
+    E[ρ_k dlogp_k] = 0, given the earlier ones, which the product of many ratios cannot drown. A mean weight is warned
+    of where it is 0.01 or more from 1 besides.
 
     Args:
         sums: a table, [S] float64, with or without tangent columns.
@@ -76,24 +103,71 @@ def on_policy_audit(sums: SequenceSums) -> OnPolicyAudit:
         >>> [warning.split(":")[0] for warning in on_policy_audit(greedy).warnings]
         ['logp + entropy']
     """
-    ratio = entropy_ratio(sums, "token")
-    balance, warnings = _check("logp + entropy", column(sums, "logp") + ratio.entropy, ratio.doubts, CAUSES)
+    ratio = entropy_ratio(sums, "token", "sequence")
+    weight = sequence_weights(sums)
+    total = weight.sum()
+    balance, warnings = _check(
+        "logp + entropy", weight * (column(sums, "logp") + column(sums, "entropy")), ratio.doubts, CAUSES, total
+    )
     score = None
     if sums.dlogp is not None:
-        score, more = _check("dlogp", column(sums, "dlogp"), ratio.doubts, DIRECTION_CAUSES)
+        score, more = _check("dlogp", weight * column(sums, "dlogp"), ratio.doubts, DIRECTION_CAUSES, total)
         warnings += more
-    return OnPolicyAudit(logp_plus_entropy=balance, dlogp=score, warnings=warnings)
+    found = {} if sums.sampler_logp is None else _of_sampler(sums, weight, ratio.doubts)
+    warnings += [text for _, texts in found.values() for text in texts]
+    more = {name: check for name, (check, _) in found.items()}
+    return OnPolicyAudit(logp_plus_entropy=balance, dlogp=score, warnings=warnings, **more)
 
 
-def _check(name: str, values: np.ndarray, doubts: tuple[str, ...], causes: str) -> tuple[AuditCheck, list[str]]:
-    """The check of `values` [S], whose expectations are 0, and its warnings."""
-    mean, squares = float(values.mean()), float(np.sum(values**2))
+def _of_sampler(
+    sums: SequenceSums, weight: np.ndarray, doubts: tuple[str, ...]
+) -> dict[str, tuple[AuditCheck, list[str]]]:
+    """The checks of rollouts of another sampler by name, and their warnings."""
+    found = {"base_weight": _weight_check("base weight", weight - 1, doubts)}
+    if sums.sampler_tokens is None:
+        return found
+    ratio, row = np.exp(token_log_ratios(sums)), np.repeat(np.arange(weight.size), sums.n_tokens.astype(np.int64))
+    few_nats = entropy_ratio(sums, "token", "prefix").doubts
+
+    def per_rollout(values: np.ndarray) -> np.ndarray:
+        return np.bincount(row, weights=values, minlength=weight.size)
+
+    logp, entropy = (np.asarray(values, dtype=np.float64) for values in sums.tokens[:2])
+    found["token_weight"] = _weight_check("token weight", per_rollout(ratio - 1), few_nats)
+    balance = per_rollout(ratio * (logp + entropy))
+    found["token_logp_plus_entropy"] = _check("token logp + entropy", balance, few_nats, CAUSES, weight.size)
+    if sums.tokens.dlogp is not None:
+        score = per_rollout(ratio * np.asarray(sums.tokens.dlogp, dtype=np.float64))
+        found["token_dlogp"] = _check("token dlogp", score, few_nats, DIRECTION_CAUSES, weight.size)
+    return found
+
+
+def _weight_check(name: str, values: np.ndarray, doubts: tuple[str, ...]) -> tuple[AuditCheck, list[str]]:
+    """That of weights less 1, [S], which may be all 0."""
+    if not values.any():
+        return AuditCheck(mean=0.0, stderr=0.0, stderr_reason=None, z=0.0), []
+    check, _ = _check(name, values, doubts, "", values.size)
+    if check.z is None or abs(check.z) <= THRESHOLD or abs(check.mean) <= WEIGHT_TOLERANCE:
+        return check, []
+    what = {"base weight": "the mean is 1", "token weight": "their sum per rollout is its length"}[name]
+    side = "below" if check.mean < 0 else "above"
+    return check, [
+        f"{name}: {abs(check.mean):.3g} {side} what it is in expectation ({what}), {abs(check.z):.1f} standard errors; "
+        + (TRUNCATED if check.mean < 0 else MISREPORTED)
+    ]
+
+
+def _check(
+    name: str, values: np.ndarray, doubts: tuple[str, ...], causes: str, total: float
+) -> tuple[AuditCheck, list[str]]:
+    """The check of `values` [S], whose expectations are 0, their sum over `total`, and its warnings."""
+    mean, squares = float(values.sum() / total), float(np.sum(values**2))
     if squares == 0:
         doubts = ("every rollout has 0", *doubts)
     if doubts:
         return AuditCheck(mean=mean, stderr=None, stderr_reason=doubts[0], z=None), []
     lacking = max(0.0, -float(values.sum() * np.sum(values**3)) / squares)
-    stderr = math.sqrt(squares + lacking) / values.size
+    stderr = math.sqrt(squares + lacking) / total
     z, warnings = mean / stderr, []
     if abs(z) > THRESHOLD:
         warnings.append(

@@ -10,6 +10,7 @@ from dentropy.estimators.columns import check_choice, column, entropy_ratio
 from dentropy.estimators.estimate import Estimate, check_estimate, check_same_rollouts
 from dentropy.estimators.groups import Groups
 from dentropy.estimators.jackknife import leave_one_out
+from dentropy.estimators.reweighting import FORM
 from dentropy.estimators.slopes import ratio_slope, slope
 
 if TYPE_CHECKING:
@@ -65,10 +66,10 @@ def curvature(
         True
     """
     check_choice("estimator", estimator, ESTIMATORS)
-    ratio = entropy_ratio(sums, per)
-    groups = Groups.of(sums.group, prompts, ratio.size)
-    d2logp, d2entropy = column(sums, "d2logp"), column(sums, "d2entropy")
-    dlogp, dentropy = column(sums, "dlogp"), column(sums, "dentropy")
+    ratio = entropy_ratio(sums, per, FORM[estimator])
+    groups, table = Groups.of(sums.group, prompts, ratio.size), ratio.table
+    d2logp, d2entropy = column(table, "d2logp"), column(table, "d2entropy")
+    dlogp, dentropy = column(table, "dlogp"), column(table, "dentropy")
     if first is None:
         first = slope(sums, estimator=estimator, per=per, prompts=prompts)
     check_estimate("first", first, "slope", estimator=estimator)
@@ -80,10 +81,10 @@ def curvature(
         q = dlogp**2 + d2logp
         dsize, d2size, score, cross = ratio.size * dlogp, ratio.size * q, ratio.entropy * q, 2 * dlogp * dentropy
     else:
-        dsize, d2size = column(sums, "length_to_go"), column(sums, "length_to_go_2")
+        dsize, d2size = column(table, "length_to_go"), column(table, "length_to_go_2")
         if per == "sequence":
             dsize = d2size = np.zeros_like(dlogp)
-        score, cross = column(sums, "entropy_to_go_2"), 2 * column(sums, "dentropy_to_go")
+        score, cross = column(table, "entropy_to_go_2"), 2 * column(table, "dentropy_to_go")
     score = score - ratio.mean * d2size
     # without R': its ratio is another one when a group is left out
     without_slope = score + cross + d2entropy

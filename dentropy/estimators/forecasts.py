@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dentropy.estimators.columns import entropy_ratio
 from dentropy.estimators.exchange_rates import ExchangeRate, exchange_rate
 from dentropy.estimators.importance_sampling import importance
 from dentropy.estimators.kl import Divergence, kl_forecast
@@ -120,7 +121,7 @@ def forecast(
     n = len(base)
     rewards = None if reward is None else checked_values("reward", reward, n)
     numbers = {name: checked_values(f"values[{name!r}]", array, n) for name, array in (values or {}).items()}
-    check_pass_at_k(pass_at_k, rewards, rollouts.groups())
+    check_pass_at_k(pass_at_k, rewards, rollouts.groups(), base.sampler_logp)
     entropy = _entropy(base, moved, prompts) if entropy is None else _checked_entropy(entropy, moved, prompts)
     found = None if rewards is None else value_forecast(rewards, rollouts)
     return Forecast(
@@ -147,8 +148,8 @@ def _rate_at(eta: float, entropy: MeanChange, reward: MeanChange) -> ExchangeRat
 
 def _entropy(base: SequenceSums, moved: dict[float, SequenceSums], prompts: str) -> MeanChange:
     changes = {eta: importance(base, table, weights="prefix", prompts=prompts) for eta, table in moved.items()}
-    ratio = np.sum(base.entropy) / np.sum(base.n_tokens)
-    return MeanChange(base=float(ratio), slope=slope(base, prompts=prompts), changes=changes)
+    ratio = entropy_ratio(base, "token", "prefix", "base")
+    return MeanChange(base=float(ratio.mean), slope=slope(base, prompts=prompts), changes=changes)
 
 
 def _checked_entropy(entropy: MeanChange, moved: dict[float, SequenceSums], prompts: str) -> MeanChange:

@@ -12,6 +12,7 @@ from dentropy.estimators.estimate import Statistic
 from dentropy.estimators.groups import Groups
 from dentropy.estimators.jackknife import leave_one_out
 from dentropy.estimators.prefix_weights import check_reach, prefix_weights
+from dentropy.estimators.reweighting import as_drawn
 
 if TYPE_CHECKING:
     from dentropy.stats.tables import SequenceSums
@@ -34,7 +35,8 @@ class ImportanceResult(Statistic):
     max_weight            the largest weight's share, max w / Σ w
     mean_weight           mean of w, 1 in expectation on rollouts of the base policy; inf where it overflows
     log_weight_quantiles  log w in nats: min, p05, p25, median, p75, p95, max
-    log_weights           float64 [S], L_i(η) − L_i(0), in the row order of the base table
+    log_weights           float64 [S], L_i(η) − L_i(0), in the row order of the base table; of rollouts of another
+                          sampler its log-probability takes the place of L_i(0), here and in all that follows
     contributions         float64 [S], one per rollout; they sum to delta
     moved_entropy         float64 [S], H_i(η)
     size                  float64 [S], T_i (1 with per="sequence")
@@ -100,7 +102,8 @@ def importance(
     which are to first order η times the contributions of the exact slope, but for a term that sums to 0 (the
     common denominator moves), or with the two sums over j for w_i H_i(η) and w_i T_i those of the causal slope. The
     influence values have R for the first H̄. per="sequence" puts 1 for T_i, and for the denominator of prefix weights:
-    nothing comes before a rollout.
+    nothing comes before a rollout. Of rollouts of another sampler the weights are those from it, and H̄ is an estimate
+    with base weights as well.
 
     Args:
         base, moved: tables of the same rollouts, scored at the two weight settings, [S] float64; rows are
@@ -131,12 +134,13 @@ def importance(
         True
     """
     check_choice("weights", weights, WEIGHTS)
-    ratio = entropy_ratio(base, per, "base")
+    ratio = entropy_ratio(base, per, weights, "base")
     groups = Groups.of(base.group, prompts, ratio.size)
     rows = paired_rows(base, moved)
     moved_entropy = column(moved, "entropy", "moved")[rows]
-    log_weights = column(moved, "logp", "moved")[rows] - column(base, "logp", "base")
-    moved_size, moved_tokens, worst = ratio.size, column(base, "n_tokens", "base"), (None, None)
+    log_weights = column(moved, "logp", "moved")[rows] - column(as_drawn(base), "logp", "base")
+    moved_tokens, worst = column(base, "n_tokens", "base"), (None, None)
+    moved_size = moved_tokens if per == "token" else np.ones_like(moved_tokens)
     if weights == "prefix":
         log_weights, moved_entropy, moved_tokens, *worst = prefix_weights(base, moved, rows)
         moved_size = moved_tokens
@@ -217,6 +221,9 @@ def paired_rows(base: SequenceSums, moved: SequenceSums) -> np.ndarray:
         raise ValueError(f"{place}: rollout {differ[0]} is missing, expected the same rollouts in base and moved")
     rows = np.empty(len(base.rollout), dtype=np.int64)
     rows[np.argsort(base.rollout)] = np.argsort(moved.rollout)
+    drawn = [sums.sampler_logp for sums in (base, moved)]
+    if (drawn[0] is None) != (drawn[1] is None) or (drawn[0] is not None and (drawn[0] != drawn[1][rows]).any()):
+        raise ValueError("moved.sampler_logp: not that of base, expected the same rollouts of the same sampler")
     for name in ("n_tokens", "group"):
         values, others = np.asarray(getattr(base, name)), np.asarray(getattr(moved, name))[rows]
         if not np.array_equal(values, others):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from dentropy.estimators.mean_change import MeanChange, Rollouts, Scores, mean_of_others, ratio_of_sums
+from dentropy.estimators.mean_change import MeanChange, Rollouts, Scores, ratio_of_sums
 
 
 def length_forecast(rollouts: Rollouts) -> MeanChange:
@@ -21,20 +21,23 @@ def length_forecast(rollouts: Rollouts) -> MeanChange:
         return ratio_of_sums(tokens.per_rollout(scores.token * left), np.ones_like(lengths), rollouts)
 
     changes = {eta: of(scores) for eta, scores in rollouts.at.items()}
-    return MeanChange(base=float(lengths.mean()), slope=of(rollouts.first), changes=changes)
+    return MeanChange(base=rollouts.weighted_mean(lengths), slope=of(rollouts.first), changes=changes)
 
 
 def _tokens_left(rollouts: Rollouts) -> np.ndarray:
     """T_i − k − b_k of every token, float64 [N]."""
     tokens, groups = rollouts.tokens, rollouts.groups()
     own = tokens.n_tokens[tokens.row] - tokens.position
-    of_group = _beyond(groups.row[tokens.row], tokens.position)
-    of_all = _beyond(np.zeros_like(tokens.row), tokens.position)
-    return own - mean_of_others(own, of_group, of_all, groups.members[groups.row][tokens.row], tokens.n_tokens.size)
+    weight = rollouts.weight[tokens.row]
+    of_group = _beyond(groups.row[tokens.row], tokens.position, weight)
+    of_all = _beyond(np.zeros_like(tokens.row), tokens.position, weight)
+    return own - rollouts.mean_of_others(weight * own, of_group, of_all, tokens.row)
 
 
-def _beyond(label: np.ndarray, position: np.ndarray) -> np.ndarray:
-    """For each token, how many of its label are at a later position: Σ_j (T_j − k)₊ over the rollouts of the label."""
+def _beyond(label: np.ndarray, position: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """For each token, Σ_j W_j (T_j − k)₊ over the rollouts of its label: the weight of their tokens behind it."""
     width = position.max() + 1
-    ordered = np.sort(label * width + position)
-    return np.searchsorted(ordered, (label + 1) * width) - np.searchsorted(ordered, label * width + position, "right")
+    place = label * width + position
+    order = np.argsort(place, kind="stable")
+    ordered, running = place[order], np.concatenate([[0.0], np.cumsum(weight[order])])
+    return running[np.searchsorted(ordered, (label + 1) * width)] - running[np.searchsorted(ordered, place, "right")]

@@ -17,6 +17,7 @@ from dentropy.estimators.groups import Groups
 from dentropy.estimators.importance_sampling import paired_rows
 from dentropy.estimators.jackknife import leave_one_out
 from dentropy.estimators.prefix_weights import TokenRatios, check_reach, token_ratios
+from dentropy.estimators.reweighting import sequence_weights
 from dentropy.estimators.tokens import KeptTokens
 from dentropy.stats.segments import segment_sum
 
@@ -59,6 +60,7 @@ class Rollouts:
     tokens  the kept tokens of the base table
     prompts "random" or "fixed"
     group   int64 [S]
+    weight  float64 [S], 1; of rollouts of another sampler W_i, see `sequence_weights`
     doubts  why no error bar of this table is to be trusted, see `EntropyRatio`
     first   the scores of the slope
     ratios  by η
@@ -68,6 +70,7 @@ class Rollouts:
     tokens: KeptTokens
     prompts: str
     group: np.ndarray
+    weight: np.ndarray
     doubts: tuple[str, ...]
     first: Scores
     ratios: dict[float, TokenRatios]
@@ -76,7 +79,7 @@ class Rollouts:
     @classmethod
     def of(cls, base: SequenceSums, moved: dict[float, SequenceSums], prompts: str) -> Rollouts:
         """ValueError for tables that have no tokens, do not pair, or hold a value that is not finite."""
-        doubts, tokens = entropy_ratio(base, "token", "base").doubts, KeptTokens.of(base)
+        doubts, tokens = entropy_ratio(base, "token", "sequence", "base").doubts, KeptTokens.of(base, "sequence")
         ratios = {eta: token_ratios(base, table, paired_rows(base, table)) for eta, table in moved.items()}
         for found in ratios.values():
             check_reach(found.reach, base.rollout)
@@ -86,7 +89,30 @@ class Rollouts:
             # The sum telescopes to w − 1, which keeps its digits where the terms cancel.
             at[eta] = Scores(score, np.expm1(segment_sum(found.log_ratio, found.ends)), linear=False)
         first = Scores(tokens.dlogp, tokens.per_rollout(tokens.dlogp), linear=True)
-        return cls(tokens, prompts, np.asarray(base.group), doubts, first, ratios, at)
+        return cls(tokens, prompts, np.asarray(base.group), sequence_weights(base), doubts, first, ratios, at)
+
+    def weighted_mean(self, values: np.ndarray) -> float:
+        """Σ W_i x_i / Σ W_i of `values` [S]: their mean over rollouts of the policy."""
+        return float(np.sum(self.weight * values) / self.weight.sum())
+
+    def mean_of_others(
+        self, own: np.ndarray, of_group: np.ndarray, of_all: np.ndarray, row: np.ndarray | slice = slice(None)
+    ) -> np.ndarray:
+        """The baseline of each rollout or token: the mean of the other rollouts of the prompt, with their weights W_j.
+
+        A rollout that is its prompt's only one takes the mean of all others. It leaves every expectation as it is, for
+        a baseline may depend on anything but the rollout's own tokens from here on.
+
+        Args:
+            own, of_group, of_all: what is averaged, W_i times, of the rollout itself, summed over its prompt, and over
+                all.
+            row: the rollout that each is of.
+        """
+        groups = self.groups()
+        alone = (groups.members == 1)[groups.row][row]
+        others = np.where(alone, of_all, of_group) - own
+        rest = np.where(alone, self.weight.sum(), groups.sums(self.weight)[groups.row][row]) - self.weight[row]
+        return others / np.where(rest > 0, rest, 1.0)
 
     def groups(self, size: np.ndarray | None = None) -> Groups:
         """The prompt groups of rollouts that count for `size` [S] (None: 1 each)."""
@@ -104,6 +130,8 @@ def ratio_of_sums(
 ) -> Statistic:
     """s = Σ x_i / Σ n_i with ψ_i = (x_i − s n_i) / Σ n: a mean over rollouts, prompts or tokens by what n_i is.
 
+    Of rollouts of another sampler both x_i and n_i are taken W_i times.
+
     Args:
         terms: [S], x_i.
         size: [S], n_i: 1 for a mean over rollouts, 1 over the rollouts of its prompt for one over prompts.
@@ -112,6 +140,7 @@ def ratio_of_sums(
         per: "token" where the size is in tokens.
         kind: of statistic.
     """
+    terms, size = rollouts.weight * terms, rollouts.weight * size
     groups, total = rollouts.groups(size), size.sum()
     value = terms.sum() / total
     return kind.of(
@@ -122,19 +151,3 @@ def ratio_of_sums(
         doubts=rollouts.doubts + doubts,
         per=per,
     )
-
-
-def mean_of_others(own: np.ndarray, of_group: np.ndarray, of_all: np.ndarray, members: np.ndarray, count: int):
-    """The baseline of each rollout or token: the mean of the other rollouts of the prompt.
-
-    A rollout that is its prompt's only one takes the mean of all others. It leaves every expectation as it is, for a
-    baseline may depend on anything but the rollout's own tokens from here on.
-
-    Args:
-        own, of_group, of_all: what is averaged, of the rollout itself, summed over its prompt, and over all.
-        members: rollouts of its prompt.
-        count: S.
-    """
-    alone = members == 1
-    others = np.where(alone, of_all, of_group) - own
-    return others / np.maximum(np.where(alone, count, members) - 1, 1)

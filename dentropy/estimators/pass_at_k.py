@@ -55,10 +55,20 @@ def pass_at_k_forecast(right: np.ndarray, k: int, rollouts: Rollouts) -> MeanCha
     return MeanChange(base=float(np.mean(now)), slope=of(rollouts.first), changes=changes)
 
 
-def check_pass_at_k(ks: Sequence[int], reward: np.ndarray | None, groups: Groups) -> None:
-    """ValueError unless rewards [S] are 0 or 1, and every k a whole number that each prompt has rollouts enough for."""
+def check_pass_at_k(
+    ks: Sequence[int], reward: np.ndarray | None, groups: Groups, sampler_logp: np.ndarray | None = None
+) -> None:
+    """ValueError unless rewards [S] are 0 or 1, and every k a whole number that each prompt has rollouts enough for.
+
+    Products of base weights, of rollouts of another sampler, are not there.
+    """
     if not len(ks):
         return
+    if sampler_logp is not None:
+        raise ValueError(
+            "pass_at_k: of rollouts with sampler_logp, expected the policy's own: those of another sampler are not "
+            "reweighted for pass@k (pass@1 is the mean reward, which is)"
+        )
     if reward is None:
         raise ValueError("reward: None, expected rewards of 0 or 1 for pass@k")
     binary = (reward == 0) | (reward == 1)

@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from dentropy.estimators.columns import column
+from dentropy.estimators.reweighting import LARGEST_LOG_WEIGHT, as_drawn
 from dentropy.stats.segments import place_in_sequence, segment_sum, sum_before
 
 if TYPE_CHECKING:
     from dentropy.stats.tables import SequenceSums
 
-# In nats. Squares of such a weight are still far inside the range of float64, and no measurement survives it.
-LARGEST_LOG_WEIGHT = 300.0
 # The share of the tokens whose positions are looked at for the worst one: the longest rollouts may be few, and what
 # is said of so small a part of the tokens does not decide.
 CARRIED = 0.95
@@ -49,13 +48,14 @@ class PrefixWeights(NamedTuple):
 def prefix_weights(base: SequenceSums, moved: SequenceSums, rows: np.ndarray) -> PrefixWeights:
     """The prefix weights of two tables that kept their tokens; `rows` [S] is the row of `moved` for each of `base`.
 
-    Weights are relative to the rollout's largest, or the position's: none overflows.
+    Of rollouts of another sampler they are those from its probabilities to the moved policy's. Weights are relative to
+    the rollout's largest, or the position's: none overflows.
 
     Raises:
         ValueError: no kept tokens, or another number of them than the rows have; a value that is not finite.
     """
     moved_entropy = _kept(moved, "moved", "entropy", int(column(base, "n_tokens", "base").sum()))
-    ratios = token_ratios(base, moved, rows)
+    ratios = token_ratios(as_drawn(base), moved, rows)
     ends, log_weight, log_ratio = ratios.ends, ratios.before, ratios.log_ratio
     lengths, place, at_end = np.diff(ends), place_in_sequence(ends), segment_sum(log_ratio, ends)
     entropy = moved_entropy[ratios.in_moved]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from dentropy.estimators.mean_change import MeanChange, Rollouts, Scores, mean_of_others, ratio_of_sums
+from dentropy.estimators.mean_change import MeanChange, Rollouts, Scores, ratio_of_sums
 from dentropy.estimators.tokens import check_length
 
 
@@ -20,15 +20,14 @@ def value_forecast(values: np.ndarray, rollouts: Rollouts) -> MeanChange:
         return ratio_of_sums(advantages(values, rollouts) * scores.rollout, np.ones_like(values), rollouts)
 
     changes = {eta: of(scores) for eta, scores in rollouts.at.items()}
-    return MeanChange(base=float(values.mean()), slope=of(rollouts.first), changes=changes)
+    return MeanChange(base=rollouts.weighted_mean(values), slope=of(rollouts.first), changes=changes)
 
 
 def advantages(values: np.ndarray, rollouts: Rollouts) -> np.ndarray:
     """r_i − b_i, float64 [S]."""
     groups = rollouts.groups()
-    return values - mean_of_others(
-        values, groups.sums(values)[groups.row], values.sum(), groups.members[groups.row], values.size
-    )
+    weighted = rollouts.weight * values
+    return values - rollouts.mean_of_others(weighted, groups.sums(weighted)[groups.row], weighted.sum())
 
 
 def checked_values(argument: str, values, expected: int) -> np.ndarray:

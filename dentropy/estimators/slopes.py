@@ -10,6 +10,7 @@ from dentropy.estimators.columns import check_choice, column, entropy_ratio
 from dentropy.estimators.estimate import Estimate
 from dentropy.estimators.groups import Groups
 from dentropy.estimators.jackknife import leave_one_out
+from dentropy.estimators.reweighting import FORM, score_weights
 from dentropy.estimators.tokens import KeptTokens
 
 if TYPE_CHECKING:
@@ -78,17 +79,17 @@ def slope(
         check_choice("baseline", baseline, BASELINES)
     if horizon is not None:
         _check_horizon(horizon, estimator)
-    ratio = entropy_ratio(sums, per)
-    groups = Groups.of(sums.group, prompts, ratio.size)
-    dlogp, dentropy = column(sums, "dlogp"), column(sums, "dentropy")
+    ratio = entropy_ratio(sums, per, FORM[estimator])
+    groups, table = Groups.of(sums.group, prompts, ratio.size), ratio.table
+    dlogp, dentropy = column(table, "dlogp"), column(table, "dentropy")
 
     # dsize is what a rollout adds to the derivative of the denominator Σ w_i T_i.
-    score = reinforce = _reinforce_score(sums, baseline)
+    score = reinforce = _reinforce_score(table, sums, baseline, FORM[estimator])
     dsize = ratio.size * dlogp
     if estimator == "exact":
         score = ratio.entropy * dlogp
     elif estimator == "causal":
-        score, dsize = _causal_score(sums, per, horizon)
+        score, dsize = _causal_score(table, sums, per, horizon)
 
     none, other = np.zeros_like(dlogp), score - ratio.mean * dsize
     parts = {  # terms and what they hold of −H̄, [S] each
@@ -99,7 +100,7 @@ def slope(
         "uncorrected": (dentropy + reinforce, none),
     }
     if horizon is not None:
-        full, full_dsize = _causal_score(sums, per)
+        full, full_dsize = _causal_score(table, sums, per)
         parts["left_out"] = full - ratio.mean * full_dsize - other, full_dsize - dsize
     terms = dentropy + other
     return Estimate.of(
@@ -125,12 +126,14 @@ def ratio_slope(size: np.ndarray, entropy: np.ndarray, terms: np.ndarray, dsize:
     return (terms - entropy / size * dsize) / size
 
 
-def _causal_score(sums: SequenceSums, per: str, horizon: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+def _causal_score(
+    table: SequenceSums, sums: SequenceSums, per: str, horizon: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """(Σ_k dlogp_k Σ_{j>k} h_j, Σ_k dlogp_k (T − k), 0 per sequence) of each rollout, up to j = k + horizon."""
     if horizon is None:
-        score, dsize = column(sums, "entropy_to_go"), column(sums, "length_to_go")
+        score, dsize = column(table, "entropy_to_go"), column(table, "length_to_go")
     else:
-        tokens = KeptTokens.of(sums)
+        tokens = KeptTokens.of(sums, FORM["causal"])
         score, dsize = (tokens.per_rollout(tokens.dlogp * later) for later in tokens.between(1, horizon))
     return score, dsize if per == "token" else np.zeros_like(dsize)
 
@@ -142,13 +145,13 @@ def _check_horizon(horizon: int, estimator: str) -> None:
         raise ValueError(f"horizon: {horizon} with estimator={estimator!r}, expected the causal one")
 
 
-def _reinforce_score(sums: SequenceSums, baseline: str | ArrayLike) -> np.ndarray:
+def _reinforce_score(table: SequenceSums, sums: SequenceSums, baseline: str | ArrayLike, weights: str) -> np.ndarray:
     """Σ_k (G_k − b_k) dlogp_k of each rollout, G_k = Σ_{j≥k} h_j: float64 [S], in nats per unit of η."""
     # Σ_k (G_k − h_k) dlogp_k is the entropy_to_go column itself.
-    score = column(sums, "entropy_to_go")
+    score = column(table, "entropy_to_go")
     if isinstance(baseline, str) and baseline == "entropy":
         return score
-    score = score + column(sums, "entropy_dlogp")
+    score = score + column(table, "entropy_dlogp")
     if isinstance(baseline, str):
         return score
     if sums.tokens is None:
@@ -163,5 +166,5 @@ def _reinforce_score(sums: SequenceSums, baseline: str | ArrayLike) -> np.ndarra
         token = int(np.argmin(finite))
         raise ValueError(f"baseline: {values[token]} at token {token}, expected finite values")
     row = np.repeat(np.arange(n_tokens.size), n_tokens)
-    weighted = values * np.asarray(sums.tokens.dlogp, dtype=np.float64)
+    weighted = values * score_weights(sums, weights) * np.asarray(sums.tokens.dlogp, dtype=np.float64)
     return score - np.bincount(row, weights=weighted, minlength=n_tokens.size)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dentropy.estimators.columns import column
+from dentropy.estimators.reweighting import token_weights
 from dentropy.stats.segments import place_in_sequence
 
 if TYPE_CHECKING:
@@ -21,7 +22,9 @@ class KeptTokens:
     n_tokens  int64 [S], T_i
     row       int64 [N], the row of the table
     position  int64 [N], the place k in its response, from 1
-    entropy, dlogp, dentropy   float64 [N]: h_k, dlogp_k, dh_k; None for the last two where they were not asked for
+    entropy, dlogp, dentropy   float64 [N]: h_k, dlogp_k, dh_k; h and dh times the token's weight; None for the last two
+              where they were not asked for
+    weight    float64 [N], 1; of rollouts of another sampler w_{<k}, or W_i of its rollout, see `token_weights`
     """
 
     n_tokens: np.ndarray
@@ -30,10 +33,14 @@ class KeptTokens:
     entropy: np.ndarray
     dlogp: np.ndarray | None
     dentropy: np.ndarray | None
+    weight: np.ndarray
 
     @classmethod
-    def of(cls, sums: SequenceSums, tangents: bool = True) -> KeptTokens:
-        """Those of a table; ValueError where they are missing, too few, too many, or not finite."""
+    def of(cls, sums: SequenceSums, weights: str, tangents: bool = True) -> KeptTokens:
+        """Those of a table; ValueError where they are missing, too few, too many, or not finite.
+
+        weights: the form of their base weights, "prefix" or "sequence".
+        """
         n_tokens = lengths(sums)
         if sums.tokens is None:
             raise ValueError("sums.tokens: None, expected those of a table measured with keep_tokens=True")
@@ -53,22 +60,32 @@ class KeptTokens:
                 raise ValueError(f"sums.tokens.{name}: {values[token]} at token {token}, expected finite")
             found.append(values)
         position = 1 + place_in_sequence(np.concatenate([[0], np.cumsum(n_tokens)]))
-        return cls(n_tokens, np.repeat(np.arange(n_tokens.size), n_tokens), position, *found)
+        weight, (entropy, dlogp, dentropy) = token_weights(sums, weights), found
+        row = np.repeat(np.arange(n_tokens.size), n_tokens)
+        dentropy = None if dentropy is None else weight * dentropy
+        return cls(n_tokens, row, position, weight * entropy, dlogp, dentropy, weight)
 
     def per_rollout(self, values: np.ndarray) -> np.ndarray:
         """Sums of `values` [N] over each response, float64 [S]."""
         return np.bincount(self.row, weights=values, minlength=self.n_tokens.size)
 
     def beyond(self, lag: int) -> tuple[np.ndarray, np.ndarray]:
-        """(Σ_{j>k+lag} h_j in nats, how many such j) for every token k: its response from `lag` tokens after it on."""
+        """(Σ_{j>k+lag} h_j in nats, Σ_{j>k+lag} 1) for every token k, its response from `lag` tokens after it on; with
+        the weight of token j."""
+        return self._beyond(self.entropy, lag), self._beyond(self.weight, lag)
+
+    def _beyond(self, values: np.ndarray, lag: int) -> np.ndarray:
         # The running sum of deviations from a response's mean returns to 0 at its end, so that one sum over the
         # whole batch does not lose digits as it goes on.
-        means = self.per_rollout(self.entropy) / np.maximum(self.n_tokens, 1)
-        running = np.cumsum(self.entropy - means[self.row])
+        means = self.per_rollout(values) / np.maximum(self.n_tokens, 1)
+        running = np.cumsum(values - means[self.row])
         ends = np.cumsum(self.n_tokens)[self.row] - 1
         last = np.minimum(np.arange(self.row.size) + lag, ends)
-        count = np.maximum(self.n_tokens[self.row] - self.position - lag, 0)
-        return running[ends] - running[last] + means[self.row] * count, count
+        return running[ends] - running[last] + means[self.row] * self.count_beyond(lag)
+
+    def count_beyond(self, lag: int) -> np.ndarray:
+        """How many tokens stand more than `lag` behind each in its response, int64 [N]."""
+        return np.maximum(self.n_tokens[self.row] - self.position - lag, 0)
 
     def between(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
         """`beyond` for first ≤ j − k ≤ last."""

@@ -6,7 +6,18 @@ import math
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
-from dentropy.estimators import Bins, Estimate, Statistic, TrustRange, by_lag, by_length, by_position, difference
+from dentropy.estimators import (
+    Bins,
+    Estimate,
+    ImportanceDiagnostics,
+    ImportanceResult,
+    Statistic,
+    TrustRange,
+    by_lag,
+    by_length,
+    by_position,
+    difference,
+)
 from dentropy.estimators.slopes import slope as slope_of
 from dentropy.experiment.changes import Change, Form
 from dentropy.passes.parameter_attribution import by_kind, by_layer
@@ -97,6 +108,13 @@ def _form(form: Form) -> dict:
         "predicted_quadratic_stderr": None if quadratic is None else quadratic.stderr,
         "prediction_error": form.error.value,
         "prediction_error_stderr": form.error.stderr,
+        **weights(result, found),
+    }
+
+
+def weights(result: ImportanceResult, found: ImportanceDiagnostics) -> dict:
+    """What the entry of a measurement says of its weights."""
+    return {
         "ess": result.ess,
         "ess_fraction": result.ess_fraction,
         "ess_tokens": result.ess_tokens,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from dentropy.estimators import Divergence, ExchangeRate, Forecast, MeanChange, Statistic
-from dentropy.estimators.prefix_weights import LARGEST_LOG_WEIGHT
+from dentropy.estimators.reweighting import LARGEST_LOG_WEIGHT
 from dentropy.experiment.entries import errors
 
 NO_REWARD = "the rollouts have no reward"

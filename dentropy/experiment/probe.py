@@ -30,7 +30,8 @@ from dentropy.estimators.columns import entropy_ratio
 from dentropy.estimators.groups import Groups
 from dentropy.estimators.importance_sampling import paired_rows
 from dentropy.estimators.pass_at_k import check_pass_at_k
-from dentropy.estimators.prefix_weights import LARGEST_LOG_WEIGHT, token_ratios
+from dentropy.estimators.prefix_weights import token_ratios
+from dentropy.estimators.reweighting import FORM, LARGEST_LOG_WEIGHT
 from dentropy.experiment.changes import Change, Form, FreshCheck, lost_in_rounding
 from dentropy.experiment.cost import cost
 from dentropy.experiment.results import ProbeResult
@@ -115,7 +116,7 @@ def probe(
     settings = {"token_budget": token_budget, "progress": progress}
     weights, given, used = parameter_fingerprints(policy.model), batch, np.arange(len(batch))
     while True:
-        check_pass_at_k(pass_at_k, batch.reward, Groups.of(batch.group, prompts))
+        check_pass_at_k(pass_at_k, batch.reward, Groups.of(batch.group, prompts), batch.sampler_logp)
         try:
             base, moved, own_steps, no_curvature = _tables(policy, batch, direction, etas, **settings)
             break
@@ -241,7 +242,8 @@ def _with_second_order(
         return base, passes, reason
     tokens = with_second_order(base.tokens, *sides, step)
     sums = sequence_sums(tokens, batch.response_offsets, group=batch.group)
-    sums = replace(sums, tokens=tokens, second_order_step=np.full(len(sums), step))
+    sampler = {name: getattr(base, name) for name in ("sampler_logp", "sampler_tokens")}
+    sums = replace(sums, tokens=tokens, second_order_step=np.full(len(sums), step), **sampler)
     return sums, passes, None
 
 
@@ -297,7 +299,7 @@ def _has_second_order(policy: Policy) -> bool:
 
 def entropy_per_token(sums: SequenceSums) -> tuple[float, np.ndarray]:
     """H̄ = Σ H_i / Σ T_i in nats per token, and its influence values (H_i − H̄ T_i) / Σ T_i, float64 [S]."""
-    ratio = entropy_ratio(sums, "token")
+    ratio = entropy_ratio(sums, "token", FORM["causal"])
     return float(ratio.mean), ratio.centred / ratio.total
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from dentropy.estimators import Estimate, Forecast, OnPolicyAudit, TrustRange
-from dentropy.experiment import entries, forecast_entry, rollout_rows, run_folder, update_tokens
+from dentropy.experiment import base_weight_entry, entries, forecast_entry, rollout_rows, run_folder, update_tokens
 from dentropy.experiment.changes import Change, FreshCheck
 from dentropy.experiment.cost import forward_passes
 from dentropy.experiment.glance import changes_table, rollouts_text
@@ -146,6 +146,7 @@ class ProbeResult:
             "prompts": self.prompts,
             "base_entropy": self.base_entropy,
             "base_entropy_stderr": self.base_stderr,
+            "base_weights": self._base_weights,
             "scale": 1 / n_tokens,
             "slope": [entries.slope(estimate) for estimate in self.slopes.values()],
             "horizon": entries.horizon(self.base, self.prompts),
@@ -209,6 +210,10 @@ class ProbeResult:
         """The result as a text to read."""
         return summary(self.content)
 
+    @cached_property
+    def _base_weights(self) -> dict | None:
+        return base_weight_entry.entry(self.base, self.prompts)
+
     def _curvature(self) -> dict | None:
         if self.curvature is None:
             return None
@@ -222,7 +227,9 @@ class ProbeResult:
             sums[f"delta_{index}"] = (m.contributions.sum(), m.moved_value - m.base_value)
         if self.parameters is not None:
             sums["parameters"] = (sum(self.parameters.values()), self.slopes["causal"].value)
-        checks = {"logp_plus_entropy": self.audit.logp_plus_entropy, "dlogp": self.audit.dlogp}
+        checks = {name: check for name, check in vars(self.audit).items() if name != "warnings"}
+        always = ("logp_plus_entropy", "dlogp")
+        checks = {name: check for name, check in checks.items() if check is not None or name in always}
         return {
             "rollouts_used": len(self.base),
             "rollouts_expected": len(self.batch) + len(self.dropped),
@@ -232,7 +239,12 @@ class ProbeResult:
             "contributions": {k: {"sum": float(total), "expected": float(value)} for k, (total, value) in sums.items()},
             "on_policy": {name: None if check is None else dict(vars(check)) for name, check in checks.items()},
             "rollouts_without_end": self.without_end,
-            "warnings": [*self.audit.warnings, *self._no_ends(), *self._dropped()],
+            "warnings": [
+                *self.audit.warnings,
+                *base_weight_entry.warnings(self._base_weights),
+                *self._no_ends(),
+                *self._dropped(),
+            ],
         }
 
     def _temperature(self) -> float | list[float]:

@@ -8,6 +8,7 @@ from itertools import groupby
 import numpy as np
 
 from dentropy.estimators import Estimate, token_attribution
+from dentropy.estimators.reweighting import FORM, weighted
 from dentropy.experiment.changes import Change
 from dentropy.rollouts.batch import PackedBatch
 from dentropy.stats.tables import SequenceSums
@@ -35,8 +36,9 @@ def columns(
     if reward is not None:
         found["reward"] = reward[found["rollout"]]
     found |= of_base
-    scale = 1 / of_base["n_tokens"].sum()
-    found["slope_uncorrected"] = (of_base["dentropy"] + of_base["entropy_to_go"]) * scale
+    averaged = weighted(base, FORM["causal"])
+    scale = 1 / averaged.n_tokens.sum()
+    found["slope_uncorrected"] = (averaged.dentropy + averaged.entropy_to_go)[order] * scale
     for name, estimate in estimates.items():
         found[name] = estimate.contributions[order]
     for index, change in enumerate(changes):

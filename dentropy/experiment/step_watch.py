@@ -24,6 +24,8 @@ from dentropy.estimators import (
     prediction_error,
     slope,
 )
+from dentropy.estimators.columns import entropy_ratio
+from dentropy.estimators.reweighting import FORM
 from dentropy.experiment.changes import lost_in_rounding
 from dentropy.experiment.probe import forecast_within_reach, probe
 from dentropy.experiment.readings import told_apart
@@ -245,7 +247,7 @@ class StepWatch:
     @property
     def entropy(self) -> float:
         """H̄ before the step, in nats per token."""
-        return float(self.base.entropy.sum() / self.base.n_tokens.sum())
+        return float(entropy_ratio(self.base, "token", FORM["causal"]).mean)
 
     def _foreseen(self, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The change of each parameter as it will be stored, and as it is meant; one and the same in float32."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dentropy.experiment import base_weight_entry
 from dentropy.experiment.cost import cost_text
 from dentropy.experiment.readings import (
     curvatures_apart,
@@ -37,7 +38,8 @@ def _head(content: dict) -> str:
     entropy = _with_error(content["base_entropy"], content["base_entropy_stderr"], "{:.4f}", "{:.4f}")
     lines.append(f"entropy of the policy: {entropy} nats per token")
     spent = cost_text(content)
-    return "\n".join([*lines, *([f"this run: {spent}"] if spent else [])])
+    sampler = base_weight_entry.text(content.get("base_weights"))
+    return "\n".join([*lines, *([sampler] if sampler else []), *([f"this run: {spent}"] if spent else [])])
 
 
 def _slopes(content: dict) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dentropy.rollouts.batch import PackedBatch
 
 BUFFER = "_buffered_inputs"
+SAMPLER = "sampling_per_token_logps"  # there where an engine samples and its ratio to the policy is corrected for
 
 
 def buffered(trainer) -> list[dict] | None:
@@ -29,17 +30,28 @@ def not_the_policys(args) -> str | None:
 
 
 def packed(buffer: list[dict], temperature: float) -> PackedBatch | None:
-    """The rollouts of all its batches, grouped by prompt; None where tools wrote part of them."""
-    prompts, responses = [], []
+    """The rollouts of all its batches, grouped by prompt; None where tools wrote part of them.
+
+    What an engine gave their tokens goes with them, where the trainer keeps it: they are the engine's rollouts.
+    """
+    prompts, responses, logps = [], [], []
     for part in buffer:
         if "tool_mask" in part:
             return None
-        for ids, mask, found in (
-            (part["prompt_ids"], part["prompt_mask"], prompts),
-            (part["completion_ids"], part["completion_mask"], responses),
-        ):
-            rows = zip(ids.tolist(), mask.bool().tolist(), strict=True)
-            found += [[token for token, kept in zip(*row, strict=True) if kept] for row in rows]
+        prompts += _kept(part["prompt_ids"], part["prompt_mask"])
+        responses += _kept(part["completion_ids"], part["completion_mask"])
+        if SAMPLER in part:
+            logps += _kept(part[SAMPLER], part["completion_mask"])
     return PackedBatch.from_lists(
-        prompts, responses, group=[tuple(prompt) for prompt in prompts], temperature=temperature
+        prompts,
+        responses,
+        group=[tuple(prompt) for prompt in prompts],
+        temperature=temperature,
+        sampler_logp=logps or None,
     )
+
+
+def _kept(values, mask) -> list[list]:
+    """Of each row of a padded tensor what the mask keeps."""
+    rows = zip(values.tolist(), mask.bool().tolist(), strict=True)
+    return [[value for value, kept in zip(*row, strict=True) if kept] for row in rows]

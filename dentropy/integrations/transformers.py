@@ -264,10 +264,12 @@ class EntropyForecast(TrainerCallback):
             return
         number, step, known = past
         buffer = next_rollouts.buffered(self._trainer)
-        batch = None if buffer is None or buffer is known else next_rollouts.packed(buffer, self._temperature_of(args))
-        if batch is None:
+        if buffer is None or buffer is known:
             return
         with self._going_on(number):
+            batch = next_rollouts.packed(buffer, self._temperature_of(args))
+            if batch is None:
+                return
             found = step.look_back_by(batch)
             numbers = {"step": number, "measured_delta": found.delta, "ess_fraction": found.ess_fraction}
             numbers |= {"verdict": VERDICTS[found.verdict]}

@@ -19,6 +19,7 @@ from dentropy.passes.microbatches import AUTO, TokenBudget
 from dentropy.passes.nested import nested_response_stats
 from dentropy.passes.second_order import difference_step, doubt, with_second_order
 from dentropy.rollouts.batch import PackedBatch
+from dentropy.stats.segments import segment_sum
 from dentropy.stats.sequence_sums import sequence_sums
 from dentropy.stats.tables import SequenceSums, TokenStats
 
@@ -49,7 +50,8 @@ def measure(
 
     Args:
         policy: the model; it is left as found.
-        batch: rollouts of it, or of another policy.
+        batch: rollouts of it, or of another policy; with its `sampler_logp` every estimator weighs them as the policy's
+            own (see `base_weights`), without it they are taken for its own.
         direction: v; None for order 0 at eta = 0.
         eta: the step along v.
         order: 0 for logp and entropy only, 1 for their derivatives too, 2 for the second ones as well; None means 1
@@ -105,7 +107,20 @@ def measure(
         stats = with_second_order(stats, *sides, step)
     sums = sequence_sums(stats, batch.response_offsets, group=batch.group)
     tokens = TokenStats(*(None if x is None else x.cpu() for x in stats)) if keep_tokens else None
-    return replace(sums, tokens=tokens, second_order_step=None if step is None else np.full(len(batch), step))
+    return replace(
+        sums,
+        tokens=tokens,
+        second_order_step=None if step is None else np.full(len(batch), step),
+        **_of_sampler(batch, keep_tokens),
+    )
+
+
+def _of_sampler(batch: PackedBatch, keep_tokens: bool) -> dict[str, np.ndarray]:
+    """What the batch says of its sampler, for the table: nothing where it says nothing."""
+    if batch.sampler_logp is None:
+        return {}
+    found = {"sampler_logp": segment_sum(batch.sampler_logp, batch.response_offsets)}
+    return found | ({"sampler_tokens": batch.sampler_logp} if keep_tokens else {})
 
 
 def _check_request(policy, batch, direction, eta, order, second_order) -> None:

@@ -14,7 +14,7 @@ from operator import add
 import numpy as np
 from torch import Tensor, nn
 
-from dentropy.estimators.attribution import score_coefficients
+from dentropy.estimators.attribution import token_coefficients
 from dentropy.model.in_place import in_turn
 from dentropy.model.policy import Policy
 from dentropy.passes.microbatches import AUTO
@@ -71,7 +71,7 @@ def slope_gradient(
     Raises:
         ValueError: as `token_attribution` does.
     """
-    score, total = score_coefficients(sums, estimator=estimator, per=per)
+    entropy, logp = token_coefficients(sums, estimator=estimator, per=per)
     parameters = [policy.model.get_parameter(name) for name in names]
     row = np.repeat(np.arange(len(batch)), batch.response_lens)
     found, portions = [], []
@@ -82,8 +82,8 @@ def slope_gradient(
                 policy,
                 batch.take(rows),
                 parameters,
-                np.full(inside.sum(), 1 / total),
-                score[inside] / total,
+                entropy[inside],
+                logp[inside],
                 token_budget=token_budget,
                 progress=progress,
             )

@@ -48,7 +48,8 @@ class PackedBatch:
         advantage: float64 [S], what an update multiplies each rollout's score with, as it is, or [n_tokens], each
             generated token's; or None.
         sampler_logp: float64 [n_tokens] or None: the log-probability of each generated token, in nats, that the
-            sampler reported.
+            sampler reported. With it the rollouts are taken for the sampler's and reweighted, see `base_weights`;
+            without it for the policy's own.
 
     Example:
         >>> batch = PackedBatch.from_lists([[5, 6], [5, 6]], [[7, 2], [8]], group=[0, 0])

@@ -13,6 +13,7 @@ from torch import Tensor
 from dentropy.shown import count, data_frame, html_table, line
 
 SHOWN_ROWS = 5  # in a notebook
+OF_TOKENS = ("tokens", "sampler_tokens")  # fields of a table that are no columns
 
 
 class TokenStats(NamedTuple):
@@ -67,11 +68,13 @@ class SequenceSums:
     `entropy_to_go_2`   Σ_j B_j h_j                    None below second order
     `length_to_go_2`    Σ_j B_j                        None below second order
     `second_order_step` step in η of the differences   None unless d2logp and d2entropy are differences
+    `sampler_logp`      Σ logp_k of the sampler        None unless the rollouts are said to be another one's
     `group`             the prompt the rollout is for  always
     `rollout`           its index in the batch         always
     =================== ============================== ===============================================
 
-    `tokens` holds the per-token values behind the rows (on the CPU, packed in row order), or None.
+    `tokens` holds the per-token values behind the rows (on the CPU, packed in row order), or None, and
+    `sampler_tokens`, float64 [N], what the sampler's log-probability of each of these tokens was.
     Columns are converted to these types.
 
     Raises:
@@ -101,9 +104,11 @@ class SequenceSums:
     entropy_to_go_2: np.ndarray | None = None
     length_to_go_2: np.ndarray | None = None
     second_order_step: np.ndarray | None = None
+    sampler_logp: np.ndarray | None = None
     group: np.ndarray
     rollout: np.ndarray
     tokens: TokenStats | None = None
+    sampler_tokens: np.ndarray | None = None
 
     def __post_init__(self):
         shape = np.shape(self.n_tokens)
@@ -152,19 +157,21 @@ class SequenceSums:
         return data_frame(self.columns())
 
     def columns(self) -> dict[str, np.ndarray]:
-        """The columns that are present, by name, in the order of the table above (without `tokens`)."""
-        present = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "tokens"}
+        """The columns that are present, by name, in the order of the table above (without those of tokens)."""
+        present = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in OF_TOKENS}
         return {name: column for name, column in present.items() if column is not None}
 
     def take(self, rows) -> SequenceSums:
         """The rows `rows`, with their tokens where these were kept, in that order."""
-        rows, tokens = np.asarray(rows, dtype=np.int64), self.tokens
-        if tokens is not None:
+        rows, kept = np.asarray(rows, dtype=np.int64), {}
+        if self.tokens is not None:
             lengths = self.n_tokens.astype(np.int64)
             starts = np.cumsum(lengths) - lengths
-            index = torch.from_numpy(np.concatenate([np.arange(starts[i], starts[i] + lengths[i]) for i in rows]))
-            tokens = TokenStats(*(None if x is None else x[index] for x in tokens))
-        return SequenceSums(**{name: column[rows] for name, column in self.columns().items()}, tokens=tokens)
+            index = np.concatenate([np.arange(starts[i], starts[i] + lengths[i]) for i in rows])
+            in_torch = torch.from_numpy(index)
+            kept["tokens"] = TokenStats(*(None if x is None else x[in_torch] for x in self.tokens))
+            kept["sampler_tokens"] = None if self.sampler_tokens is None else self.sampler_tokens[index]
+        return SequenceSums(**{name: column[rows] for name, column in self.columns().items()}, **kept)
 
     @classmethod
     def concatenate(cls, parts: Sequence[SequenceSums]) -> SequenceSums:
@@ -186,6 +193,8 @@ class SequenceSums:
                 )
         columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
         tokens = {name: torch.cat([getattr(part.tokens, name) for part in parts]) for name in token_fields}
+        if tokens and parts[0].sampler_logp is not None:
+            columns["sampler_tokens"] = np.concatenate([part.sampler_tokens for part in parts])
         return cls(**columns, tokens=TokenStats(**tokens) if tokens else None)
 
 

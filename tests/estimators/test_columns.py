@@ -13,7 +13,7 @@ from dentropy.estimators.columns import entropy_ratio
 @per_both
 def test_the_ratio_and_its_influence(per):
     sums = one_table()
-    ratio = entropy_ratio(sums, per)
+    ratio = entropy_ratio(sums, per, "sequence")
     size = sums.n_tokens if per == "token" else np.ones(64)
     assert ratio.total == size.sum() and ratio.mean == pytest.approx(sums.entropy.sum() / size.sum(), rel=1e-14)
     assert abs(ratio.centred.sum()) < 1e-12 * sums.entropy.sum()

@@ -22,7 +22,8 @@ names += ["dentropy_to_go", "entropy_to_go_2", "length_to_go_2"]
 columns = dict(zip(names, np.random.default_rng(0).uniform(1, 2, (len(names), 40))))
 columns["n_tokens"] = np.full(40, 3.0)
 def table(**more):
-    return types.SimpleNamespace(**columns | more, group=np.arange(40) // 4, rollout=np.arange(40))
+    known = columns | {"sampler_logp": None} | more
+    return types.SimpleNamespace(**known, group=np.arange(40) // 4, rollout=np.arange(40))
 tokens = types.SimpleNamespace(**{name: np.ones(120) for name in ("logp", "entropy", "dlogp", "dentropy")})
 base, moved = table(tokens=tokens), table(logp=columns["logp"] + 0.1, tokens=tokens)
 

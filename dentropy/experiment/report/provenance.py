@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from markupsafe import Markup
 
+from dentropy.experiment import base_weight_entry
 from dentropy.experiment.cost import cost_text
 from dentropy.experiment.drawing import NATS
 from dentropy.experiment.readings import cut_short, temperature_text
@@ -15,6 +16,10 @@ from dentropy.experiment.warned import warned
 CHECKS = {
     "logp_plus_entropy": "log-probability + entropy (nats)",
     "dlogp": "derivative of the log-probability (nats per unit of η)",
+    "base_weight": "base weight of a rollout, less 1",
+    "token_weight": "weights of its tokens, less 1 each",
+    "token_logp_plus_entropy": "log-probability + entropy, each token with its own weight (nats)",
+    "token_dlogp": "derivative of the log-probability, each token with its own weight (nats per unit of η)",
 }
 
 PARTS = {
@@ -61,6 +66,7 @@ def provenance(content: dict) -> dict:
     facts = [(f"Source, {name}", str(value)) for name, value in content["source"].items()]
     facts += [
         ("Rollouts", f"{content['n_sequences']:,} of {content['n_groups']:,} prompts, {content['n_tokens']:,} tokens"),
+        ("Sampler", base_weight_entry.text(content.get("base_weights"))),
         ("Entropy before the update", entropy and Markup("{} {}").format(entropy, NATS)),
         ("Step size", step_text(content["step_size"])),
         ("Temperature", temperature_text(content["temperature"])),
