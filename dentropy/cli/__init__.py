@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """The command line: dentropy demo, probe, replay, sample and show, one file each.
 
 It may import everything; heavy packages load inside the commands that need them. Bad input ends with exit code 2 and
@@ -6,6 +7,7 @@ one line on stderr.
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -36,7 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     terminal = Terminal(arguments)
     with terminal.open():
         try:
-            options = parser().parse_args(arguments)
+            commands = parser()
+            if "_ARGCOMPLETE" in os.environ:  # a shell asks what may come next
+                import argcomplete
+
+                argcomplete.autocomplete(commands)
+            options = commands.parse_args(arguments)
             options.command = shlex.join(["dentropy", *given])
             if count() > 1 and options.run is not probe.run:
                 raise ValueError(

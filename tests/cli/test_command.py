@@ -81,3 +81,12 @@ def test_show_json_is_the_content_in_ascii(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert json.loads(printed) == content
     assert all(" " <= c <= "~" or c == "\n" for c in printed)
+
+
+@pytest.mark.parametrize("line, expected", [("dentropy pro", {"probe"}), ("dentropy show --js", {"--json"})])
+def test_a_shell_is_told_what_may_come_next(line, expected, tmp_path):
+    """By argcomplete's protocol: `eval "$(register-python-argcomplete dentropy)"` sets the same."""
+    asked = dict(_ARGCOMPLETE="1", _ARGCOMPLETE_IFS="\n", COMP_LINE=line, COMP_POINT=str(len(line)))
+    asked["_ARGCOMPLETE_STDOUT_FILENAME"] = str(tmp_path / "answer")
+    subprocess.run([sys.executable, "-m", "dentropy"], env=os.environ | asked, check=True)
+    assert {word.strip() for word in (tmp_path / "answer").read_text().split()} == expected
