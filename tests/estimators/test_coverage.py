@@ -275,7 +275,9 @@ def test_causal_varies_less_than_mixed(baseline, least, n_batches):
 
 
 @pytest.mark.parametrize("n", [QUICK, pytest.param(4000, marks=pytest.mark.slow)])
-@estimator_all
+@pytest.mark.parametrize(
+    "estimator", ["causal", *(pytest.param(e, marks=pytest.mark.slow) for e in ("exact", "mixed"))]
+)
 def test_bias_shrinks_as_one_over_the_number_of_rollouts(estimator, n):
     # The mean over the quarters of a batch has the linear part of the whole batch, so their difference is
     # nearly pure bias: b(16) − b(64), and one step up b(64) − b(256), a fourth of it.

@@ -112,8 +112,16 @@ def assert_as_accurate_as_plain_pytorch(primals, tangents, cu_seqlens, results=N
         assert (got - want).abs().max() <= 2 * (plain - want).abs().max() + units * want.abs().max(), name
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+on_gpu = torch.cuda.is_available()
+# Every setting in one dtype, and one setting in every dtype; on a card all of them.
+RAGGED = [
+    pytest.param(settings, dtype, marks=[] if on_gpu or 0 in (i, j) else pytest.mark.slow, id=f"{settings}-{dtype}")
+    for i, settings in enumerate(SETTINGS)
+    for j, dtype in enumerate(DTYPES)
+]
+
+
+@pytest.mark.parametrize("settings, dtype", RAGGED)
 def test_ragged_lengths(settings, dtype):
     settings = dict(settings)
     inputs = draw(dtype=dtype, sinks=settings.pop("sinks", False))
@@ -125,7 +133,7 @@ def test_grouped_heads(heads):
     assert_as_accurate_as_plain_pytorch(*draw((5, 70), heads, sinks=True))
 
 
-@pytest.mark.parametrize("sizes", [(8, 8), (64, 64), (96, 96), (80, 24), (16, 40), (256, 256)], ids=str)
+@pytest.mark.parametrize("sizes", [(8, 8), (96, 96), (80, 24), (16, 40), (256, 256)], ids=str)
 def test_head_sizes(sizes):
     for dtype in (torch.float32, torch.bfloat16):
         assert_as_accurate_as_plain_pytorch(*draw((3, 70), sizes=sizes, dtype=dtype))

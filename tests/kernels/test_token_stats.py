@@ -126,7 +126,7 @@ def test_constant_derivatives_move_nothing(token_stats, draw):
     assert all(field.abs().max() < UNIT for field in stats[2:])
 
 
-@pytest.mark.parametrize("common", [30.0, 1e3])
+@pytest.mark.parametrize("common", [1e3] + [30.0] * on_gpu)
 @pytest.mark.parametrize("masked", [0, BLOCK + 1, SEGMENT], ids=["nothing", "first tile", "first segment"])
 def test_a_common_part_of_the_derivatives_costs_no_digits(token_stats, draw, masked, common):
     logits, targets, dlogits, d2logits = draw(4, LARGE)
@@ -146,7 +146,7 @@ def test_softcap_and_temperature_of_any_size(token_stats, draw, softcap, tempera
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
-@pytest.mark.parametrize("masked_derivative", [0.0, 1e30, math.inf, math.nan])
+@pytest.mark.parametrize("masked_derivative", [1e30, math.nan] + [0.0, math.inf] * on_gpu)
 def test_masked_logits_contribute_exactly_nothing(token_stats, draw, masked_derivative, softcap):
     inputs = logits, targets, dlogits, d2logits = draw(3, 2 * SEGMENT + BLOCK + 5)
     keep = torch.zeros_like(logits[0], dtype=torch.bool)

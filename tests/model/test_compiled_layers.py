@@ -232,6 +232,7 @@ class TestWhatMoves:
             model, random_direction(model, names=lambda name: ".1." in name and "proj" in name), graphs, [7, 18, 14]
         )
 
+    @pytest.mark.slow
     def test_adapters(self, graphs):
         model = with_lora(random_model("llama"), target_modules=["q_proj", "down_proj"])
         direction = random_direction(model, names=lambda name: "lora_" in name)
@@ -295,6 +296,7 @@ class TestLayersThatLookAlike:
                 found = measure(policy, batch, direction, token_budget=17)
             assert_same(found, measure(Policy(model), batch, direction))
 
+    @pytest.mark.slow
     def test_what_the_key_does_not_see_the_comparison_does(self, graphs):
         """Computing by one's place among the layers, which is no part of the key."""
         model = random_model("llama", num_hidden_layers=3)
@@ -399,6 +401,7 @@ class TestRefusals:
             found = measure(policy, batch, direction, token_budget=17)
         assert_same(found, measure(Policy(model), batch, direction))
 
+    @pytest.mark.slow
     def test_a_branch_on_the_number_of_tokens(self):
         class Branch(torch.nn.Module):
             def forward(self, x):
@@ -448,6 +451,7 @@ class TestRefusals:
             *(pytest.param(e, marks=pytest.mark.slow) for e in (TypeError("not a size"), AssertionError("no"))),
         ],
     )
+    @pytest.mark.slow
     def test_whatever_the_compiler_raises_is_named(self, error, monkeypatch):
         def failing(_graph, **_settings):
             raise error
@@ -531,6 +535,7 @@ class TestOutOfMemory:
 
 
 class TestInPlace:
+    @pytest.mark.slow
     def test_forwards_are_put_back(self, graphs):
         model = random_model("llama")
         first, second = model.model.layers
