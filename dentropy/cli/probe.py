@@ -183,7 +183,7 @@ def _store(options, policy, batch, direction, update):
         return nullcontext()
     settings = {name: getattr(options, name) for name in SETTINGS}
     if options.optimizer_state is not None:
-        settings["optimizer_state"] = hashlib.sha256(Path(options.optimizer_state).read_bytes()).hexdigest()
+        settings["optimizer_state"] = hashlib.sha256(_state_file(options.optimizer_state).read_bytes()).hexdigest()
     return unfinished_run(Path(options.out), identity(policy, batch, direction, update, settings))
 
 
@@ -272,10 +272,13 @@ def _step(options, policy, update, step_size):
 
 def load_state(path: str) -> dict:
     """The state_dict() of an optimizer, in a file or in a checkpoint's folder."""
-    inside = Path(path) / OPTIMIZER
-    path = inside if inside.is_file() else path
     expected = f"an optimizer's state_dict() by torch.save, or a folder with {OPTIMIZER}"
-    state = saved_by_torch(path, expected, "optimizer_state")
+    state = saved_by_torch(_state_file(path), expected, "optimizer_state")
     if not isinstance(state, dict):
         raise ValueError(f"optimizer_state: {path}: a {type(state).__name__}, expected an optimizer's state_dict()")
     return state
+
+
+def _state_file(path: str | Path) -> Path:
+    inside = Path(path) / OPTIMIZER
+    return inside if inside.is_file() else Path(path)

@@ -15,7 +15,7 @@ import os
 import shutil
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +60,7 @@ class UnfinishedRun:
 
     def __init__(self, folder: Path, identity: Mapping[str, str]):
         self.folder = folder
+        self._made = [above for above in folder.absolute().parents if not above.exists()]
         with self._on_disk():
             folder.mkdir(parents=True, exist_ok=True)
             self._db = sqlite3.connect(folder / ROWS, timeout=0, isolation_level=None, check_same_thread=False)
@@ -150,6 +151,9 @@ class UnfinishedRun:
         self._db = None
         if done or empty:
             shutil.rmtree(self.folder, ignore_errors=True)
+            for above in self._made:
+                with suppress(OSError):  # something is in it, as what the run became
+                    above.rmdir()
 
     def _check(self, identity: Mapping[str, str]) -> None:
         found = dict(self._db.execute("SELECT part, value FROM identity"))

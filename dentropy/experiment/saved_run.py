@@ -42,18 +42,17 @@ class SavedRun:
         return changes_table(self.content)
 
     def columns(self) -> dict[str, np.ndarray]:
-        """The columns of rollouts.csv, [S] each, as `ProbeResult.columns` gives them: int64 and float64, bit for bit.
+        """The columns of rollouts.parquet (of rollouts.csv in older runs), [S] each, as `ProbeResult.columns` gives
+        them: int64 and float64, bit for bit.
 
         Raises:
             ValueError: Where the file is missing, is none of ours, or has another number of rows than results.json
                 says.
         """
-        path = regular_file(self.folder / run_folder.ROLLOUTS, "the table of this run's rollouts")
-        with third_party(f"{path}: cannot be read", "a table as dentropy writes it"):
-            from pyarrow import csv
-
-            table = csv.read_csv(path)
-        return self._checked(path, table, self.content["n_sequences"])
+        path = self.folder / run_folder.ROLLOUTS
+        if not path.exists() and (self.folder / run_folder.ROLLOUTS_TEXT).exists():
+            path = self.folder / run_folder.ROLLOUTS_TEXT
+        return self._table(path, "the table of this run's rollouts", self.content["n_sequences"])
 
     def update_tokens(self) -> dict[str, np.ndarray] | None:
         """The columns of update_tokens.parquet, one entry per token of the update's rollouts; None for a run without.
@@ -64,12 +63,7 @@ class SavedRun:
         entry = self.content.get("update_attribution")
         if entry is None:
             return None
-        path = regular_file(self.folder / run_folder.UPDATE_TOKENS, "the shares of this run's update")
-        with third_party(f"{path}: cannot be read", "a table as dentropy writes it"):
-            from pyarrow import parquet
-
-            table = parquet.read_table(path)
-        return self._checked(path, table, entry["n_tokens"])
+        return self._table(self.folder / run_folder.UPDATE_TOKENS, "the shares of this run's update", entry["n_tokens"])
 
     def to_pandas(self):
         """`columns` as a pandas DataFrame. ImportError without pandas."""
@@ -80,7 +74,12 @@ class SavedRun:
         return summary(self.content)
 
     @staticmethod
-    def _checked(path: Path, table, n_rows: int) -> dict[str, np.ndarray]:
+    def _table(path: Path, expected: str, n_rows: int) -> dict[str, np.ndarray]:
+        path = regular_file(path, expected)
+        with third_party(f"{path}: cannot be read", "a table as dentropy writes it"):
+            from pyarrow import csv, parquet
+
+            table = csv.read_csv(path) if path.suffix == ".csv" else parquet.read_table(path)
         if table.num_rows != n_rows:
             raise ValueError(f"{path}: {table.num_rows} rows, expected {n_rows} as {run_folder.RESULTS} says")
         return {name: column.to_numpy() for name, column in zip(table.column_names, table.columns, strict=True)}

@@ -4,32 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 
-from dentropy.experiment.figures import CORRECTED, FRESH, MEASURED, UNCORRECTED
+from dentropy.experiment.drawing import COLOURS, canvas
 from dentropy.experiment.report.numbers import unit_for
 
 
 def timeline(content: dict):
     """ΔH of each step above, entropy below: by rollouts of each checkpoint, by adding up, and as it was logged."""
     rows = content["steps"]
-    figure, (top, bottom) = _canvas()
+    figure, (top, bottom) = canvas(2, height=6.4)
     _changes(top, rows)
     _entropies(bottom, rows)
     bottom.set_xlabel("optimizer step")
     return figure
-
-
-def _canvas():
-    """Outside pyplot's global state."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.6, 6.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    both = figure.subplots(2, 1, sharex=True)
-    for axes in both:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(labelsize=9)
-    return figure, both
 
 
 def _changes(axes, rows: list[dict]) -> None:
@@ -40,18 +26,18 @@ def _changes(axes, rows: list[dict]) -> None:
     aside = 0.06 * np.min(_column(rows, "step_after") - _column(rows, "step_before"))
     axes.axhline(0, color="0.8", lw=0.8, zorder=0)
     for name, shift, color, label in (
-        ("predicted", -aside, CORRECTED, "predicted, slope ± 2 SE"),
-        ("measured", aside, MEASURED, "measured ± 2 SE"),
+        ("predicted", -aside, COLOURS["predicted"], "predicted, slope ± 2 SE"),
+        ("measured", aside, COLOURS["ink"], "measured ± 2 SE"),
     ):
         value, stderr = _column(rows, name) * scale, np.nan_to_num(_column(rows, f"{name}_stderr")) * scale
         axes.errorbar(middle + shift, value, 2 * stderr, fmt="o", ms=4, lw=1, capsize=2, color=color, label=label)
     unusable = np.array([row["verdict"] == "unusable" for row in rows])
     if unusable.any():
         at = (middle + aside)[unusable], measured[unusable] * scale
-        axes.plot(*at, "x", color=UNCORRECTED, ms=9, label="unusable")
+        axes.plot(*at, "x", color=COLOURS["uncorrected"], ms=9, label="unusable")
     logged = (_column(rows, "logged_entropy_after") - _column(rows, "logged_entropy_before")) * scale
     if np.isfinite(logged).any():
-        axes.plot(middle, logged, "_", color=FRESH, ms=10, label="difference of logged entropies")
+        axes.plot(middle, logged, "_", color=COLOURS["fresh"], ms=10, label="difference of logged entropies")
     axes.set_ylabel(f"ΔH of a step\n({unit.name})")
     axes.legend(frameon=False, fontsize=9)
 
@@ -62,13 +48,13 @@ def _entropies(axes, rows: list[dict]) -> None:
     errors = np.append(_number(rows[0].get("own_entropy_before_stderr")), _column(rows, "entropy_after_stderr"))
     logged = np.append(_number(rows[0]["logged_entropy_before"]), _column(rows, "logged_entropy_after"))
     start = own[0] if np.isfinite(own[0]) else _number(rows[0].get("entropy_before"))
-    for name, style, color in (("measured", "-", MEASURED), ("predicted", "--", CORRECTED)):
+    for name, style, color in (("measured", "-", COLOURS["ink"]), ("predicted", "--", COLOURS["predicted"])):
         summed = start + np.append(0.0, np.cumsum(_column(rows, name)))
         axes.plot(steps, summed, style, color=color, lw=1.2, label=f"first, and the sum of what was {name}")
     bars = 2 * np.nan_to_num(errors)
     axes.errorbar(steps, own, bars, fmt="o", ms=4, lw=1, capsize=2, color="0.45", label="each by rollouts ± 2 SE")
     if np.isfinite(logged).any():
-        axes.plot(steps, logged, "+", color=FRESH, ms=8, label="as the trainer logged it")
+        axes.plot(steps, logged, "+", color=COLOURS["fresh"], ms=8, label="as the trainer logged it")
     axes.set_ylabel("entropy\n(nats per token)")
     axes.legend(frameon=False, fontsize=9)
 

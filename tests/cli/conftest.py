@@ -1,4 +1,5 @@
 import json
+import signal
 
 import pytest
 import torch
@@ -67,3 +68,11 @@ def inside(place, monkeypatch):
 def undrawn(monkeypatch):
     """Nothing here looks at figures; the test of the command in a process of its own has the real ones."""
     blank_figures(monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def interruptible():
+    """Ctrl-C interrupts, also where the tests run in the background of a shell, which has them ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

@@ -13,7 +13,7 @@ from dentropy.cli import main
 from dentropy.experiment.run_folder import load
 
 FIGURES = ["contributions.png", "delta_entropy.png", "weights.png"]
-FILES = sorted([*FIGURES, "report.html", "results.json", "rollouts.csv"])
+FILES = sorted([*FIGURES, "report.html", "results.json", "rollouts.csv", "rollouts.parquet"])
 SAVED = Path(__file__).parents[1] / "experiment" / "schema_1" / "results.json"
 
 

@@ -48,7 +48,7 @@ def test_runs_of_earlier_versions_are_read(version):
     assert repr(saved).startswith(f"<SavedRun: {folder}, ") and "\n" not in repr(saved)
     assert saved._repr_html_().count("<tr>") == 1 + len(saved.content["measured"])
     assert saved.update_tokens() is None
-    with pytest.raises(ValueError, match=r"rollouts\.csv: no such file, expected the table"):
+    with pytest.raises(ValueError, match=r"rollouts\.parquet: no such file, expected the table"):
         saved.columns()
 
 
@@ -56,6 +56,7 @@ def test_numbers_that_are_not_finite_and_large_ids_come_back(copy):
     content = json.loads((copy / "results.json").read_text())
     content["n_sequences"] = 2
     (copy / "results.json").write_text(json.dumps(content))
+    (copy / "rollouts.parquet").unlink()  # as older runs are
     (copy / "rollouts.csv").write_text("group,entropy,logp\n9007199254740993,nan,-inf\n-1,1e-320,0.1\n")
     found = ProbeResult.load(copy).columns()
     assert found["group"].tolist() == [9007199254740993, -1]
@@ -83,6 +84,7 @@ def test_the_tokens_of_the_update_are_those_of_the_file(copy):
 
 
 def test_tables_of_another_run_are_refused(copy):
+    (copy / "rollouts.parquet").unlink()
     path = copy / "rollouts.csv"
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:-1]))

@@ -58,7 +58,8 @@ def html(
         "audit": audit(content),
         "provenance": provenance(content),
     }
-    text = TEMPLATES.get_template("page.html").render(
+    return rendered(
+        "page.html",
         answer=answer(content),
         trade=trade(content),
         comparison=comparison(content),
@@ -68,6 +69,11 @@ def html(
         sections={name: section for name, section in sections.items() if section is not None},
         pictures={name.partition(".")[0]: Markup(svg(figure, name)) for name, figure in pictures.items()},
         policy=POLICY,
-        style=Markup(files(PACKAGE).joinpath("report.css").read_text(encoding="utf-8")),
     )
+
+
+def rendered(template: str, **values: object) -> str:
+    """A page of a template with these values and the report's style."""
+    style = Markup(files(PACKAGE).joinpath("report.css").read_text(encoding="utf-8"))
+    text = TEMPLATES.get_template(template).render(style=style, **values)
     return UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import base64
-from importlib.resources import files
 
+from markupsafe import Markup
+
+from dentropy.experiment.drawing import NATS
 from dentropy.experiment.readings import told_apart
 from dentropy.experiment.report.numbers import Unit, number, percent, plain, quantity, unit_for, with_error
-from dentropy.experiment.report.sections import NATS, section
-from dentropy.experiment.report.tables import Column, table
-from dentropy.experiment.report.tags import Markup, tag
+from dentropy.experiment.report.page import rendered
+from dentropy.experiment.report.tables import Column, Table, table
 
 # As the report of a step, and the figure that the page brings along.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
@@ -26,9 +27,18 @@ def html(content: dict, picture: bytes) -> str:
     Returns:
         The page. Links lead to the reports of the steps beside it.
     """
-    shown = [_figure(picture), _sums(content["totals"]), _steps(content["steps"]), _warnings(content)]
-    body = tag("body", _head(content), tag("main", [part for part in shown if part is not None]))
-    return f"<!doctype html>\n{tag('html', _metadata(content), body, lang='en')}\n"
+    steps = content["steps"]
+    return rendered(
+        "replay.html",
+        answer=answer(content),
+        run=content["run"],
+        notes=content["notes"],
+        warned=[(*_checkpoints(row), row["warnings"]) for row in steps if row["warnings"]],
+        picture="data:image/png;base64," + base64.b64encode(picture).decode("ascii"),
+        sums=_sums(content["totals"]),
+        steps=_steps(steps),
+        policy=POLICY,
+    )
 
 
 def answer(content: dict) -> str:
@@ -45,39 +55,7 @@ def answer(content: dict) -> str:
     return f"{steps} entropy {'falls' if value < 0 else 'rises'} by {plain(abs(value), stderr)} {NATS} (measured)."
 
 
-def _metadata(content: dict) -> Markup:
-    style = Markup(files(__package__).joinpath("report.css").read_text(encoding="utf-8"))
-    return tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        tag("meta", http_equiv="Content-Security-Policy", content=POLICY),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("meta", name="color-scheme", content="light dark"),
-        tag("title", "dentropy: ", answer(content)),
-        tag("style", style, "\nimg { max-width: 100%; background: white; }"),
-    )
-
-
-def _head(content: dict) -> Markup:
-    warned = sum(bool(row["warnings"]) for row in content["steps"]) + len(content["notes"])
-    link = tag("p", tag("a", f"{warned} to read before use", href="#warnings"), class_="warned") if warned else None
-    return tag(
-        "header",
-        tag("p", "dentropy replay", class_="label"),
-        tag("h1", answer(content)),
-        link,
-        tag("p", content["run"]),
-        tag("p", "± is one standard error.", class_="note"),
-    )
-
-
-def _figure(picture: bytes) -> Markup:
-    source = "data:image/png;base64," + base64.b64encode(picture).decode("ascii")
-    image = tag("img", src=source, alt="Change of entropy of each step, and entropy from step to step; numbers below.")
-    return section("timeline", "From step to step", tag("figure", image))
-
-
-def _sums(found: dict) -> Markup:
+def _sums(found: dict) -> Table:
     names = {
         "measured": "Sum of the measured changes",
         "predicted": "Sum of the predicted changes, by slopes",
@@ -91,7 +69,7 @@ def _sums(found: dict) -> Markup:
     rows = [row for row in rows if row["value"] is not None]
     unit = unit_for([row["value"] for row in rows], NATS)
     columns = [("", "", lambda row: row["name"]), ("ΔH ± SE", unit.name, lambda row: _sum(row, unit))]
-    return section("sums", "What they add up to", table("Changes of the entropy over the whole run", rows, columns))
+    return table("Changes of the entropy over the whole run", rows, columns)
 
 
 def _sum(row: dict, unit: Unit) -> Markup:
@@ -101,7 +79,7 @@ def _sum(row: dict, unit: Unit) -> Markup:
     return with_error(row["value"], row["stderr"], unit)
 
 
-def _steps(rows: list[dict]) -> Markup:
+def _steps(rows: list[dict]) -> list[Table]:
     change = unit_for([row[name] for row in rows for name in ("measured", "predicted")], NATS)
     entropy, no_unit, tokens, nats = (Unit(1.0, name) for name in (NATS, "", "tokens", "nats per rollout"))
     checkpoints = ("Checkpoints", "before, after", _link)
@@ -135,13 +113,11 @@ def _steps(rows: list[dict]) -> Markup:
         *[_alone(f"update: {name}", f"update_{name}".replace(" ", "_"), change) for name in UPDATE],
         _alone("cosine", "update_cosine", no_unit),
     ]
-    return section(
-        "steps",
-        "Each step",
+    return [
         table("Change of the entropy; each step leads to its own report", rows, changes),
         table("Reward, length and divergence of each step", rows, forecast),
         table("Where the predicted change comes from", rows, sources),
-    )
+    ]
 
 
 def _with_error(head: str, name: str, unit: Unit) -> Column:
@@ -158,13 +134,12 @@ def _logged(row: dict) -> Markup | None:
 
 
 def _link(row: dict) -> Markup | str:
+    text, href = _checkpoints(row)
+    return text if href is None else Markup('<a href="{}">{}</a>').format(href, text)
+
+
+def _checkpoints(row: dict) -> tuple[str, str | None]:
+    """The two, and where their report is; equal checkpoints have none."""
     before, after = row["step_before"], row["step_after"]
-    if "n_rollouts" not in row:  # equal checkpoints have no report
-        return f"{before} → {after}"
-    return tag("a", f"{before} → {after}", href=f"pairs/{before:06d}-{after:06d}/probe/report.html")
-
-
-def _warnings(content: dict) -> Markup | None:
-    said = [tag("li", note) for note in content["notes"]]
-    said += [tag("li", _link(row), ": ", row["warnings"]) for row in content["steps"] if row["warnings"]]
-    return section("warnings", "Warnings", tag("ul", said)) if said else None
+    href = f"pairs/{before:06d}-{after:06d}/probe/report.html" if "n_rollouts" in row else None
+    return f"{before} → {after}", href
