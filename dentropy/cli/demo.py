@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from dentropy.cli.keeping import finish, free
 from dentropy.cli.options import load_libraries
+from dentropy.demo import SEED
 
 FOLDER = "dentropy-demo"
 
@@ -13,7 +14,7 @@ FOLDER = "dentropy-demo"
 def add(commands) -> None:
     command = commands.add_parser("demo", help="the whole experiment on a small policy that comes with the package")
     command.add_argument("--out", metavar="DIR", help=f"run folder (default: the first free {FOLDER}-N)")
-    command.add_argument("--seed", type=int, default=0, help="seed of all sampling (default: %(default)s)")
+    command.add_argument("--seed", type=int, default=SEED, help="seed of all sampling (default: %(default)s)")
     command.set_defaults(run=run)
 
 

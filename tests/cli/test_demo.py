@@ -18,7 +18,7 @@ class TestDemo:
         runs = [tmp_path / f"dentropy-demo-{number}" for number in (1, 2)]
         assert sorted(tmp_path.iterdir()) == runs
         first, second = (json.loads((run / "results.json").read_text()) for run in runs)
-        assert first["seeds"] == {"rollouts": 0, "update_rollouts": 1, "fresh_rollouts": 2}
+        assert first["seeds"] == {"rollouts": 3, "update_rollouts": 4, "fresh_rollouts": 5}
         assert second["seeds"]["rollouts"] == 5 and first["base_entropy"] != second["base_entropy"]
         assert (first["n_sequences"], first["n_groups"]) == (192, 24)
         assert second["provenance"]["command"] == "dentropy demo --seed 5"
