@@ -20,9 +20,7 @@ from dentropy.cli.options import (
 )
 from dentropy.cli.processes import ended_by_sigterm, is_first, process_group
 from dentropy.cli.terminal import about, remark
-from dentropy.doors import saved_by_torch
 
-OPTIMIZER = "optimizer.pt"  # the name under which trainers save its state in a checkpoint's folder
 DEFAULT_STEPS = (-1.0, -0.5, 0.5, 1.0, 2.0)
 SOURCES = ("policy", "rollouts", "after", "direction", "update_rollouts")
 # What else the passes depend on: an unfinished run goes on with the same.
@@ -178,12 +176,13 @@ def _store(options, policy, batch, direction, update):
     """What is finished is kept in it, by the first process."""
     from dentropy.experiment.identity import identity
     from dentropy.experiment.resumable import unfinished_run
+    from dentropy.passes.optimizer_state import state_file
 
     if not is_first():
         return nullcontext()
     settings = {name: getattr(options, name) for name in SETTINGS}
     if options.optimizer_state is not None:
-        settings["optimizer_state"] = hashlib.sha256(_state_file(options.optimizer_state).read_bytes()).hexdigest()
+        settings["optimizer_state"] = hashlib.sha256(state_file(options.optimizer_state).read_bytes()).hexdigest()
     return unfinished_run(Path(options.out), identity(policy, batch, direction, update, settings))
 
 
@@ -253,6 +252,7 @@ def _direction(options, policy):
 def _step(options, policy, update, step_size):
     """The step that --update-rollouts make."""
     from dentropy.experiment.progress import token_bar
+    from dentropy.passes.optimizer_state import load_state
     from dentropy.passes.policy_gradient import policy_gradient_step
 
     state = None if options.optimizer_state is None else load_state(options.optimizer_state)
@@ -268,17 +268,3 @@ def _step(options, policy, update, step_size):
             optimizer_state=state,
             max_grad_norm=options.max_grad_norm,
         )
-
-
-def load_state(path: str) -> dict:
-    """The state_dict() of an optimizer, in a file or in a checkpoint's folder."""
-    expected = f"an optimizer's state_dict() by torch.save, or a folder with {OPTIMIZER}"
-    state = saved_by_torch(_state_file(path), expected, "optimizer_state")
-    if not isinstance(state, dict):
-        raise ValueError(f"optimizer_state: {path}: a {type(state).__name__}, expected an optimizer's state_dict()")
-    return state
-
-
-def _state_file(path: str | Path) -> Path:
-    inside = Path(path) / OPTIMIZER
-    return inside if inside.is_file() else Path(path)

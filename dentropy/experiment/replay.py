@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dentropy.doors import json_value, saved_by_torch, third_party
+from dentropy.doors import json_value, third_party
 from dentropy.estimators.groups import Groups
 from dentropy.experiment.entries import writable
 from dentropy.experiment.judges import FRESH, Judged, judged_steps
@@ -35,13 +35,13 @@ from dentropy.model.direction import Direction
 from dentropy.model.policy import Policy
 from dentropy.passes.measure import measure
 from dentropy.passes.microbatches import AUTO
+from dentropy.passes.optimizer_state import load_state, state_file
 from dentropy.passes.policy_gradient import PolicyGradientStep, policy_gradient_step
 from dentropy.rollouts.batch import PackedBatch
 from dentropy.rollouts.reading import read_rollouts
 from dentropy.rollouts.sampling import end_tokens, sample
 
 PAIRS, PAIR, PROBE = "pairs", "pair.json", "probe"
-OPTIMIZER = "optimizer.pt"
 
 
 def _nothing(text: str) -> None:
@@ -174,12 +174,12 @@ def _judge(step: Judged, folder: Path, inputs: dict, settings: Settings, first: 
 def _own_update(step: Judged, settings: Settings) -> PolicyGradientStep | None:
     """The optimizer's step, made anew from the rollouts that made it; None where it was not asked for, for several
     steps, and where these rollouts or the optimizer's state before them are not there."""
-    rollouts, state = step.before.rollouts, step.before.path / OPTIMIZER
+    rollouts, state = step.before.rollouts, state_file(step.before.path)
     alone = step.after.step == step.before.step + 1 and rollouts is not None and rollouts.made_update
     if settings.update is None or not alone or not state.is_file():
         return None
     policy = settings.policy(step.before)
-    content = saved_by_torch(state, "an optimizer's state_dict() by torch.save")
+    content = load_state(state)
     with third_party(f"{state}: no learning rate", "an optimizer's state_dict()"):
         step_size = max(float(group["lr"]) for group in content["param_groups"])
     return policy_gradient_step(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from dentropy.experiment.drawing import COLOURS, canvas
-from dentropy.experiment.report.numbers import unit_for
+from dentropy.experiment.drawing import COLOURS, NATS, canvas
+from dentropy.experiment.report.numbers import Unit, unit_for
 
 
 def timeline(content: dict):
@@ -18,9 +18,13 @@ def timeline(content: dict):
     return figure
 
 
+def change_unit(rows: list[dict]) -> Unit:
+    """The unit of every ΔH of a replay, in figure and page."""
+    return unit_for([row[name] for row in rows for name in ("measured", "predicted")], NATS)
+
+
 def _changes(axes, rows: list[dict]) -> None:
-    measured, bars = _column(rows, "measured"), 2 * np.nan_to_num(_column(rows, "measured_stderr"))
-    unit = unit_for((np.abs(measured) + bars).tolist(), "nats per token")
+    measured, unit = _column(rows, "measured"), change_unit(rows)
     scale = unit.factor
     middle = (_column(rows, "step_before") + _column(rows, "step_after")) / 2
     aside = 0.06 * np.min(_column(rows, "step_after") - _column(rows, "step_before"))
@@ -29,7 +33,7 @@ def _changes(axes, rows: list[dict]) -> None:
         ("predicted", -aside, COLOURS["predicted"], "predicted, slope ± 2 SE"),
         ("measured", aside, COLOURS["ink"], "measured ± 2 SE"),
     ):
-        value, stderr = _column(rows, name) * scale, np.nan_to_num(_column(rows, f"{name}_stderr")) * scale
+        value, stderr = _column(rows, name) * scale, _column(rows, f"{name}_stderr") * scale
         axes.errorbar(middle + shift, value, 2 * stderr, fmt="o", ms=4, lw=1, capsize=2, color=color, label=label)
     unusable = np.array([row["verdict"] == "unusable" for row in rows])
     if unusable.any():
@@ -51,8 +55,7 @@ def _entropies(axes, rows: list[dict]) -> None:
     for name, style, color in (("measured", "-", COLOURS["ink"]), ("predicted", "--", COLOURS["predicted"])):
         summed = start + np.append(0.0, np.cumsum(_column(rows, name)))
         axes.plot(steps, summed, style, color=color, lw=1.2, label=f"first, and the sum of what was {name}")
-    bars = 2 * np.nan_to_num(errors)
-    axes.errorbar(steps, own, bars, fmt="o", ms=4, lw=1, capsize=2, color="0.45", label="each by rollouts ± 2 SE")
+    axes.errorbar(steps, own, 2 * errors, fmt="o", ms=4, lw=1, capsize=2, color="0.45", label="each by rollouts ± 2 SE")
     if np.isfinite(logged).any():
         axes.plot(steps, logged, "+", color=COLOURS["fresh"], ms=8, label="as the trainer logged it")
     axes.set_ylabel("entropy\n(nats per token)")

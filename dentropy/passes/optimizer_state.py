@@ -12,13 +12,16 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from dentropy.doors import saved_by_torch
 from dentropy.model.names import resolve, some
 
+FILE = "optimizer.pt"  # the name under which trainers save it in a checkpoint's folder
 MOMENTS = ("exp_avg", "exp_avg_sq")
 LARGEST = "max_exp_avg_sq"  # with amsgrad
 BUFFER = "momentum_buffer"  # of an SGD
@@ -108,6 +111,21 @@ class AdamW:
 
 def _times_parameter(factor: float, parameter: Tensor, gradient: Tensor) -> Tensor | float:
     return factor * parameter.detach().to(gradient) if factor else 0.0
+
+
+def state_file(path: str | Path) -> Path:
+    """That of a saved optimizer: `path`, or the one inside where it is a checkpoint's folder."""
+    inside = Path(path) / FILE
+    return inside if inside.is_file() else Path(path)
+
+
+def load_state(path: str | Path) -> dict:
+    """The state_dict() of an optimizer, in a file or in a checkpoint's folder; ValueError where there is none."""
+    expected = f"an optimizer's state_dict() by torch.save, or a folder with {FILE}"
+    state = saved_by_torch(state_file(path), expected, "optimizer_state")
+    if not isinstance(state, dict):
+        raise ValueError(f"optimizer_state: {path}: a {type(state).__name__}, expected an optimizer's state_dict()")
+    return state
 
 
 def saved_optimizer(

@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM
 
 from dentropy import Policy
 from dentropy.cli import main
-from dentropy.cli.probe import DEFAULT_STEPS, load_state
+from dentropy.cli.probe import DEFAULT_STEPS
 from dentropy.model.exact_pass import LENGTHS
+from dentropy.passes.optimizer_state import load_state
 
 
 class TestProbe:

@@ -13,8 +13,8 @@ from mangling import mangled, mangled_bytes
 from models import random_model
 
 from dentropy import PackedBatch, Policy
-from dentropy.cli.probe import load_state
 from dentropy.passes import policy_gradient
+from dentropy.passes.optimizer_state import load_state
 from dentropy.passes.policy_gradient import policy_gradient_direction
 
 

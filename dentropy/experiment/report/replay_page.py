@@ -9,11 +9,10 @@ from markupsafe import Markup
 from dentropy.experiment.drawing import NATS
 from dentropy.experiment.readings import told_apart
 from dentropy.experiment.report.numbers import Unit, number, percent, plain, quantity, unit_for, with_error
-from dentropy.experiment.report.page import rendered
+from dentropy.experiment.report.page import POLICY, rendered
 from dentropy.experiment.report.tables import Column, Table, table
+from dentropy.experiment.timeline_figure import change_unit
 
-# As the report of a step, and the figure that the page brings along.
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 UPDATE = ("tokens", "momentum", "weight decay", "unexplained")
 
 
@@ -37,7 +36,7 @@ def html(content: dict, picture: bytes) -> str:
         picture="data:image/png;base64," + base64.b64encode(picture).decode("ascii"),
         sums=_sums(content["totals"]),
         steps=_steps(steps),
-        policy=POLICY,
+        policy=f"{POLICY}; img-src data:",  # the figure that the page brings along
     )
 
 
@@ -80,7 +79,7 @@ def _sum(row: dict, unit: Unit) -> Markup:
 
 
 def _steps(rows: list[dict]) -> list[Table]:
-    change = unit_for([row[name] for row in rows for name in ("measured", "predicted")], NATS)
+    change = change_unit(rows)
     entropy, no_unit, tokens, nats = (Unit(1.0, name) for name in (NATS, "", "tokens", "nats per rollout"))
     checkpoints = ("Checkpoints", "before, after", _link)
     changes = [
