@@ -12,6 +12,7 @@ from functools import cache
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.overrides import handle_torch_function, has_torch_function
 
 from dentropy.model.attention_ops import attention, attention_with_tangent, plain_attention
 
@@ -68,6 +69,9 @@ def attention_forward(module, query, key, value, attention_mask=None, *, s_aux=N
     cu_seq_lens_q [sequences + 1] and max_length_q for a packed row (B = 1), or None where every row is one sequence.
     Returns ([B, S, H, Dv], None); the output is a dual tensor where any input is.
     """
+    if has_torch_function((query, key, value)):  # a mode around the model has nothing to say of what is inside
+        more = settings | {"attention_mask": attention_mask, "s_aux": s_aux}
+        return handle_torch_function(attention_forward, (query, key, value), module, query, key, value, **more)
     _check_mask(attention_mask, settings.get("sliding_window"))
     duals = [forward_ad.unpack_dual(x) if x is not None else (None, None) for x in (query, key, value, s_aux)]
     (*primals, sinks), (*tangents, dsinks) = zip(*duals, strict=True)

@@ -27,6 +27,7 @@ from dentropy.model.exact_tangent import check_tangents
 from dentropy.model.head import Head
 from dentropy.model.in_place import TURN, in_turn
 from dentropy.model.memory import is_out_of_memory
+from dentropy.model.one_sided import OneSidedTangents
 from dentropy.model.packed_row import PackedRow
 from dentropy.model.precision import full_float32
 from dentropy.model.usable import check_usable
@@ -197,8 +198,11 @@ class Policy:
 
         tangent: whether the weights carry tangents; then the statistics have first derivatives.
         """
+        # A compiled layer carries tangents of its own, and would be compiled anew inside a mode.
+        short = OneSidedTangents() if tangent and self._compiled_layers is None else nullcontext()
         try:
-            outputs, head = self.outputs(row)
+            with short:
+                outputs, head = self.outputs(row)
         except NotImplementedError as error:
             raise ValueError(_without_forward_mode(self.model, str(error).splitlines()[0])) from error
         x, dx = forward_ad.unpack_dual(outputs)
