@@ -138,7 +138,7 @@ _CHANGES = [
     (PROBE, "-base_influence - measured.influence", "-base_influence"),
     (PROBE, "-base_influence - measured.influence", "-base_influence + measured.influence"),
     # inside a trainer
-    (WATCH, "BackwardChange(-back.delta", "BackwardChange(back.delta"),
+    (WATCH, "OtherChange(-back.delta", "OtherChange(back.delta"),
     (MEANT, "copied = _in_float32 if in_float32 else", "copied = Tensor.clone if in_float32 else"),
     (TRAINER, "callbacks.insert(0, callback)", "callbacks.append(callback)"),
     (TRAINER, "if buffer is None or buffer is known:", "if buffer is None:"),

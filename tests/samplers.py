@@ -6,9 +6,18 @@ from functools import cache
 import numpy as np
 import torch
 from oracles import TinyPolicy, jet_exp
-from tables import POLICY, columns, token_jets
+from scipy.special import stdtrit
+from tables import ESTIMATORS, POLICY, columns, token_jets
 
+from dentropy.estimators import curvature, forecast, importance, predict, prediction_error, slope
+from dentropy.estimators.columns import entropy_ratio
+from dentropy.estimators.groups import Groups
+from dentropy.estimators.reweighting import FORM
 from dentropy.stats.tables import SequenceSums, TokenStats
+
+ETA = 0.1
+FORMS = {"causal": "prefix", "exact": "sequence"}
+RIGHT = np.random.default_rng(1).random((POLICY.n_prompts, len(POLICY.sequences))) < 0.3  # which answers are
 
 
 class Hotter(TinyPolicy):
@@ -101,3 +110,49 @@ def drawn_by(name: str, n_batches: int, n_groups: int, *, etas=(0.0,), per_group
 def mean_over_answers(values: np.ndarray, eta=0.0) -> np.ndarray:
     """(E, E', E'') at η of `values` [prompts, sequences]."""
     return (jet_exp(token_jets(eta)[0].sum(-1)) * values).sum(-1).mean(-1)
+
+
+def statistics(base, moved, right):
+    """Every estimate from the tables at 0 and at ETA, and the truth it is of, by name."""
+    truths = {per: (POLICY.truth(0.0, per), POLICY.truth(ETA, per)[0]) for per in ("token", "sequence")}
+    for per, ((before, first, second), after) in truths.items():
+        yield f"entropy {per}", Entropy(base, per), before
+        for estimator in ESTIMATORS:
+            yield f"slope {estimator} {per}", slope(base, estimator=estimator, per=per), first
+        for estimator, weights in FORMS.items():
+            measured = importance(base, moved, weights=weights, per=per)
+            bend = curvature(base, estimator=estimator, per=per)
+            error = prediction_error(predict(slope(base, estimator=estimator, per=per), ETA, bend), measured)
+            yield f"importance {weights} {per}", measured, after - before
+            yield f"curvature {estimator} {per}", bend, second
+            yield f"error {weights} {per}", error, ETA * first + ETA**2 / 2 * second - (after - before)
+    found = forecast(base, {ETA: moved}, right)
+    lengths = np.broadcast_to(POLICY.lengths, RIGHT.shape).astype(float)
+    for name, change, values in (("reward", found.reward, RIGHT.astype(float)), ("length", found.length, lengths)):
+        now, first, _ = mean_over_answers(values)
+        yield f"{name} slope", change.slope, first
+        yield f"{name} change", change.changes[ETA], mean_over_answers(values, ETA)[0] - now
+    divergence, fisher = divergences(ETA)
+    yield "kl", found.kl.measured[ETA], divergence
+    yield "fisher", found.kl.fisher, fisher
+
+
+@cache
+def divergences(eta: float) -> tuple[float, float]:
+    """KL(π_0‖π_η) and the Fisher information along the direction, both per rollout."""
+    now, then = POLICY.columns(), POLICY.columns(eta)
+    probability = np.exp(now["logp"])
+    return tuple((probability * x).sum(1).mean() for x in (now["logp"] - then["logp"], now["fisher"]))
+
+
+class Entropy:
+    """H̄ with the interval that its standard error makes."""
+
+    def __init__(self, sums: SequenceSums, per: str):
+        ratio = entropy_ratio(sums, per, FORM["causal"])
+        groups = Groups.of(sums.group, "random")
+        self.value, self.stderr = float(ratio.mean), groups.stderr(ratio.centred / ratio.total)[0]
+        self.reach = stdtrit(groups.dof, 0.975) * self.stderr
+
+    def interval(self) -> tuple[float, float]:
+        return self.value - self.reach, self.value + self.reach

@@ -3,11 +3,13 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import trainer_files as files
 from sharded_files import write_ranks
 
+from dentropy import measure
 from dentropy.cli import main
 from dentropy.demo.run import POLICY, draw_rollouts, load_policy, load_tokenizer
 from dentropy.experiment import figures
@@ -59,6 +61,7 @@ def test_commands_for_trainers_run_and_agree(tmp_path, monkeypatch):
     policy, tokenizer = load_policy()
     drawn = draw_rollouts(policy, tokenizer, 3, 2, seed=0)
     drawn = drawn.take([i for i in range(len(drawn)) if drawn.response(i)[-1] == tokenizer.eos_token_id])
+    rollouts = as_recorded(policy, drawn)
     with torch.no_grad():
         next(policy.model.parameters()).mul_(1.001)
     policy.model.save_pretrained(tmp_path / "NEXT_DIR")
@@ -68,12 +71,6 @@ def test_commands_for_trainers_run_and_agree(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     drawn.to_jsonl("own.jsonl")
     probed = {"dentropy": run(["probe", "--rollouts", "own.jsonl", *commands_of_trainers()["slime"][3:]])}
-    rollouts = [
-        files.Rollout(
-            *drawn.row(i), int(drawn.group[i]), float(drawn.reward[i]), *[[-0.5] * int(drawn.response_lens[i])] * 2
-        )
-        for i in range(len(drawn))
-    ]
     for trainer, words in commands_of_trainers().items():
         place, rows, write = WRITTEN[trainer]
         (tmp_path / trainer / place).parent.mkdir(parents=True)
@@ -84,8 +81,21 @@ def test_commands_for_trainers_run_and_agree(tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path / trainer)
         probed[trainer] = run(words)
     assert {content["n_tokens"] for content in probed.values()} == {drawn.n_tokens}
-    for name in ("base_entropy", "step_size"):
-        assert len({content[name] for content in probed.values()}) == 1, name
+    assert len({content["step_size"] for content in probed.values()}) == 1
+    for trainer, content in probed.items():  # some record the sampler's log-probabilities: weights of 1, to rounding
+        assert content["base_entropy"] == pytest.approx(probed["dentropy"]["base_entropy"], rel=1e-6), trainer
+
+
+def as_recorded(policy, drawn):
+    """Rollouts of the policy, with what it gave their tokens."""
+    logp = np.minimum(measure(policy, drawn, keep_tokens=True).tokens.logp.double().numpy(), 0.0)
+    logps = np.split(logp, drawn.response_offsets[1:-1])
+    return [
+        files.Rollout(
+            *drawn.row(i), int(drawn.group[i]), float(drawn.reward[i]), [0.5] * len(logps[i]), logps[i].tolist()
+        )
+        for i in range(len(drawn))
+    ]
 
 
 def run(words):
@@ -117,12 +127,7 @@ def test_commands_for_runs_work_and_agree(tmp_path, monkeypatch):
         next(model.parameters()).mul_(1.001)
     drawn = draw_rollouts(policy, tokenizer, 6, 3, seed=0)
     drawn = drawn.take([i for i in range(len(drawn)) if drawn.response(i)[-1] == tokenizer.eos_token_id])
-    rollouts = [
-        files.Rollout(
-            *drawn.row(i), int(drawn.group[i]), float(drawn.reward[i]), *[[-0.5] * int(drawn.response_lens[i])] * 2
-        )
-        for i in range(len(drawn))
-    ]
+    rollouts = as_recorded(policy, drawn)
     monkeypatch.setattr(files, "letters", load_tokenizer)
     monkeypatch.setattr(figures, "FIGURES", {})
     places = {"TRL": "RUN/checkpoint-{}", "prime-rl": "RUN/weights/step_{}", "anything": "model-{}"}

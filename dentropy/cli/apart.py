@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from pathlib import Path
+
+from dentropy.experiment.trl_names import CHECKPOINT, COMPLETIONS
 
 SPLIT_SEED = 0
 BIASED = "an update judged on the rollouts that made it is biased, often to the wrong sign"
@@ -46,7 +47,7 @@ def apart(batch, update, divide: bool):
 def _warn_of_trl_numbers(option: str, rollouts: str | None, policy: str, after: str | None) -> None:
     """TRL counts a step before it saves: with its defaults completions_00003 is sampled by checkpoint-2 and makes the
     update to checkpoint-3."""
-    log = re.fullmatch(r"completions_(\d+)", Path(rollouts or "").name.partition(".")[0])
+    log = COMPLETIONS.fullmatch(Path(rollouts or "").name)
     if log is None:
         return
     step, saved, moved = int(log[1]), _checkpoint(policy), _checkpoint(after)
@@ -62,5 +63,5 @@ def _warn_of_trl_numbers(option: str, rollouts: str | None, policy: str, after: 
 
 
 def _checkpoint(folder: str | None) -> int | None:
-    found = re.fullmatch(r"checkpoint-(\d+)", Path(folder or "").name)
+    found = CHECKPOINT.fullmatch(Path(folder or "").name)
     return None if found is None else int(found[1])

@@ -29,7 +29,11 @@ def add(commands) -> None:
         )
     command.add_argument("--rollouts", metavar="DIR", help="of verl: its rollout_data_dir")
     command.add_argument(
-        "--lag", type=int, metavar="N", help="of prime-rl: by how many steps the policy that samples is behind"
+        "--lag",
+        type=int,
+        metavar="N",
+        help="of prime-rl: by how many steps the policy that samples is behind, to have each checkpoint judged by "
+        "rollouts of its own (default: by the first export that made none of its steps, reweighted)",
     )
     command.add_argument(
         "--fresh", action="store_true", help="judge every step by rollouts drawn anew, to the prompts of the logs"

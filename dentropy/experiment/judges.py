@@ -15,8 +15,8 @@ class Judged:
 
     Attributes:
         before, after: the checkpoints.
-        by: AFTER, rollouts that `after` sampled; HELD_OUT, those that `before` sampled and that made no update; FRESH,
-            some drawn from `after` now.
+        by: AFTER, rollouts that `after` sampled, or that are reweighted to it; HELD_OUT, those that `before` sampled
+            and that made no update; FRESH, some drawn from `after` now.
         rollouts: their file; of FRESH, the one whose prompts they answer.
     """
 
@@ -54,6 +54,17 @@ def judged_steps(run: RecordedRun) -> list[Judged]:
         else:
             found.append(Judged(before, after, FRESH, _prompts(run, before)))
     return found
+
+
+def judge_of(row: dict) -> str:
+    """Who judged a step of the timeline, for a reader.
+
+    Example:
+        >>> judge_of({"judged_by": AFTER, "base_weights_ess_fraction": 0.913})
+        'next rollouts, reweighted to an ESS of 91.3%'
+    """
+    share = row.get("base_weights_ess_fraction")
+    return row["judged_by"] + ("" if share is None else f", reweighted to an ESS of {share:.1%}")
 
 
 def _prompts(run: RecordedRun, before: Checkpoint) -> Rollouts:

@@ -6,7 +6,9 @@ prime-rl (weights/step_N beside token_exports/), or a list of checkpoints in a T
 
 from __future__ import annotations
 
+import math
 import re
+import sys
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,8 +17,12 @@ from pathlib import Path
 
 from dentropy.doors import json_value, regular_file, third_party
 from dentropy.experiment.sampled_by import Schedule, sampled_log
+from dentropy.experiment.trl_names import CHECKPOINT, COMPLETIONS
+from dentropy.model.adapters import base_it_began_at
 from dentropy.rollouts.files import rows_in
 
+LAST_STEP = 10**15  # far beyond any run
+LARGEST = sys.float_info.max
 LIST_KEYS = {"path": str, "step": int, "rollouts": str, "made_update": bool, "entropy": (int, float)}
 
 
@@ -81,7 +87,8 @@ def recorded_run(
         rollouts: of verl, its rollout_data_dir.
         schedule: TRL's, where logs do not tell which checkpoint sampled them.
         lag: of prime-rl, by how many steps the policy that samples is behind: what was exported at step N was sampled
-            by the weights of step N − lag.
+            by the weights of step N − lag. None: a checkpoint gets the first export after its step, which made none of
+            the steps to it; what the sampler gave its tokens is in there, to weigh them with.
         fresh: do without: no log judges a step.
 
     Raises:
@@ -93,7 +100,7 @@ def recorded_run(
         return _listed(path)
     if not path.is_dir():
         raise ValueError(f"run: {path}: no such folder or file, expected a run's folder or a list of checkpoints")
-    if found := _numbered(path, r"checkpoint-(\d+)"):
+    if found := _numbered(path, CHECKPOINT):
         return _trl(path, found, schedule, fresh)
     if found := _numbered(path, r"global_step_(\d+)"):
         return _verl(path, found, rollouts, fresh)
@@ -106,11 +113,17 @@ def recorded_run(
 
 
 def _trl(folder: Path, checkpoints: dict[int, Path], schedule: Schedule | None, fresh: bool) -> RecordedRun:
-    logs = _numbered(folder / "completions", r"completions_(\d+)\.(?:parquet|jsonl)")
+    logs = _numbered(folder / "completions", COMPLETIONS)
     history = _log_history(checkpoints[max(checkpoints)])
     evaluated = {entry["step"] for entry in history if any(name.startswith("eval_") for name in entry)} & set(logs)
+    base = _common_base(checkpoints)
+    if base is not None:
+        checkpoints = {0: base} | checkpoints
     by = {} if fresh else {step: sampled_log(step, logs, _answers(), schedule, evaluated) for step in checkpoints}
     entropy = _of_single_steps(history, "entropy")
+    notes = [f"completions of step {step} left out: an evaluation wrote over them" for step in sorted(evaluated)]
+    if base is not None:
+        notes.append(f"checkpoint 0 is {base}, the base model of the adapters: training is taken to have begun there")
 
     def rollouts(step: int) -> Rollouts | None:
         log = by.get(step)
@@ -120,8 +133,14 @@ def _trl(folder: Path, checkpoints: dict[int, Path], schedule: Schedule | None, 
         f"{folder}, a run of TRL",
         tuple(Checkpoint(step, place, rollouts(step), entropy.get(step + 1)) for step, place in checkpoints.items()),
         tuple(Rollouts(log, step) for step, log in logs.items() if step not in evaluated),
-        tuple(f"completions of step {step} left out: an evaluation wrote over them" for step in sorted(evaluated)),
+        tuple(notes),
     )
+
+
+def _common_base(checkpoints: dict[int, Path]) -> Path | None:
+    """The base model of checkpoints that are adapters alone; None where one is not, or is what training began at."""
+    bases = {base_it_began_at(place, "run") for place in checkpoints.values()}
+    return None if 0 in checkpoints or len(bases) > 1 or None in bases else Path(bases.pop())
 
 
 def _verl(folder: Path, checkpoints: dict[int, Path], rollouts: str | Path | None, fresh: bool) -> RecordedRun:
@@ -130,27 +149,32 @@ def _verl(folder: Path, checkpoints: dict[int, Path], rollouts: str | Path | Non
         raise ValueError(f"rollouts: not given, expected the rollout_data_dir of {folder}, a run of verl (--rollouts)")
     dumps = _numbered(Path(rollouts), r"(\d+)\.jsonl")
     places = {step: place / "actor" if (place / "actor").is_dir() else place for step, place in checkpoints.items()}
-    return _with_lag(f"{folder}, a run of verl", places, dumps, 1, fresh)
+    return _of_dumps(f"{folder}, a run of verl", places, dumps, {step: step + 1 for step in places}, fresh)
 
 
 def _prime_rl(folder: Path, checkpoints: dict[int, Path], lag: int | None, fresh: bool) -> RecordedRun:
-    """It samples while it trains, by weights that are some steps old."""
+    """It samples while it trains, by weights that are some steps old, and exports what they gave the tokens."""
+    if lag is not None and lag < 0:
+        raise ValueError(f"lag: {lag}, expected at least 0: rollouts are sampled before they make a step")
     exports = _numbered(folder / "token_exports", r"step_(\d+)")
-    if lag is None and not fresh:
-        raise ValueError(
-            f"lag: not given, and {folder}, a run of prime-rl, does not say by how many steps the policy that samples "
-            "is behind, expected that (--lag N), or --fresh, which draws rollouts anew"
-        )
-    return _with_lag(f"{folder}, a run of prime-rl", checkpoints, exports, lag, fresh)
+    if lag is None:
+        ends = [*list(checkpoints)[1:], math.inf]  # so that no two checkpoints get the same
+        by = {
+            step: next((export for export in exports if step < export <= end), None)
+            for step, end in zip(checkpoints, ends, strict=True)
+        }
+    else:
+        by = {step: step + lag for step in checkpoints}
+    return _of_dumps(f"{folder}, a run of prime-rl", checkpoints, exports, by, fresh)
 
 
-def _with_lag(
-    kind: str, checkpoints: dict[int, Path], dumps: dict[int, Path], lag: int | None, fresh: bool
+def _of_dumps(
+    kind: str, checkpoints: dict[int, Path], dumps: dict[int, Path], by: dict[int, int | None], fresh: bool
 ) -> RecordedRun:
-    """A run whose dump of step s was sampled by the policy after s − lag steps."""
+    """A run whose dump of step `by[s]`, where there is one, judges as the checkpoint after s steps."""
 
     def rollouts(step: int) -> Rollouts | None:
-        return None if fresh or step + lag not in dumps else Rollouts(dumps[step + lag], None)
+        return None if fresh or by[step] not in dumps else Rollouts(dumps[by[step]], None)
 
     others = tuple(Rollouts(dump, step) for step, dump in dumps.items())
     return RecordedRun(
@@ -190,6 +214,8 @@ def _listed(path: Path) -> RecordedRun:
     entries = content.get("checkpoints") if isinstance(content, dict) else None
     if not isinstance(entries, list):
         raise ValueError(f"run: {path}: no list `checkpoints`, expected one of path and step")
+    if beside := [name for name in content if name != "checkpoints"]:
+        raise ValueError(f"run: {path}: {beside[0]!r:.40} is unknown, expected `checkpoints` alone")
     return RecordedRun(
         str(path), tuple(_entry(f"run: {path}: checkpoint {i + 1}", e, path) for i, e in enumerate(entries))
     )
@@ -206,6 +232,10 @@ def _entry(where: str, entry: object, path: Path) -> Checkpoint:
     for name in ("path", "step"):
         if name not in entry:
             raise ValueError(f"{where}: no {name}, expected path and step")
+    if not 0 <= entry["step"] <= LAST_STEP:
+        raise ValueError(f"{where}: step: {entry['step']!r:.40}, expected a number of optimizer steps")
+    if not abs(entry.get("entropy", 0)) <= LARGEST:  # nor NaN
+        raise ValueError(f"{where}: entropy: {entry['entropy']!r:.40}, expected a finite number")
     rollouts = entry.get("rollouts")
     made = entry.get("made_update", True)
     return Checkpoint(
@@ -216,7 +246,7 @@ def _entry(where: str, entry: object, path: Path) -> Checkpoint:
     )
 
 
-def _numbered(folder: Path, pattern: str) -> dict[int, Path]:
+def _numbered(folder: Path, pattern: str | re.Pattern) -> dict[int, Path]:
     """What in a folder has a name of the pattern, by its number, in order."""
     if not folder.is_dir():
         return {}

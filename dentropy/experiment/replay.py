@@ -194,7 +194,7 @@ def _own_update(step: Judged, settings: Settings) -> PolicyGradientStep | None:
 
 def _own_entropy(policy: Policy, rollouts: Rollouts, settings: Settings) -> dict:
     """H̄ of the first checkpoint by its own rollouts: they say nothing of the step that they made, but this they do."""
-    sums = measure(policy, settings.read(rollouts, policy), token_budget=settings.token_budget)
+    sums = measure(policy, settings.read(rollouts, policy), keep_tokens=True, token_budget=settings.token_budget)
     value, influence = entropy_per_token(sums)
     stderr, _ = Groups.of(sums.group, settings.prompts).stderr(influence)
     return {"own_entropy_before": value, "own_entropy_before_stderr": stderr}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -85,11 +85,11 @@ def watch_step(
 
 
 @dataclass(frozen=True)
-class BackwardChange:
-    """The change of entropy of a step, by rollouts of the policy after it: R(after) − R(before), nats per token.
+class OtherChange:
+    """The change of entropy of a step by other rollouts than its own: R(after) − R(before), nats per token.
 
     delta, stderr      the change and its standard error; None where the groups do not allow one
-    ess_fraction       of the weights from the new weights to the old
+    ess_fraction       of the weights from the new weights, or from the sampler, to the old
     verdict            as `importance_diagnostics` gives it
     """
 
@@ -190,17 +190,23 @@ class StepWatch:
         self.forecast = forecast_within_reach(self.base, [self], self.slope, self.batch.reward, self.entropy, ())
         self._hold_against_rounding()
 
-    def look_back_by(self, batch: PackedBatch) -> BackwardChange:
+    def look_back_by(self, batch: PackedBatch) -> OtherChange:
         """The change by rollouts of the policy as it is now, right after the step: its next ones, sampled for the next.
 
-        They are weighted from the new weights to the old. Raises as `measure` and `importance` do.
+        They are weighted from the new weights to the old; those with `sampler_logp`, which another policy sampled, from
+        that one to both. None of them may have made this step or one before it. Raises as `measure` and `importance`
+        do.
         """
         with self._watched.policy() as policy:
             now = measure(policy, batch, keep_tokens=True, **self._settings)
         with self._watched.policy(self._before) as policy:
             past = measure(policy, batch, keep_tokens=True, **self._settings)
         back = importance(now, past, weights="prefix")  # R(before) − R(after)
-        return BackwardChange(-back.delta, back.stderr, back.ess_fraction, importance_diagnostics(back).verdict)
+        return OtherChange(-back.delta, back.stderr, back.ess_fraction, importance_diagnostics(back).verdict)
+
+    def as_sampled(self) -> PackedBatch:
+        """The rollouts with what the policy before the step gave their tokens: for a judge of later steps."""
+        return replace(self.batch, sampler_logp=np.asarray(self.base.tokens.logp, dtype=np.float64))
 
     def numbers(self) -> dict[str, float]:
         """What there is to log, by name: numbers that are not there are left out, the verdict is 0 for unusable, 1 for

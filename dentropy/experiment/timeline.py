@@ -13,7 +13,7 @@ from dentropy import __version__
 from dentropy.estimators import Estimate, MeanChange, Statistic
 from dentropy.experiment import timeline_figure
 from dentropy.experiment.entries import writable
-from dentropy.experiment.judges import HELD_OUT, Judged
+from dentropy.experiment.judges import HELD_OUT, Judged, judge_of
 from dentropy.experiment.probe import entropy_per_token
 from dentropy.experiment.recorded_run import RecordedRun
 from dentropy.experiment.report import replay_page
@@ -62,6 +62,7 @@ def pair_row(result: ProbeResult, step: Judged) -> dict:
         **_mean("length", result.forecast.length, change.eta, sign, size),
         **_scaled("kl", result.forecast.kl.measured.get(change.eta), 1.0),
         **_update(result.update, size),
+        **_base_weights(result.content["base_weights"]),
         "warnings": "; ".join(result.content["audit"]["warnings"]),
     }
 
@@ -93,7 +94,7 @@ def pair_text(row: dict) -> str:
     measured, predicted = (number(row[name], row[f"{name}_stderr"]) for name in ("measured", "predicted"))
     return (
         f"checkpoint {row['step_before']} to {row['step_after']}: ΔH measured {measured}, predicted {predicted} "
-        f"nats per token ({row['judged_by']}, {row['verdict']})"
+        f"nats per token ({judge_of(row)}, {row['verdict']})"
     )
 
 
@@ -221,6 +222,11 @@ def _update(found: UpdateAttribution | None, size: float) -> dict:
         return {}
     terms = {f"update_{name}": size * getattr(found, name) for name in UPDATE_TERMS}
     return terms | {"update_cosine": found.cosine, "update_noise_fraction": found.noise_fraction}
+
+
+def _base_weights(found: dict | None) -> dict:
+    """What makes rollouts of another sampler count as the checkpoint's own; nothing where they are its own."""
+    return {} if found is None else {f"base_weights_{name}": found[name] for name in ("ess_fraction", "verdict")}
 
 
 def _scaled(name: str, found: Statistic | None, factor: float) -> dict:

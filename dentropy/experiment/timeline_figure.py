@@ -15,6 +15,7 @@ def timeline(content: dict):
     _changes(top, rows)
     _entropies(bottom, rows)
     bottom.set_xlabel("optimizer step")
+    bottom.xaxis.get_major_locator().set_params(integer=True)
     return figure
 
 
@@ -43,7 +44,7 @@ def _changes(axes, rows: list[dict]) -> None:
     if np.isfinite(logged).any():
         axes.plot(middle, logged, "_", color=COLOURS["fresh"], ms=10, label="difference of logged entropies")
     axes.set_ylabel(f"ΔH of a step\n({unit.name})")
-    axes.legend(frameon=False, fontsize=9)
+    _legend_above(axes)
 
 
 def _entropies(axes, rows: list[dict]) -> None:
@@ -59,7 +60,12 @@ def _entropies(axes, rows: list[dict]) -> None:
     if np.isfinite(logged).any():
         axes.plot(steps, logged, "+", color=COLOURS["fresh"], ms=8, label="as the trainer logged it")
     axes.set_ylabel("entropy\n(nats per token)")
-    axes.legend(frameon=False, fontsize=9)
+    _legend_above(axes)
+
+
+def _legend_above(axes) -> None:
+    """Where it hides nothing."""
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2, frameon=False, fontsize=8)
 
 
 def _column(rows: list[dict], name: str) -> np.ndarray:

@@ -6,6 +6,7 @@ They lie in the trainer's `_buffered_inputs`, a list of padded batches made anew
 from __future__ import annotations
 
 from dentropy.rollouts.batch import PackedBatch
+from dentropy.rollouts.reading import UNCUT
 
 BUFFER = "_buffered_inputs"
 SAMPLER = "sampling_per_token_logps"  # there where an engine samples and its ratio to the policy is corrected for
@@ -18,9 +19,8 @@ def buffered(trainer) -> list[dict] | None:
 
 def not_the_policys(args) -> str | None:
     """Why what the trainer samples does not judge its policy, in words; None where it does."""
-    cuts = {"top_p": (1.0,), "top_k": (0, -1, None), "min_p": (0.0, None), "repetition_penalty": (1.0,)}
-    for name, off in cuts.items():
-        if (value := getattr(args, name, off[0])) not in off:
+    for name, uncut in UNCUT.items():
+        if (value := getattr(args, name, None)) not in uncut:
             return f"it samples with {name}={value}, from another distribution than the policy's"
     if getattr(args, "generation_kwargs", None):
         return f"it samples with generation_kwargs={args.generation_kwargs}"

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from dentropy.doors import reason
 from dentropy.experiment.run_folder import ViewsFailedError
-from dentropy.experiment.step_watch import VERDICTS, StepWatch
+from dentropy.experiment.step_watch import VERDICTS, OtherChange, StepWatch
 from dentropy.experiment.watched_policy import WatchedPolicy
 from dentropy.integrations import next_rollouts
 from dentropy.integrations.prompts import PromptSource
@@ -61,6 +61,13 @@ class EntropyForecast(TrainerCallback):
                                               from the new weights to the old
 
     which needs no sampling of its own. Where one batch of rollouts serves several steps, it judges the last before it.
+    With earlier=True there is with each record but the first
+
+        dentropy/earlier/step                 the record before, whose rollouts these are
+        dentropy/earlier/measured_delta, _stderr, ess_fraction, verdict   the change by them, reweighted
+
+    as what the policy of that time gave their tokens is known. Those of the trainer's earlier batches judge no step:
+    the policy was made from them.
     A number that is not there (a standard error from one prompt, a slope where the learning rate is 0) has no key.
 
     Training goes on as without it, bit for bit: weights, optimizer state, random states, gradients, buffers, training
@@ -81,6 +88,7 @@ class EntropyForecast(TrainerCallback):
         folder: where they go, as step-000100; None means "dentropy" in the trainer's output_dir.
         seed: of the generator that draws prompts and rollouts, the callback's own.
         rewards: whether the trainer's reward functions are called.
+        earlier: whether the rollouts of the record before judge a step too: two more passes, and no sampling.
         token_budget: as in `measure`.
 
     Raises:
@@ -107,6 +115,7 @@ class EntropyForecast(TrainerCallback):
         folder: str | Path | None = None,
         seed: int = 0,
         rewards: bool = True,
+        earlier: bool = False,
         token_budget: int | str = AUTO,
     ):
         for name, count, least in (
@@ -119,6 +128,7 @@ class EntropyForecast(TrainerCallback):
                 raise ValueError(f"{name}: {count}, expected at least {least}")
         self.every, self.n_prompts, self.per_prompt, self.report_every = every, n_prompts, per_prompt, report_every
         self.seed, self.folder, self.rewards, self.token_budget = seed, folder, rewards, token_budget
+        self.earlier = earlier
         self._prompts, self._max_new_tokens, self._temperature = prompts, max_new_tokens, temperature
         self._trainer = None
         self._forget()
@@ -137,7 +147,7 @@ class EntropyForecast(TrainerCallback):
 
     def _forget(self) -> None:
         """What belongs to one run of train()."""
-        self._watched = self._source = self._rewards = self._step = self._past = None
+        self._watched = self._source = self._rewards = self._step = self._past = self._earlier = None
         self._ready: dict[str, float] = {}
         self._totals = dict.fromkeys(TOTALS, 0.0)
         self._recorded = self._failed = 0
@@ -200,6 +210,8 @@ class EntropyForecast(TrainerCallback):
             self._log_now = True
             if self._judges:
                 self._past = number, step, next_rollouts.buffered(self._trainer)
+            if self.earlier:
+                self._look_back_by_earlier(number, step)
 
     def on_step_end(self, args, state, control, **_):
         if self._log_now:
@@ -217,7 +229,7 @@ class EntropyForecast(TrainerCallback):
         self._ready = {}
 
     def on_train_end(self, args, state, control, **_):
-        self._watched = self._step = self._past = None
+        self._watched = self._step = self._past = self._earlier = None
 
     def _rollouts(self, args, number: int, processing_class) -> PackedBatch:
         """Rollouts of the policy as it is, to prompts of the training data: others than the trainer's, by a generator
@@ -270,11 +282,13 @@ class EntropyForecast(TrainerCallback):
             batch = next_rollouts.packed(buffer, self._temperature_of(args))
             if batch is None:
                 return
-            found = step.look_back_by(batch)
-            numbers = {"step": number, "measured_delta": found.delta, "ess_fraction": found.ess_fraction}
-            numbers |= {"verdict": VERDICTS[found.verdict]}
-            numbers |= {} if found.stderr is None else {"measured_delta_stderr": found.stderr}
-            self._ready |= {f"next_batch/{name}": float(value) for name, value in numbers.items()}
+            self._ready |= _named("next_batch", number, step.look_back_by(batch))
+
+    def _look_back_by_earlier(self, number: int, step: StepWatch) -> None:
+        """This step, judged by the rollouts of the record before."""
+        earlier, self._earlier = self._earlier, (number, step.as_sampled())
+        if earlier is not None:
+            self._ready |= _named("earlier", earlier[0], step.look_back_by(earlier[1]))
 
     def _save(self, step: StepWatch, number: int, folder: Path, processing_class) -> None:
         """The run folder of this step; a number is put behind a name that is taken."""
@@ -296,6 +310,14 @@ class EntropyForecast(TrainerCallback):
                 raise
             self._failed += 1
             warnings.warn(f"EntropyForecast: the record of step {number} failed: {reason(error)}", stacklevel=3)
+
+
+def _named(judge: str, number: int, found: OtherChange) -> dict[str, float]:
+    """What other rollouts than the record's say, under the judge's name; `number` is the step that belongs to them."""
+    numbers = {"step": number, "measured_delta": found.delta, "ess_fraction": found.ess_fraction}
+    numbers |= {"verdict": VERDICTS[found.verdict]}
+    numbers |= {} if found.stderr is None else {"measured_delta_stderr": found.stderr}
+    return {f"{judge}/{name}": float(value) for name, value in numbers.items()}
 
 
 class _NotFinite(Exception):

@@ -12,6 +12,7 @@ from dentropy.model.checkpoint import load_checkpoint
 from dentropy.model.names import canonical, is_adapters, some
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+NO_EFFECT_AT_FIRST = (True, "gaussian")  # of PEFT's ways to start LoRA; others change the base model too
 # Entries of an adapter's configuration that say nothing of what its tensors do.
 BESIDE_THE_POINT = {"auto_mapping", "inference_mode", "lora_dropout", "peft_version", "revision", "task_type"}
 
@@ -71,6 +72,16 @@ def adapter_as_update(base, folder, trust_remote_code: bool = False) -> tuple[di
         raise ValueError(f"after: {folder}: an adapter that cannot be merged into weights, expected one like LoRA")
     merged = adapted.merge_and_unload()
     return before, {name: p.detach() for name, p in merged.named_parameters(remove_duplicate=False)}
+
+
+def base_it_began_at(folder, argument: str) -> str | None:
+    """The base model of an adapter that had no effect when its training began; None for what is no such adapter."""
+    if not is_adapter_folder(folder):
+        return None
+    config = _config(folder, argument)
+    base = config.get("base_model_name_or_path")
+    began = config.get("peft_type") == "LORA" and config.get("init_lora_weights", True) in NO_EFFECT_AT_FIRST
+    return base if began and isinstance(base, str) else None
 
 
 def _config(folder, argument: str) -> dict:

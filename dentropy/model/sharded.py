@@ -8,10 +8,14 @@ it is; here it may name the classes of a checkpoint and nothing else.
 from __future__ import annotations
 
 import io
+import math
 import pickle
 import re
 from collections.abc import Iterator
+from dataclasses import replace
+from enum import Enum
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -57,43 +61,78 @@ def sharded_tensors(folder: Path, argument: str) -> dict[str, Tensor]:
     return tensors
 
 
-class _Restricted(pickle.Unpickler):
+class _Restricted(pickle._Unpickler):  # the one in Python, whose single steps can be refused
+    dispatch: ClassVar[dict] = dict(pickle._Unpickler.dispatch)
+
     def find_class(self, module: str, name: str):
         if name in ALLOWED.get(module, ()):
             return super().find_class(module, name)
         raise ValueError(f"it names {module}.{name}, which no checkpoint needs")
 
+    def load_build(self):
+        if isinstance(self.stack[-2], (type, Enum)):  # there once for the whole process
+            raise ValueError(f"it changes {self.stack[-2]}, which no checkpoint needs")
+        super().load_build()
+
+    dispatch[pickle.BUILD[0]] = load_build
+
 
 def _distributed(folder: Path, where: str) -> Iterator[tuple[str, Tensor]]:
     import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+    from torch.distributed.checkpoint.metadata import StorageMeta
 
     class Reader(dcp.FileSystemReader):
         def read_metadata(self, *args, **kwargs):
-            metadata = _Restricted(io.BytesIO((folder / METADATA).read_bytes())).load()
-            if not isinstance(metadata, Metadata):
-                raise ValueError(f"it holds a {type(metadata).__name__}")
-            for info in metadata.storage_data.values():
-                if Path(info.relative_path).name != info.relative_path:
-                    raise ValueError(f"it names {info.relative_path}, outside of the folder")
-            if getattr(metadata, "storage_meta", None) is None:
-                metadata.storage_meta = self.storage_meta()
-            metadata.storage_meta.load_id = self.load_id
-            return metadata
+            return replace(metadata, storage_meta=StorageMeta(load_id=self.load_id))
 
     expected = "a checkpoint of torch.distributed"
     try:
-        entries = Reader(folder).read_metadata().state_dict_metadata
+        metadata = _metadata((folder / METADATA).read_bytes())
+        entries = _tensors_of(metadata)
     except Exception as error:  # a damaged pickle fails in any way; all of them are refused
         raise ValueError(f"{where}: {METADATA} cannot be read ({reason(error)}), expected {expected}") from error
     for name, entry in entries.items():
-        if isinstance(entry, TensorStorageMetadata) and not OPTIMIZER.search(name):
+        if not OPTIMIZER.search(name):
             try:
-                state = {name: torch.empty(entry.size, dtype=entry.properties.dtype)}
+                state = {name: _empty(entry)}
                 dcp.load(state, storage_reader=Reader(folder), no_dist=True)
             except (Exception, dcp.CheckpointException) as error:  # torch's own is no Exception
                 raise ValueError(f"{where}: {name} cannot be read ({reason(error)}), expected {expected}") from error
             yield name, state[name]
+
+
+def _metadata(data: bytes):
+    """What `.metadata` holds; ValueError where that is no Metadata, or names files outside of its folder."""
+    from torch.distributed.checkpoint.metadata import Metadata
+
+    metadata = _Restricted(io.BytesIO(data)).load()
+    if not isinstance(metadata, Metadata):
+        raise ValueError(f"it holds a {type(metadata).__name__}")
+    for info in metadata.storage_data.values():
+        if Path(info.relative_path).name != info.relative_path:
+            raise ValueError(f"it names {info.relative_path}, outside of the folder")
+    return metadata
+
+
+def _tensors_of(metadata) -> dict:
+    """Its entries of tensors, by name."""
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    names = metadata.state_dict_metadata
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError("it has names that are no text")
+    return {name: entry for name, entry in names.items() if isinstance(entry, TensorStorageMetadata)}
+
+
+def _empty(entry) -> Tensor:
+    """A place for a tensor; ValueError where its parts leave some of it out, which nothing would fill, or overlap."""
+    if sum(math.prod(part.sizes) for part in entry.chunks) == math.prod(entry.size):
+        filled = torch.zeros(entry.size, dtype=torch.bool)
+        for part in entry.chunks:
+            filled[tuple(slice(at, at + size) for at, size in zip(part.offsets, part.sizes, strict=True))] = True
+        if filled.all():
+            return torch.empty(entry.size, dtype=entry.properties.dtype)
+    raise ValueError(f"its parts are not the whole, {list(entry.size)}")
 
 
 def _of_ranks(folder: Path, where: str) -> Iterator[tuple[str, Tensor]]:

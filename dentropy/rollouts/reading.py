@@ -15,7 +15,7 @@ from dentropy.rollouts.formats.known import recognized
 
 _log = logging.getLogger(__name__)
 # What leaves a sampler's distribution as it is; anything else is another one, which the policy's entropy is not of.
-UNCUT = {"top_p": (None, 1), "top_k": (None, 0, -1), "min_p": (None, 0)}
+UNCUT = {"top_p": (None, 1), "top_k": (None, 0, -1), "min_p": (None, 0), "repetition_penalty": (None, 1)}
 SETTINGS = ("sampling_params", "generation_config", "generation_kwargs", "metadata")  # columns that may hold them
 
 
@@ -146,6 +146,6 @@ def _check_uncut(where: str, row: dict) -> None:
         for name, uncut in UNCUT.items():
             if settings.get(name) not in uncut:
                 raise ValueError(
-                    f"{where}: {name}: {settings[name]!r:.40}: sampling was cut, so these rollouts are of another "
+                    f"{where}: {name}: {settings[name]!r:.40}: sampled with it, these rollouts are of another "
                     f"distribution than the policy's, expected {name} at {uncut[-1]}"
                 )

@@ -8,7 +8,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from samplers import drawn_by, every_answer, mean_over_answers
+from samplers import ETA, FORMS, RIGHT, divergences, drawn_by, every_answer, mean_over_answers, statistics
 from tables import ESTIMATORS, POLICY, one_batch, per_both, table_with_tokens
 
 from dentropy.estimators import (
@@ -21,16 +21,10 @@ from dentropy.estimators import (
     importance,
     importance_diagnostics,
     on_policy_audit,
-    predict,
-    prediction_error,
     slope,
     token_attribution,
 )
 from dentropy.stats.tables import SequenceSums
-
-ETA = 0.1
-RIGHT = np.random.default_rng(1).random((POLICY.n_prompts, len(POLICY.sequences))) < 0.3
-FORMS = {"causal": "prefix", "exact": "sequence"}
 
 
 @per_both
@@ -90,32 +84,9 @@ def test_the_forecast_of_every_answer():
     for change, values in ((found.reward, RIGHT.astype(float)), (found.length, lengths)):
         # the slopes have baselines from answers that are drawn independently: see the coverage
         assert change.base == pytest.approx(mean_over_answers(values)[0], rel=1e-12)
-    probability = np.exp(POLICY.columns()["logp"])
-    divergence = (probability * (POLICY.columns()["logp"] - POLICY.columns(0.5)["logp"])).sum(1).mean()
+    divergence, fisher = divergences(0.5)
     assert found.kl.measured[0.5].value == pytest.approx(divergence, rel=1e-10)
-    fisher = (probability * POLICY.columns()["fisher"]).sum(1).mean()
     assert found.kl.fisher.value == pytest.approx(fisher, rel=1e-10)
-
-
-def statistics(base, moved, right):
-    """Every estimate and the truth it is of, by name."""
-    truths = {per: (POLICY.truth(0.0, per), POLICY.truth(ETA, per)[0]) for per in ("token", "sequence")}
-    for per, ((before, first, second), after) in truths.items():
-        for estimator in ESTIMATORS:
-            yield f"slope {estimator} {per}", slope(base, estimator=estimator, per=per), first
-        for estimator, weights in FORMS.items():
-            measured = importance(base, moved, weights=weights, per=per)
-            bend = curvature(base, estimator=estimator, per=per)
-            error = prediction_error(predict(slope(base, estimator=estimator, per=per), ETA, bend), measured)
-            yield f"importance {weights} {per}", measured, after - before
-            yield f"curvature {estimator} {per}", bend, second
-            yield f"error {weights} {per}", error, ETA * first + ETA**2 / 2 * second - (after - before)
-    found = forecast(base, {ETA: moved}, right)
-    lengths = np.broadcast_to(POLICY.lengths, RIGHT.shape).astype(float)
-    for name, change, values in (("reward", found.reward, RIGHT.astype(float)), ("length", found.length, lengths)):
-        now, first, _ = mean_over_answers(values)
-        yield f"{name} slope", change.slope, first
-        yield f"{name} change", change.changes[ETA], mean_over_answers(values, ETA)[0] - now
 
 
 @pytest.mark.parametrize(

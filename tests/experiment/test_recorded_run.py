@@ -41,8 +41,35 @@ def test_a_run_of_prime_rl(tmp_path):
         None,
     ]
     assert [step.by for step in judged_steps(recorded_run(tmp_path, fresh=True))] == ["fresh rollouts"] * 2
-    with pytest.raises(ValueError, match="lag: not given, .*--fresh"):
-        recorded_run(tmp_path)
+    with pytest.raises(ValueError, match="lag: -1, expected at least 0"):
+        recorded_run(tmp_path, lag=-1)
+
+
+def test_without_a_lag_a_checkpoint_of_prime_rl_is_judged_by_the_first_export_after_it(tmp_path):
+    """It made none of the steps until there, and no other checkpoint is judged by it."""
+    folders(tmp_path, *(f"weights/step_{s}" for s in (2, 4, 6, 8)), *(f"token_exports/step_{s}" for s in (1, 2, 4, 9)))
+    judges = [c.rollouts and c.rollouts.path.name for c in recorded_run(tmp_path).checkpoints]
+    assert judges == ["step_4", None, None, "step_9"]
+
+
+def adapter(folder, **settings):
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {"peft_type": "LORA", "base_model_name_or_path": "some/base", "init_lora_weights": True} | settings
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+def test_adapters_of_trl_began_at_their_base_model(tmp_path):
+    for step in (1, 2):
+        adapter(tmp_path / f"checkpoint-{step}")
+    run = recorded_run(tmp_path)
+    assert [c.step for c in run.checkpoints] == [0, 1, 2] and str(run.checkpoints[0].path) == "some/base"
+    assert "checkpoint 0 is some/base, the base model" in run.notes[0]
+    for other in (dict(base_model_name_or_path="other/base"), dict(init_lora_weights="pissa"), dict(peft_type="IA3")):
+        adapter(tmp_path / "checkpoint-2", **other)  # of which it cannot be said
+        assert [c.step for c in recorded_run(tmp_path).checkpoints] == [1, 2]
+    adapter(tmp_path / "checkpoint-2")
+    folders(tmp_path, "checkpoint-0")
+    assert [c.step for c in recorded_run(tmp_path).checkpoints] == [0, 1, 2] and recorded_run(tmp_path).notes == ()
 
 
 def test_a_list_in_toml_is_one_in_json(tmp_path):
@@ -67,6 +94,9 @@ def test_a_list_in_toml_is_one_in_json(tmp_path):
         ({"checkpoints": [{"path": "a"}]}, "checkpoint 1: no step"),
         ({"checkpoints": [{"path": "a", "step": True}]}, "checkpoint 1: step: True"),
         ({"checkpoints": [{"path": "a", "step": 1, "rolouts": "b"}]}, "'rolouts' is unknown"),
+        ({"checkpoints": [{"path": "a", "step": -1}]}, "checkpoint 1: step: -1"),
+        ({"checkpoints": [{"path": "a", "step": 1, "entropy": 10**400}]}, "checkpoint 1: entropy: 1000"),
+        ({"checkpoints": [], "temperature": 1.0}, "'temperature' is unknown"),
         ({"checkpoints": [{"path": "a", "step": 1}]}, "1 checkpoint in"),
         ({"checkpoints": [{"path": "a", "step": 1}, {"path": "b", "step": 1}]}, "expected increasing ones"),
     ],

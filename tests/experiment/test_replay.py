@@ -1,14 +1,17 @@
 """A run replayed, step by step, against the same rollouts one at a time in float64."""
 
+import copy
 import csv
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from models import random_direction, random_model, with_lora
 from one_at_a_time import TEMPERATURE, token_values
+from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from dentropy import PackedBatch, Policy, sample
@@ -67,15 +70,16 @@ def weights(run, before, after):
     return old, new, {name: (p - old.get_parameter(name)).detach() for name, p in new.named_parameters()}
 
 
+def before_each(batch, values):
+    """The sum of what comes before each token in its rollout."""
+    parts = np.split(values.numpy(), np.cumsum(batch.response_lens)[:-1])
+    return np.concatenate([np.cumsum(part) - part for part in parts])
+
+
 def change(batch, here, there):
     """ΔH from `here` to `there` with prefix weights, and the causal slope `here`."""
-    ends = np.cumsum(batch.response_lens)[:-1]
-
-    def before_each(values):
-        return np.concatenate([np.cumsum(part) - part for part in np.split(values.numpy(), ends)])
-
-    h, weight = here.entropy.numpy(), np.exp(before_each(there.logp - here.logp))
-    slope = (here.dentropy.numpy() + before_each(here.dlogp) * (h - h.mean())).mean()
+    h, weight = here.entropy.numpy(), np.exp(before_each(batch, there.logp - here.logp))
+    slope = (here.dentropy.numpy() + before_each(batch, here.dlogp) * (h - h.mean())).mean()
     return (weight * there.entropy.numpy()).sum() / weight.sum() - h.mean(), slope
 
 
@@ -97,6 +101,33 @@ def test_each_step_is_measured_and_predicted_from_the_weights_after_it(run, repl
     assert [row[f"logged_entropy_{side}"] for side in ("before", "after")] == [
         1.5 - row[f"step_{side}"] / 8 for side in ("before", "after")
     ]
+
+
+def test_rollouts_of_an_older_policy_that_say_so_judge_as_if_they_were_the_later_ones(run, tmp_path):
+    """Those of checkpoint 0, with what it gave their tokens, judge the step from 2 to 3."""
+    batch = PackedBatch.from_jsonl(run / "0.jsonl").take(range(12))
+    sampler, _, moved = weights(run, 0, 2)
+    logp = token_values(sampler, batch, moved, 0).logp
+    replace(batch, sampler_logp=np.minimum(logp.numpy(), 0.0)).to_jsonl(tmp_path / "old.jsonl")
+    entries = [{"path": str(run / f"after-{step}"), "step": step, "rollouts": "old.jsonl"} for step in (2, 3)]
+    (tmp_path / "run.json").write_text(json.dumps({"checkpoints": entries}))
+    said = []
+    settings = Settings(parameters=False)
+    (row,) = replay(recorded_run(tmp_path / "run.json"), tmp_path / "out", settings, said.append)["steps"]
+    old, new, _ = weights(run, 2, 3)
+    before, after = (mean_entropy(batch, token_values(model, batch, moved, 0), logp) for model in (old, new))
+    assert row["entropy_after"] == pytest.approx(after, rel=1e-5)
+    assert row["own_entropy_before"] == pytest.approx(before, rel=1e-5)
+    assert row["measured"] == pytest.approx(after - before, rel=1e-3)
+    assert token_values(new, batch, moved, 0).entropy.mean().item() != pytest.approx(after, rel=1e-3)
+    assert 0.1 < row["base_weights_ess_fraction"] < 0.9 and "reweighted to an ESS of" in said[0]
+    assert "reweighted, ESS" in (tmp_path / "out/report.html").read_text()
+
+
+def mean_entropy(batch, here, sampler_logp):
+    """By prefix weights from the sampler."""
+    weight = np.exp(before_each(batch, here.logp - sampler_logp))
+    return (weight * here.entropy.numpy()).sum() / weight.sum()
 
 
 def test_equal_checkpoints_are_a_step_that_changes_nothing(replayed):
@@ -188,22 +219,28 @@ def test_the_error_of_sum_less_whole_is_that_of_what_is_left_of_each_batch():
 
 @pytest.mark.slow
 def test_checkpoints_that_are_adapters(tmp_path):
-    """The step moves the adapter: against both adapted policies in float64."""
-    random_model("llama", num_hidden_layers=1).save_pretrained(tmp_path / "base")
-    model = with_lora(AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval())
-    entries = []
+    """The first step puts the adapter on its base model, the second moves it: against the policies in float64."""
+    random_model("llama", num_hidden_layers=1).save_pretrained(tmp_path / "after-0")
+    model = with_lora(AutoModelForCausalLM.from_pretrained(tmp_path / "after-0").eval())
+    entries, drawn = [{"path": "after-0", "step": 0}], {}
     for step in (1, 2):
         with torch.no_grad():
             for name, p in model.named_parameters():
                 if "lora_" in name:
-                    p.mul_(1.5)
+                    p.mul_(1.5 if step == 2 else 0.7)
         model.save_pretrained(tmp_path / f"after-{step}")
-        entries.append({"path": f"after-{step}", "step": step})
-    drawn = sample(Policy(model), PROMPTS, per_prompt=2, max_new_tokens=8, temperature=TEMPERATURE, seed=0)
-    drawn.to_jsonl(tmp_path / "2.jsonl")
-    entries[1]["rollouts"] = "2.jsonl"
+        drawn[step] = sample(Policy(model), PROMPTS, per_prompt=2, max_new_tokens=8, temperature=TEMPERATURE, seed=step)
+        drawn[step].to_jsonl(tmp_path / f"{step}.jsonl")
+        entries.append({"path": f"after-{step}", "step": step, "rollouts": f"{step}.jsonl"})
     (tmp_path / "run.json").write_text(json.dumps({"checkpoints": entries}))
-    (row,) = replay(recorded_run(tmp_path / "run.json"), tmp_path / "out", Settings(parameters=False))["steps"]
-    old, new, moved = weights(tmp_path, 1, 2)
-    delta, slope = change(drawn, token_values(new, drawn, moved, 1), token_values(old, drawn, moved, 0))
-    assert row["measured"] == pytest.approx(-delta, rel=1e-3) and row["predicted"] == pytest.approx(slope, rel=1e-3)
+    rows = replay(recorded_run(tmp_path / "run.json"), tmp_path / "out", Settings())["steps"]
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "after-0", dtype=torch.float64)
+    merged = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "after-1").merge_and_unload()
+    added = {name: (p - base.get_parameter(name)).detach() for name, p in merged.named_parameters()}
+    for row, (old, new, moved) in zip(rows, ((base, merged, added), weights(tmp_path, 1, 2)), strict=True):
+        batch = drawn[row["step_after"]]
+        delta, slope = change(batch, token_values(new, batch, moved, 1), token_values(old, batch, moved, 0))
+        assert row["measured"] == pytest.approx(-delta, rel=1e-3) and row["predicted"] == pytest.approx(slope, rel=1e-3)
+    content = json.loads((tmp_path / "out/pairs/000000-000001/probe/results.json").read_text())
+    shares = content["audit"]["contributions"]["parameters"]  # of base weights, which training left as they were
+    assert shares["sum"] == pytest.approx(shares["expected"], rel=1e-4)

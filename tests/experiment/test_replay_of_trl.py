@@ -5,7 +5,9 @@ import json
 
 import numpy as np
 import pytest
-from trainers import sampling_trainer
+from peft import LoraConfig
+from trainers import sampling_trainer, tiny_model
+from transformers import AutoModelForCausalLM
 
 from dentropy.cli import main
 from dentropy.examples import grpo_run
@@ -43,6 +45,31 @@ def test_a_tiny_run_is_replayed_by_what_it_left(tmp_path, monkeypatch, capsys):
         )
         assert step["step_size"] == pytest.approx(rate) and step["measured"][0]["eta"] == pytest.approx(-rate)
     assert "sum of the measured changes" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`:FutureWarning")
+def test_a_run_of_adapters_begins_at_its_base_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "FIGURES", {})
+    tiny_model().save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+    sampling_trainer("grpo", tmp_path / "run", model=model, settings=KEPT, peft_config=lora).train()
+    options = "--temperature 1.5 --append-eos --max-new-tokens 6 --update-tokens --max-grad-norm 1"
+    assert main(["replay", str(tmp_path / "run"), "--out", str(tmp_path / "out"), *options.split()]) == 0
+    content = json.loads((tmp_path / "out" / "replay.json").read_text())
+    rows = content["steps"]
+    assert "checkpoint 0 is" in content["notes"][0] and "base" in content["notes"][0]
+    assert [(row["step_before"], row["step_after"], row["judged_by"]) for row in rows] == [
+        (0, 1, "next rollouts"),
+        (1, 2, "next rollouts"),
+        (2, 3, "fresh rollouts"),
+    ]
+    for row in rows[:2]:  # texts have lost some tokens of so random a policy
+        assert row["entropy_after"] == pytest.approx(row["logged_entropy_after"], rel=0.05)
+    assert rows[0]["own_entropy_before"] == pytest.approx(rows[0]["logged_entropy_before"], rel=0.05)
+    assert rows[0]["measured"] == pytest.approx(rows[0]["predicted_quadratic"], rel=0.2)
+    assert "update_tokens" not in rows[0] and rows[1]["update_cosine"] > 0.5
 
 
 @pytest.mark.filterwarnings("ignore:`:FutureWarning")

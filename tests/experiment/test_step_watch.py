@@ -55,6 +55,15 @@ def test_the_change_is_that_of_the_policy_itself_forwards_and_backwards():
     assert step.look_back_by(batch).delta == pytest.approx(change, rel=1e-4)
 
 
+def test_its_own_rollouts_say_the_same_as_those_of_the_policy_that_it_was():
+    model, optimizer = model_and_optimizer()
+    with watch_step(model, optimizer, random_batch()) as step:
+        optimizer.step()
+    found = step.look_back_by(step.as_sampled())
+    assert found.delta == pytest.approx(step.measured.delta, rel=1e-4) and found.ess_fraction > 0.5
+    assert step.look_back_by(step.batch).delta != pytest.approx(step.measured.delta, rel=1e-2)
+
+
 def test_the_prediction_is_the_taylor_expansion_of_that_change():
     """To second order: what is left over is of the third."""
     left = []

@@ -3,6 +3,7 @@
 import json
 import math
 
+import pytest
 from harness import Format, run
 from mangling import as_json, mangled, mangled_bytes
 
@@ -182,3 +183,10 @@ def test_masked_rows(folder):
 def test_text(folder):
     counts = run(Format(800, make(TEXT), read, forbidden, permitted), folder)
     assert min(counts["read"], counts["refused"]) > 40
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [ROWS, MASKED, TEXT], ids=["token ids", "masked rows", "text"])
+def test_many_files(folder, rows):
+    counts = run(Format(10_000, make(rows), read, forbidden, permitted), folder)
+    assert min(counts["read"], counts["refused"]) > 500

@@ -247,6 +247,15 @@ def test_many_files(folder, name):
     fuzz(name, 10_000, folder)
 
 
+def fuzz_folders(count, folder):
+    counts = run(Format(count, in_folder, read, whole), folder)
+    assert min(counts["read"], counts["refused"]) > count / 20
+
+
 def test_folders(folder):
-    counts = run(Format(100, in_folder, read, whole), folder)
-    assert min(counts["read"], counts["refused"]) > 5
+    fuzz_folders(100, folder)
+
+
+@pytest.mark.slow
+def test_many_folders(folder):
+    fuzz_folders(10_000, folder)

@@ -4,7 +4,7 @@ import gc
 
 import pytest
 
-from dentropy.experiment.step_watch import BackwardChange
+from dentropy.experiment.step_watch import OtherChange
 from dentropy.integrations import transformers
 
 
@@ -32,8 +32,11 @@ class QuickStep:
     def look_back(self):
         pass
 
+    def as_sampled(self):
+        return self.batch
+
     def look_back_by(self, batch):
-        return BackwardChange(delta=0.1, stderr=0.01, ess_fraction=1.0, verdict="reliable")
+        return OtherChange(delta=0.1, stderr=0.01, ess_fraction=1.0, verdict="reliable")
 
     def numbers(self):
         return {"entropy": 2.0, "predicted_delta": 0.1, "measured_delta": 0.2}
@@ -42,3 +45,4 @@ class QuickStep:
 @pytest.fixture
 def quick(monkeypatch):
     monkeypatch.setattr(transformers, "StepWatch", QuickStep)
+    return QuickStep

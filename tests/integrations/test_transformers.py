@@ -241,6 +241,19 @@ def test_a_batch_that_serves_two_steps_judges_the_last_before_it(tmp_path, quick
     assert judged == [2]
 
 
+def test_rollouts_of_the_record_before_judge_a_step_too(tmp_path, quick, monkeypatch):
+    judged, back = [], quick.look_back_by
+    monkeypatch.setattr(quick, "look_back_by", lambda step, batch: judged.append((step, batch)) or back(step, batch))
+    trainer = sampling_trainer("grpo", tmp_path, settings=dict(max_steps=4))
+    EntropyForecast.attach(trainer, 2, **SMALL, earlier=True)
+    trainer.train()
+    entries = recorded(trainer)
+    assert [(entry["step"], entry.get("earlier/step")) for entry in entries] == [(1, None), (2, 1.0), (4, 2.0)]
+    assert entries[1]["earlier/measured_delta"] == 0.1 and entries[1]["earlier/verdict"] == 2
+    own = [(step, batch) for step, batch in judged if len(batch) == len(step.batch)]  # others are the trainer's
+    assert len(own) == 2 and own[1][1] is own[0][0].batch
+
+
 @pytest.mark.slow
 def test_every_few_records_a_run_folder(tmp_path):
     trainer = sampling_trainer("grpo", tmp_path, settings=dict(max_steps=2))

@@ -151,12 +151,12 @@ class TestTemperature:
             read(path)
 
 
-@pytest.mark.parametrize("settings", [{"top_p": 0.95}, {"top_k": 50}, {"min_p": 0.1}])
+@pytest.mark.parametrize("settings", [{"top_p": 0.95}, {"top_k": 50}, {"min_p": 0.1}, {"repetition_penalty": 1.1}])
 def test_rollouts_that_were_cut_are_refused(tmp_path, settings):
     row = {"prompt_ids": [5], "response_ids": [7], "top_p": 1.0, "top_k": -1, "min_p": 0.0}
     assert len(read(files.as_json_lines(tmp_path / "a", [row]))[0]) == 1
     for cut in (row | settings, row | {"sampling_params": settings}):
-        with pytest.raises(ValueError, match=f"line 2: {next(iter(settings))}: .*sampling was cut"):
+        with pytest.raises(ValueError, match=f"line 2: {next(iter(settings))}: .*of another distribution"):
             read(files.as_json_lines(tmp_path / "a", [row, cut]))
 
 

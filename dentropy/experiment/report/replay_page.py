@@ -84,7 +84,7 @@ def _steps(rows: list[dict]) -> list[Table]:
     checkpoints = ("Checkpoints", "before, after", _link)
     changes = [
         checkpoints,
-        ("Judged by", "", lambda row: row["judged_by"]),
+        ("Judged by", "", _judge),
         ("Rollouts", "", lambda row: row.get("n_rollouts") and number(row["n_rollouts"])),
         _with_error("Entropy after", "entropy_after", entropy),
         ("Logged", NATS, _logged),
@@ -130,6 +130,14 @@ def _alone(head: str, name: str, unit: Unit) -> Column:
 def _logged(row: dict) -> Markup | None:
     value = row["logged_entropy_after"]
     return None if value is None else number(value, f"{value:.4f}")
+
+
+def _judge(row: dict) -> Markup | str:
+    """With the ESS of the weights that make rollouts of another sampler count as the checkpoint's."""
+    share = row.get("base_weights_ess_fraction")
+    if share is None:
+        return row["judged_by"]
+    return Markup("{}<br><small>reweighted, ESS {}</small>").format(row["judged_by"], percent(share))
 
 
 def _link(row: dict) -> Markup | str:
