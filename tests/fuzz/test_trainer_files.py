@@ -238,7 +238,7 @@ def fuzz(name, count, folder):
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_files(folder, name):
-    fuzz(name, 300, folder)
+    fuzz(name, 150, folder)
 
 
 @pytest.mark.slow
