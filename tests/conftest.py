@@ -7,6 +7,7 @@ from pkgutil import iter_modules
 
 import pytest
 import torch
+from interpreter import patch_at_launches_only
 
 # Models here are tiny: threads that wait for each other cost more than they compute.
 torch.set_num_threads(1)
@@ -19,6 +20,7 @@ if find_spec("triton") is not None and not torch.cuda.is_available():
         patch.setenv("TRITON_INTERPRET", "1")
         for module in iter_modules(find_spec("dentropy.kernels").submodule_search_locations):
             import_module(f"dentropy.kernels.{module.name}")
+    patch_at_launches_only()
 
 
 def pytest_collection_finish():

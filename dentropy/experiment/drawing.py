@@ -86,9 +86,10 @@ def svg(figure, name: str) -> str:
 
     if figure.get_layout_engine() is not None:  # once: to save is to lay out twice
         figure.get_layout_engine().execute(figure)
-        figure.set_layout_engine("none")
     text = io.StringIO()
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+    no_engine = {"figure.autolayout": False, "figure.constrained_layout.use": False}
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name} | no_engine):
+        figure.set_layout_engine(None)  # with any, and "none" is one, to save is to draw twice
         figure.savefig(text, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     drawn = text.getvalue()
     drawn = drawn[drawn.index("<svg") :]

@@ -5,6 +5,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from crosses import crossed
 from models import InFloat64, random_direction, random_model
 
 from dentropy import Direction, Policy, curvature, importance, measure, probe, sample, slope
@@ -66,7 +67,9 @@ def passes(single, monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * name.startswith("pairs")) for name in CASES]
+)
 def test_passes_are_as_few_as_said(single, passes, name):
     etas, serves = CASES[name]
     counts = []
@@ -85,8 +88,7 @@ def test_passes_are_as_few_as_said(single, passes, name):
     assert said in found.summary() and f"about {about:.0f} plain forward passes" in found.summary()
 
 
-@pytest.mark.parametrize("dtype", ["single", "double"])
-@pytest.mark.parametrize("name", CASES)
+@crossed(lambda name, dtype: dtype == "single" or name == "a pair", name=CASES, dtype=["single", "double"])
 def test_the_curvature_is_the_nested_one_within_a_tenth_of_its_error(request, name, dtype):
     setting, (etas, _) = request.getfixturevalue(dtype), CASES[name]
     with InFloat64() if dtype == "double" else nullcontext():

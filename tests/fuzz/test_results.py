@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 from harness import Format, run
 from mangling import as_json, mangled, mangled_bytes
 
@@ -82,6 +83,7 @@ def first(found):
     return next((why for why in found if why is not None), None)
 
 
-def test_results(folder):
-    counts = run(Format(1200, make, read, forbidden), folder)
-    assert min(counts["read"], counts["refused"]) > 80
+@pytest.mark.parametrize("count", [400, pytest.param(1200, marks=pytest.mark.slow)])
+def test_results(folder, count):
+    counts = run(Format(count, make, read, forbidden), folder)
+    assert min(counts["read"], counts["refused"]) > count / 15

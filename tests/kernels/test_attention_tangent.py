@@ -16,12 +16,12 @@ from dentropy.model import attention_ops
 INTERPRETED = not torch.cuda.is_available()
 needs_gpu = pytest.mark.skipif(INTERPRETED, reason="about the compiled kernel, or too long for the interpreter")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-LENGTHS = (1, 17, 64, 129)
+LENGTHS = (17, 64, 97) if INTERPRETED else (1, 17, 64, 129)
 SETTINGS = [
     dict(),
     dict(window=5),
     dict(window=40),
-    dict(window=100),
+    dict(window=70),
     dict(softcap=2.0),
     dict(sinks=True),
     dict(window=40, softcap=2.0, sinks=True),
@@ -128,7 +128,7 @@ def test_ragged_lengths(settings, dtype):
     assert_as_accurate_as_plain_pytorch(*inputs, **settings)
 
 
-@pytest.mark.parametrize("heads", [(4, 2), (4, 1), (3, 3)], ids=str)
+@pytest.mark.parametrize("heads", [(4, 2), (3, 3)], ids=str)
 def test_grouped_heads(heads):
     assert_as_accurate_as_plain_pytorch(*draw((5, 70), heads, sinks=True))
 
@@ -136,7 +136,7 @@ def test_grouped_heads(heads):
 @pytest.mark.parametrize("sizes", [(8, 8), (96, 96), (80, 24), (16, 40), (256, 256)], ids=str)
 def test_head_sizes(sizes):
     for dtype in (torch.float32, torch.bfloat16):
-        assert_as_accurate_as_plain_pytorch(*draw((3, 70), sizes=sizes, dtype=dtype))
+        assert_as_accurate_as_plain_pytorch(*draw((3, 70), (1, 1), sizes=sizes, dtype=dtype))
 
 
 @pytest.mark.parametrize("lengths", [(1,), (1, 1, 1), (0, 33, 0, 0, 1, 65, 0), (31, 32, 33, 63, 64, 65)], ids=str)
@@ -234,7 +234,9 @@ def test_head_sizes_that_do_not_fit_are_refused():
 # How the project uses them.
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt_oss"])
+@pytest.mark.parametrize(
+    "architecture", ["gemma2", "gpt_oss", pytest.param("llama", marks=[] if on_gpu else pytest.mark.slow)]
+)
 def test_a_measured_policy_is_that_of_the_plain_form(architecture, monkeypatch):
     model = random_model(architecture)
     with monkeypatch.context() as patch:

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from crosses import crossed
 from dentropy.kernels import segments
 from dentropy.kernels import token_stats as kernel
 from truth import along_the_path, assert_as_accurate_as_plain_pytorch, plain_pytorch
@@ -55,9 +56,12 @@ def draw(device):
     return draw
 
 
-@pytest.mark.parametrize("order", [0, 1, 2])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("vocabulary", [1, 2, 7, BLOCK - 1, BLOCK, BLOCK + 1, LARGE])
+@crossed(
+    lambda vocabulary, dtype, order: on_gpu or (dtype == torch.float32 and order == 2) or vocabulary == LARGE,
+    vocabulary=[1, 2, 7, BLOCK - 1, BLOCK, BLOCK + 1, LARGE],
+    dtype=DTYPES,
+    order=[0, 1, 2],
+)
 def test_any_vocabulary_dtype_and_order(token_stats, draw, vocabulary, dtype, order):
     inputs = draw(3, vocabulary, dtype)[: 2 + order]
     stats = token_stats(*inputs)
@@ -109,10 +113,13 @@ def one_hot(like, column):
     return row
 
 
-@pytest.mark.parametrize("transform", [{}, dict(softcap=4.0, temperature=1.3)], ids=str)
-@pytest.mark.parametrize("rows", HARD_ROWS)
+@crossed(
+    lambda rows, transform: on_gpu or bool(transform) == list(HARD_ROWS).index(rows) % 2,
+    rows=HARD_ROWS,
+    transform=[{}, dict(softcap=4.0, temperature=1.3)],
+)
 def test_hard_rows(token_stats, draw, rows, transform):
-    inputs = HARD_ROWS[rows](*draw(4, LARGE))
+    inputs = HARD_ROWS[rows](*draw(2, LARGE))
     stats = token_stats(*inputs, **transform)
     assert_as_accurate_as_plain_pytorch(stats, *inputs, **transform)
     slack = 2.0**-20
@@ -138,8 +145,11 @@ def test_a_common_part_of_the_derivatives_costs_no_digits(token_stats, draw, mas
     assert_as_accurate_as_plain_pytorch(stats, *kept)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.02])
-@pytest.mark.parametrize("softcap", [0.01, 1.0, 30.0, 1e4])
+@crossed(
+    lambda temperature, softcap: on_gpu or temperature == 0.02 or softcap == 1.0,
+    temperature=[1.0, 0.02],
+    softcap=[0.01, 1.0, 30.0, 1e4],
+)
 def test_softcap_and_temperature_of_any_size(token_stats, draw, softcap, temperature):
     inputs, transform = draw(3, BLOCK + 5), dict(softcap=softcap, temperature=temperature)
     assert_as_accurate_as_plain_pytorch(token_stats(*inputs, **transform), *inputs, **transform)

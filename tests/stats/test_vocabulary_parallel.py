@@ -105,7 +105,9 @@ def run_rank(rank, directory):
     if INTERPRETER_WORKS:
         from dentropy.kernels import configurations
         from dentropy.kernels import linear_token_stats as head
+        from interpreter import patch_at_launches_only
 
+        patch_at_launches_only()
         tile = configurations.Tile(16, 16, 16, 4, 2)
         configurations.HEAD["least"] = dict.fromkeys(configurations.HEAD["least"], tile)
         head.SEGMENTS, head.ROWS_PER_LAUNCH = 3, 128
