@@ -7,7 +7,9 @@ prompts drawn at random, or in 16 equal groups of fixed prompts. A line is one p
 measured at the η where the exact ESS is 95% or 80%. Prediction errors, verdicts and misses are given for the
 measurement with sequence weights and for that with prefix weights, which is what `probe` shows; a prediction error
 takes the slope that is the measurement's derivative. "warned, of misses" is the share of batches with a warning, and
-that of those whose interval misses. The same lines, as a table, are written beside the JSON.
+that of those whose interval misses. Soft policies, whose intervals have to cover, are sampled twice as often. The
+heavy-tailed one with 64 rollouts of fixed prompts comes again by how many of its rare answers a batch has. The same
+lines, as tables, are written beside the JSON.
 """
 
 import argparse
@@ -21,6 +23,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # the policies with exact answers
 
 from chains import tables_of_jets
+from machine import machine
 from oracles import TinyPolicy
 
 from dentropy.estimators import curvature, importance, importance_diagnostics, predict, prediction_error, slope
@@ -57,6 +60,8 @@ GROUPS = {
 ESS = (0.95, 0.8)
 SLOPES, CURVATURES, WEIGHTS = ("causal", "exact", "mixed"), ("exact", "causal"), ("sequence", "prefix")
 VERDICTS = ("reliable", "strained", "unusable")
+OFTEN = {"soft": 2}  # times --batches
+RARE = ("0", "1", "2", "3 or more")  # answers that begin with the rare token
 COLUMNS = {
     "policy": lambda row: row["policy"],
     "rollouts": lambda row: str(row["rollouts"]),
@@ -69,6 +74,7 @@ COLUMNS = {
     "ΔH: sequence, prefix": lambda row: shares(row["measured"], WEIGHTS),
     "prefix ΔH warned, of misses": lambda row: warned(row["measured"]["prefix"]),
     "prediction error: sequence, prefix": lambda row: shares(row["prediction_error"], WEIGHTS),
+    "prefix error warned, of misses": lambda row: warned(row["prediction_error"]["prefix"]),
     "sequence: reliable, strained, unusable": lambda row: verdicts(row, "sequence"),
     "misses of the reliable": lambda row: missed(row, "sequence"),
     "prefix: reliable, strained, unusable": lambda row: verdicts(row, "prefix"),
@@ -79,24 +85,61 @@ COLUMNS = {
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="a JSON file to write, with the table beside it")
-    parser.add_argument("--batches", type=int, default=400, help="for each line")
+    parser.add_argument("--batches", type=int, default=400, help="for each line, of soft policies twice as many")
     options = parser.parse_args(arguments)
-    rows, lines = [], ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+    rows, lines = [], head(COLUMNS)
     print(*lines, sep="\n")
     for name, settings in POLICIES.items():
         drawn, few = TinyPolicy(**settings), TinyPolicy(**settings | {"n_prompts": 16})
         for (rollouts, groups), sizes in GROUPS.items():
             policy, prompts = (few, "fixed") if "fixed" in groups else (drawn, "random")
-            for row in measured_lines(policy, sizes, prompts, options.batches):
-                rows.append({"policy": name, "rollouts": rollouts, "groups": groups, **row})
-                lines.append("| " + " | ".join(cell(rows[-1]) for cell in COLUMNS.values()) + " |")
+            batches = options.batches * OFTEN.get(name, 1)
+            for row in measured_lines(policy, sizes, prompts, batches):
+                rows.append({"policy": name, "rollouts": rollouts, "groups": groups, "batches": batches, **row})
+                lines.append(line(COLUMNS, rows[-1]))
                 print(lines[-1], flush=True)
+    by_rare = lines_by_rare_answers(options.batches)
+    lines += [
+        "",
+        "The heavy-tailed policy, 64 rollouts of 16 fixed prompts, by their rare answers:",
+        "",
+        *head(BY_RARE),
+    ]
+    lines += [line(BY_RARE, row) for row in by_rare]
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        content = {"batches": options.batches, "rows": rows}
+        content = {"machine": machine(), "rows": rows, "heavy_tailed_by_rare_answers": by_rare}
         options.out.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-        head = f"Share of {options.batches} batches whose 95% intervals cover the exact value, by bench/coverage.py."
-        options.out.with_suffix(".md").write_text("\n".join([head, "", *lines, ""]))
+        many = ", ".join(f"{name}: {options.batches * OFTEN.get(name, 1):,}" for name in POLICIES)
+        title = f"Share of batches ({many}) whose 95% intervals cover the exact value, by bench/coverage.py."
+        options.out.with_suffix(".md").write_text("\n".join([title, "", *lines, ""]))
+
+
+def head(columns: dict) -> list[str]:
+    return ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+
+
+def line(columns: dict, row: dict) -> str:
+    return "| " + " | ".join(cell(row) for cell in columns.values()) + " |"
+
+
+def lines_by_rare_answers(batches: int) -> list[dict]:
+    """The causal slope and ΔH with prefix weights at an ESS of 80%, by how many of `RARE` answers a batch has."""
+    policy, sizes = TinyPolicy(**POLICIES["heavy-tailed"] | {"n_prompts": 16}), GROUPS[64, "16 fixed"]
+    prompt, sequence = policy.sample(np.random.default_rng(0), 4 * batches, n_groups=16, prompts="fixed")
+    rare = np.minimum((policy.tokens[sequence][..., 0] == 2).sum(1), 3)
+    before, first, _ = policy.truth(0.0)
+    eta = eta_of(policy, 0.8)
+    base, moved = (tables(policy, prompt, sequence, sizes, at, order) for at, order in ((0.0, 1), (eta, 0)))
+    slopes = [slope(sums, prompts="fixed") for sums in base]
+    measured = [importance(b, m, weights="prefix", prompts="fixed") for b, m in zip(base, moved, strict=True)]
+    found = []
+    for count, name in enumerate(RARE):
+        which = np.flatnonzero(rare == count)
+        found.append({"rare_answers": name, "share": len(which) / len(rare)})
+        found[-1]["slope"] = covered([slopes[i] for i in which], first)
+        found[-1]["measured"] = covered([measured[i] for i in which], policy.truth(eta)[0] - before)
+    return found
 
 
 def eta_of(policy: TinyPolicy, ess: float) -> float:
@@ -187,6 +230,16 @@ def shares(found: dict[str, dict], names: tuple[str, ...]) -> str:
 def warned(found: dict) -> str:
     share = found["missed_warned"]
     return f"{found['warned']:.0%}, " + ("–" if share is None else f"{share:.0%}")
+
+
+BY_RARE = {
+    "rare answers": lambda row: row["rare_answers"],
+    "of all batches": lambda row: f"{row['share']:.1%}",
+    "causal slope": lambda row: f"{row['slope']['covered']:.3f}",
+    "warned": lambda row: f"{row['slope']['warned']:.0%}",
+    "prefix ΔH at ESS 80%": lambda row: f"{row['measured']['covered']:.3f}",
+    "warned there": lambda row: f"{row['measured']['warned']:.0%}",
+}
 
 
 def verdicts(row: dict, weights: str) -> str:

@@ -19,6 +19,7 @@ MEANS = ("dentropy/estimators/mean_change.py", "tests/estimators/test_forecasts.
 PASS_AT_K = ("dentropy/estimators/pass_at_k.py", "tests/estimators/test_forecasts.py")
 RATES = ("dentropy/estimators/fieller.py", "tests/estimators/test_forecasts.py")
 GROUPS = ("dentropy/estimators/groups.py", "tests/estimators/test_groups.py tests/estimators/test_jackknife.py")
+FLOOR = ("dentropy/passes/noise_floor.py", "tests/passes/test_noise_floor.py -k carries")
 OF_UPDATE = ("dentropy/passes/update_groups.py", "tests/passes/test_update_groups.py")
 CROSS_FIT = ("dentropy/passes/cross_fit.py", "tests/passes/test_cross_fit.py")
 PROXIES = ("dentropy/estimators/proxies.py", "tests/estimators/test_proxies.py")
@@ -101,6 +102,8 @@ _CHANGES = [
     (PREDICTION, "(eta**2 / 2, second)", "(eta**2, second)"),
     (GROUPS, "return count / (count - 1) * self.sums(influence) ** 2", "return self.sums(influence) ** 2"),
     (GROUPS, "return (self.members / (self.members - 1))[self.row]", "return (self.members / self.members)[self.row]"),
+    (GROUPS, "return min(self.dof, degrees_by_spread(terms))", "return self.dof"),
+    (FLOOR, "getattr(end.tokens, name).double() - getattr(start", "getattr(start.tokens, name).double() - getattr(end"),
     (
         GROUPS,
         "(count - 1) / count * np.sum((left_out - left_out.mean()) ** 2)",

@@ -36,6 +36,7 @@ class Statistic:
     jackknife_reason  why jackknife_stderr is None, in words
     dof               degrees of freedom of stderr, see `clustered_stderr`
     warnings          one sentence for each reason to doubt stderr; empty where there is none
+    doubts            those of them that the table gives rise to: they hold of whatever comes from it
     influence         float64 [S], ψ_i: the derivative of value with respect to rollout i's weight
     leave_one_out     float64 [G], value without each group in the order of the sorted labels ("fixed": [S],
                       without each rollout); None with jackknife_reason
@@ -53,6 +54,7 @@ class Statistic:
     jackknife_reason: str | None
     dof: float | None
     warnings: tuple[str, ...]
+    doubts: tuple[str, ...]
     influence: np.ndarray
     leave_one_out: np.ndarray | None
     groups: Groups
@@ -79,7 +81,7 @@ class Statistic:
         if reason is None:
             terms = groups.variance_terms(influence)
             stderr = delta_stderr = float(np.sqrt(terms.sum()))
-            dof = groups.dof
+            dof = groups.degrees(terms)
             warnings += [*doubts, *_concentration(terms, groups)]
             if left_out[0] is None:
                 warnings.append(f"no jackknife standard error: {left_out[1]}")
@@ -99,6 +101,7 @@ class Statistic:
             jackknife_reason=left_out[1],
             dof=dof,
             warnings=tuple(warnings),
+            doubts=doubts,
             influence=influence,
             leave_one_out=left_out[0],
             groups=groups,

@@ -27,7 +27,7 @@ def clustered_stderr(
 
     On a fixed set of prompts the first form is conservative. Intervals are value ± t·stderr, t with G' − 1 degrees of
     freedom ("random"; G' = (Σ T_g)² / Σ T_g², T_g the tokens of a group, is G for equal groups; no less than 2 is
-    taken) or S − G ("fixed").
+    taken) or S − G, or those of `degrees_by_spread` where these are fewer ("fixed").
 
     Args:
         influence: [S] float, in the estimate's units.
@@ -58,6 +58,21 @@ def clustered_stderr(
     return Groups.of(group, prompts).stderr(influence)
 
 
+def degrees_by_spread(terms: np.ndarray) -> float:
+    """2 / (Σ t² / (Σ t)² − 1/n), the degrees of freedom of a χ² that varies as the sum of these n terms does.
+
+    At least 1; inf for equal terms. Squares of n normal values have about n, of values with heavier tails fewer.
+
+    Example:
+        >>> import numpy as np
+        >>> degrees_by_spread(np.array([2.0, 0.0, 0.0, 0.0]))    # one of four makes it all
+        2.6666666666666665
+    """
+    mean = terms.mean()
+    variance = np.mean((terms - mean) ** 2)
+    return math.inf if variance == 0 else max(1.0, float(2 * terms.size * mean**2 / variance))
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Groups:
     """The prompt groups of a table, and whether its prompts are "random" or "fixed".
@@ -70,7 +85,8 @@ class Groups:
     A unit is what an error is made of: a group of random prompts, a rollout of fixed ones. Both kinds know
 
     refusal()            why these groups allow no standard error, in words; None where they do
-    dof                  degrees of freedom of the standard error
+    dof                  degrees of freedom of the standard error of normal values
+    degrees(terms)       those of one whose square is the sum of these terms
     variance_terms(ψ)    terms, one per unit, whose sum is the squared standard error of influence values ψ [S]
     rest(values)         the sum of values [S] with each unit left out, one per unit
     jackknife_stderr(θ)  standard error from the statistic with each unit left out
@@ -140,6 +156,10 @@ class RandomPrompts(Groups):
         """G' − 1: of so many groups of one size as vary like these, where a large one counts for more."""
         return max(1.0, float(self.weight.sum() ** 2 / np.sum(self.weight**2)) - 1)
 
+    def degrees(self, terms: np.ndarray) -> float:
+        """Those of normal values: sums over the rollouts of a prompt are nearly that."""
+        return self.dof
+
     def variance_terms(self, influence: np.ndarray) -> np.ndarray:
         count = self.labels.size
         return count / (count - 1) * self.sums(influence) ** 2
@@ -183,6 +203,10 @@ class FixedPrompts(Groups):
     @property
     def dof(self) -> float:
         return float(self.row.size - self.labels.size)
+
+    def degrees(self, terms: np.ndarray) -> float:
+        """As single rollouts vary, which are far from normal."""
+        return min(self.dof, degrees_by_spread(terms))
 
     def variance_terms(self, influence: np.ndarray) -> np.ndarray:
         return (self.members / (self.members - 1))[self.row] * self.around_means(influence) ** 2

@@ -182,6 +182,7 @@ def trust_range(first: Estimate, second: Estimate) -> TrustRange:
         2 * sign * relative / second.value,
         _ratio_left_out(first, second),
         first.groups,
+        doubts=_doubts(first, second),
         per=first.per,
     )
     return dataclasses.replace(reach, warnings=doubts + reach.warnings)
@@ -215,6 +216,11 @@ def _unresolved(first: Estimate, second: Estimate) -> tuple[str, ...]:
     )
 
 
+def _doubts(*statistics: Statistic) -> tuple[str, ...]:
+    """What is doubtful about any of them because of its table."""
+    return tuple(dict.fromkeys(doubt for statistic in statistics for doubt in statistic.doubts))
+
+
 def _combine(terms: dict[str, tuple[float, Statistic]], *, name: str, estimator: str) -> Estimate:
     """The sum of factor · statistic, all of the same rollouts; the terms become its parts."""
     factors, statistics = zip(*terms.values(), strict=True)
@@ -228,6 +234,7 @@ def _combine(terms: dict[str, tuple[float, Statistic]], *, name: str, estimator:
         total("influence"),
         (None, refused[0]) if refused else (total("leave_one_out"), None),
         statistics[0].groups,
+        doubts=_doubts(*statistics),
         per=statistics[0].per,
         contributions=total("contributions"),
         parts={part: float(factor * s.value) for part, (factor, s) in terms.items()},

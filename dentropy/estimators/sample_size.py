@@ -6,6 +6,7 @@ import math
 from typing import NamedTuple
 
 from dentropy.estimators.estimate import Statistic
+from dentropy.estimators.groups import degrees_by_spread
 
 # The normal quantile of 90%: the range given beside the number is from 10% to it.
 QUANTILE_90 = 1.2815515655446004
@@ -81,9 +82,7 @@ def rollouts_needed(
 
 def _degrees_of_freedom(estimate: Statistic) -> float:
     """Those of the squared standard error, as its own terms vary."""
-    terms = estimate.groups.variance_terms(estimate.influence)
-    variance = terms.var() * terms.size
-    return estimate.dof if variance == 0 else min(estimate.dof, max(1.0, 2 * terms.sum() ** 2 / variance))
+    return min(estimate.dof, degrees_by_spread(estimate.groups.variance_terms(estimate.influence)))
 
 
 def _chi2(dof: float, z: float) -> float:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from dentropy.passes.noise_floor import sampled_rollouts
-from dentropy.passes.update_attribution import noise_rollouts
+from dentropy.passes.slope_gradient import prompt_parts
+from dentropy.passes.update_attribution import PARTS, noise_rollouts
 from dentropy.rollouts.batch import PackedBatch
 
 # In passes without tangents, on a CPU: 2.9 and 2.8 for the demo's policy, 3.0 with tangents for a 57M model.
@@ -23,14 +22,15 @@ def cost(
         own_steps: passes that only the second derivatives need, 0 or 2.
         parameters: whether a reverse pass gives their shares.
         update: rollouts whose tokens' shares a pass with tangents gives, after the same reverse pass, and their noise
-            one over some of them.
+            one over some of them, where the rollouts are of more than one prompt.
     """
     passes = {"forward": n_etas + own_steps, "tangent": 1, "reverse": int(parameters or update is not None)}
-    sample = n_etas * int(batch.response_lens[sampled_rollouts(batch)].sum())
+    sample = int(batch.response_lens[sampled_rollouts(batch)].sum())
     tokens = sum(passes.values()) * int(batch.n_tokens) + sample
     if update is None:
         return passes | {"noise_floor": sample, "tokens": tokens}
-    shares = update.n_tokens + int(update.response_lens[np.concatenate(noise_rollouts(update))].sum())
+    lots = noise_rollouts(update, sum(1 for _ in prompt_parts(batch, PARTS)))
+    shares = update.n_tokens + sum(int(update.response_lens[rollouts].sum()) for rollouts in lots)
     return passes | {"noise_floor": sample, "update": shares, "tokens": tokens + shares}
 
 
@@ -57,10 +57,10 @@ def cost_text(content: dict) -> str | None:
     if found is None:
         return None
     passes = found["forward"] + found["tangent"] + found["reverse"]
-    share = found["noise_floor"] / content["n_tokens"] / len(content["measured"])
+    share = found["noise_floor"] / content["n_tokens"]
     more = f", {found['update']:,} tokens of the update's with tangents" if found.get("update") else ""
     return (
-        f"{passes} passes over the rollouts{more} and noise floors on {share:.0%} of the tokens at each η, "
+        f"{passes} passes over the rollouts{more} and {share:.0%} of one for the noise floors, "
         f"{found['tokens']:,} tokens in all, "
         f"about {sum(forward_passes(found, content['n_tokens']).values()):.0f} plain forward passes"
     )

@@ -78,9 +78,9 @@ def probe(
 
     A pass with tangents at the base weights gives the slope; a plain pass at θ + η·v per η gives the measurement
     (importance sampling on the same rollouts, with prefix weights and beside it with sequence weights: see "Which form"
-    in mathematics.md) and one over a sixth of the rollouts, 16 at least, its noise floor; one reverse pass gives each
-    parameter's share, unless `parameters` is False (it needs a gradient's memory). With `update`, the step that
-    `direction` is or is to be explained by, the same reverse pass and one with tangents over its rollouts give the
+    in mathematics.md) and one over a sixth of the rollouts, 16 at least, the noise floors of all; one reverse pass
+    gives each parameter's share, unless `parameters` is False (it needs a gradient's memory). With `update`, the step
+    that `direction` is or is to be explained by, the same reverse pass and one with tangents over its rollouts give the
     share of each of their tokens, and one over some of them (`noise_rollouts`) the noise in these. Second derivatives,
     for the curvature, are second differences of values: of those at ±η where two of the `etas` are such a pair and a
     good step for it, else of two plain passes more.
@@ -129,12 +129,16 @@ def probe(
     seconds = dict.fromkeys(DERIVATIVE.values())
     if no_curvature is None:
         seconds = {name: curvature(base, estimator=name, prompts=prompts, first=slopes[name]) for name in seconds}
+    first, second = ([found[name] for name in DERIVATIVE.values()] for found in (slopes, seconds))
+    measured = {
+        eta: [importance(base, table, weights=weights, prompts=prompts) for weights in DERIVATIVE]
+        for eta, table in moved.items()
+    }
+    floors = noise_floors(policy, batch, direction, base, moved, measured, first, **settings)
     changes = []
     for eta in etas:
-        measured = [importance(base, moved[eta], weights=weights, prompts=prompts) for weights in DERIVATIVE]
-        first, second = ([found[name] for name in DERIVATIVE.values()] for found in (slopes, seconds))
-        floors = noise_floors(policy, batch, direction, base, measured, first, eta, **settings)
-        prefix, sequence = (_form(eta, *of_form) for of_form in zip(measured, floors, first, second, strict=True))
+        of_forms = zip(measured[eta], floors[eta], first, second, strict=True)
+        prefix, sequence = (_form(eta, *of_form) for of_form in of_forms)
         changes.append(Change(**vars(prefix), moved=moved[eta], sequence=sequence))
     shares, of_update = _explained(policy, batch, direction, base, parameters, update, **settings)
     base_entropy, base_influence = entropy_per_token(base)

@@ -23,10 +23,11 @@ from dentropy.passes.microbatches import AUTO
 from dentropy.rollouts.batch import PackedBatch
 from dentropy.stats.tables import SequenceSums
 
-BLOCKS = 8  # other roundings
-T_QUANTILE = 2.306  # Student's t, 95%, for a standard deviation that is known from BLOCKS of them
-SHARE = 0.16  # of the rollouts that are scored again, so that five η cost less than one plain pass
+BLOCKS = 8  # other roundings, fewer where the rollouts are
+SHARE = 0.16  # of the rollouts that are scored again, once for all η
 LEAST = 2  # rollouts of a block: one alone says nothing of what rollouts share
+# Student's t at 95%, for a standard deviation that is known from one rounding, two, and so on to BLOCKS.
+T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306)
 SEED = 0
 # By the weights of a measurement, the slope that is its derivative.
 DERIVATIVE = {"prefix": "causal", "sequence": "exact"}
@@ -53,20 +54,23 @@ def noise_floor(
         d_i = [w*_i (H*_i − R T_i) − w_i (H_i − R T_i)] / Σ_j w_j T_j ,
 
     R, w and H of the measurement, a star for the other rounding (with prefix weights w_i H_i is Σ_j w_{<j} h_j, and
-    w_i T_i is Σ_j w_{<j}). With a and c the means over the sample of d_i² and of
-    d_i d_j, i ≠ j within a block, the floor is 2.306 σ (Student's t, σ being known from eight roundings),
+    w_i T_i is Σ_j w_{<j}). With a and c the means over the sample of d_i² and of d_i d_j, i ≠ j within a block, the
+    floor is t σ for the roundings, t being Student's (2.306 for eight, σ being known from so many), and 2.306 times the
+    rest, which is known:
 
-        σ² = S a + S (S − 1) max(0, c + s) + [(1 − φ) η R']² ,      φ = ⟨fl(θ + ηv) − θ, ηv⟩ / ‖ηv‖² .
+        floor² = t² σ² + 2.306² [(1 − φ) η R']² ,      σ² = S a + S (S − 1) max(0, c + s) ,
+        φ = ⟨fl(θ + ηv) − θ, ηv⟩ / ‖ηv‖² .
 
-    c is what the rollouts share, which no number of them averages out. Blocks of m rollouts know it to within the
-    standard error s = a (1 − m/S) / sqrt(4 m (m − 1)), that of c where they share nothing, and S² multiplies it: a
+    c is what the rollouts share, which no number of them averages out. B blocks of m rollouts know it to within the
+    standard error s = a (1 − m/S) sqrt(2 / (B m (m − 1))), that of c where they share nothing, and S² multiplies it: a
     sample cannot rule out that much. So the floor is up to 7 times larger than of all rollouts. φ is
     the share of the update that is left in weights of this precision and R' the slope, so that an update that is
     rounded away is seen as such.
 
-    The rollouts are drawn at random from the S of this batch with a response: the sample stands for them, whatever
-    the prompts have in common, while few heavy weights w_i may hide in the rest. Fewer than 75 rollouts cost more than
-    their share: a block has two of them at least. Every block goes over all weights once, of which it holds a copy.
+    The rollouts are drawn at random from the S of this batch with a response: the sample stands for them, whatever the
+    prompts have in common, while few heavy weights w_i may hide in the rest. Fewer than 100 rollouts cost more than
+    their share: a block has two of them at least, and there are eight from 17 rollouts on. Every block goes over all
+    weights once, of which it holds a copy.
 
     Args:
         policy, batch, direction: as measured.
@@ -77,7 +81,7 @@ def noise_floor(
         token_budget, progress: as in `measure`; progress sees the tokens of the sample.
 
     Returns:
-        2.306 σ. The same for the same input: random numbers come from a generator of a fixed seed.
+        The floor. The same for the same input: random numbers come from a generator of a fixed seed.
 
     Raises:
         ValueError: another slope; and as `measure`.
@@ -96,8 +100,9 @@ def noise_floor(
         >>> 0 < floor < 0.01 * abs(measured.delta)
         True
     """
-    settings = dict(token_budget=token_budget, progress=progress)
-    return noise_floors(policy, batch, direction, base, [measured], [first], eta, **settings)[0]
+    check_estimate("first", first, "slope", DERIVATIVE[measured.weights])
+    others = _scored_otherwise(policy, batch, direction, eta, token_budget=token_budget, progress=progress)
+    return _floor(base, measured, first, others, _lost(policy, direction, eta), np.count_nonzero(batch.response_lens))
 
 
 def noise_floors(
@@ -105,42 +110,79 @@ def noise_floors(
     batch: PackedBatch,
     direction: Direction,
     base: SequenceSums,
-    measured: Sequence[ImportanceResult],
+    moved: dict[float, SequenceSums],
+    measured: dict[float, Sequence[ImportanceResult]],
     first: Sequence[Estimate],
-    eta: float,
     *,
     token_budget: int | str = AUTO,
     progress: Callable[[int], None] | None = None,
-) -> list[float]:
-    """`noise_floor` of each of several measurements of one η, with the slope of each, by the same other roundings."""
-    for measurement, slope in zip(measured, first, strict=True):
+) -> dict[float, list[float]]:
+    """`noise_floor` of several measurements at every η, with the slope of each, from other roundings at one of them.
+
+    What these make of the log-probability and the entropy of a token at the smallest |η| is added to those at every
+    other: to first order it is the derivative along the same change of the weights, which differs by as much as the
+    policies do. Weights of rollouts, their means and what rounding took of the update are those of each η.
+
+    Args:
+        moved: the table at each η, as `measure` gives it, with its tokens.
+        measured: of each η, measurements of that table.
+    """
+    at = min(moved, key=abs)
+    for measurement, slope in zip(measured[at], first, strict=True):
         check_estimate("first", slope, "slope", DERIVATIVE[measurement.weights])
-    name_of = {id(p): name for name, p in policy.model.named_parameters()}
-    moving = [(name_of[id(p)], p.detach(), v) for p, v in policy.moving(direction)]
-    generator = torch.Generator(policy.device).manual_seed(SEED)
-    others = []
-    with moved_weights(policy, direction, eta):
-        lost = _lost(moving, dict(policy.model.named_parameters(remove_duplicate=False)), eta)
-        for rollouts in sampled_rollouts(batch):
-            with in_place_of_parameters(policy.model, _rounded_otherwise(policy.model, generator)):
-                settings = dict(keep_tokens=True, token_budget=token_budget, progress=progress)
-                table = measure(policy, batch.take(rollouts), **settings)
-            others.append((rollouts, table))
-    n, floors = np.count_nonzero(batch.response_lens), []
-    for measurement, slope in zip(measured, first, strict=True):
-        variance = _variance(_differences(base, measurement, others), n)
-        floors.append(T_QUANTILE * float(np.sqrt(variance + (lost * slope.value) ** 2)))
+    others = _scored_otherwise(policy, batch, direction, at, token_budget=token_budget, progress=progress)
+    n, floors = np.count_nonzero(batch.response_lens), {}
+    for eta, table in moved.items():
+        there = others if eta == at else [(rows, _carried(other, moved[at], table, rows)) for rows, other in others]
+        lost = _lost(policy, direction, eta)
+        floors[eta] = [_floor(base, m, s, there, lost, n) for m, s in zip(measured[eta], first, strict=True)]
     return floors
 
 
-def sampled_rollouts(batch: PackedBatch) -> np.ndarray:
-    """The rollouts whose rounding is looked at, int64 [BLOCKS, size]: in random order, none twice in a block.
+Scored = list[tuple[np.ndarray, SequenceSums]]  # the rollouts of each block, and their table under its rounding
 
-    SHARE of those with a response; but LEAST to a block where they are so few, so that some are in several blocks.
+
+def _scored_otherwise(policy: Policy, batch: PackedBatch, direction: Direction, eta: float, **settings) -> Scored:
+    """The sampled rollouts at `eta`, each block under another rounding of every weight."""
+    generator, scored = torch.Generator(policy.device).manual_seed(SEED), []
+    with moved_weights(policy, direction, eta):
+        for rollouts in sampled_rollouts(batch):
+            with in_place_of_parameters(policy.model, _rounded_otherwise(policy.model, generator)):
+                scored.append((rollouts, measure(policy, batch.take(rollouts), keep_tokens=True, **settings)))
+    return scored
+
+
+def _carried(other: SequenceSums, start: SequenceSums, end: SequenceSums, rollouts: np.ndarray) -> SequenceSums:
+    """The table of `rollouts` under another rounding, with what they change from one table of all to another."""
+    start, end = (table.take(np.argsort(table.rollout)[rollouts]) for table in (start, end))
+    tokens = {
+        name: getattr(other.tokens, name).double() + (getattr(end.tokens, name).double() - getattr(start.tokens, name))
+        for name in ("logp", "entropy")
+    }
+    sums = {name: getattr(other, name) + (getattr(end, name) - getattr(start, name)) for name in tokens}
+    return replace(other, **sums, tokens=other.tokens._replace(**tokens))
+
+
+def _floor(
+    base: SequenceSums, measured: ImportanceResult, first: Estimate, others: Scored, lost: float, n: int
+) -> float:
+    """The floor of one measurement of `n` rollouts with a response."""
+    deviation = np.sqrt(_variance(_differences(base, measured, others), n))
+    return float(np.hypot(T_QUANTILES[len(others) - 1] * deviation, T_QUANTILES[-1] * lost * first.value))
+
+
+def sampled_rollouts(batch: PackedBatch) -> np.ndarray:
+    """The rollouts whose rounding is looked at, int64 [blocks, size]: in random order, none twice and never all.
+
+    SHARE of those with a response in BLOCKS blocks; but LEAST to a block where they are so few, and of fewer than 17 as
+    many such blocks as leave one rollout out.
+    (Of two rollouts it is one, and of one that one.)
     """
     rollouts = np.random.default_rng(SEED).permutation(np.flatnonzero(batch.response_lens))
-    size = min(len(rollouts), max(LEAST, round(SHARE * len(rollouts) / BLOCKS)))
-    return np.resize(rollouts, (BLOCKS, size))
+    most = max(1, len(rollouts) - 1)
+    size = min(most, max(LEAST, round(SHARE * len(rollouts) / BLOCKS)))
+    blocks = min(BLOCKS, most // size)
+    return rollouts[: blocks * size].reshape(blocks, size)
 
 
 def _differences(
@@ -166,7 +208,7 @@ def _variance(differences: np.ndarray, n: int) -> float:
     blocks, size = differences.shape
     square = np.mean(differences**2)
     if size == 1:
-        return float(n * square)
+        return float(n**2 * square)  # as if the rollouts shared all of it
     pairs = size * (size - 1)
     product = np.mean(differences.sum(1) ** 2 - np.sum(differences**2, 1)) / pairs
     unseen = square * (1 - size / n) * np.sqrt(2 / (blocks * pairs))
@@ -174,12 +216,16 @@ def _variance(differences: np.ndarray, n: int) -> float:
 
 
 @torch.no_grad()
-def _lost(moving: list[tuple[str, Tensor, Tensor]], moved: dict[str, Tensor], eta: float) -> float:
+def _lost(policy: Policy, direction: Direction, eta: float) -> float:
     """(1 − φ) η: by how much the weights are short of η along v, having been rounded to their dtype."""
+    name_of = {id(p): name for name, p in policy.model.named_parameters()}
+    moving = [(name_of[id(p)], p.detach(), v) for p, v in policy.moving(direction)]
     along, square = 0.0, 0.0
-    for name, start, v in moving:
-        along += float(((moved[name].double() - start.double()) * v.double()).sum())
-        square += float(v.double().square().sum())
+    with moved_weights(policy, direction, eta):
+        moved = dict(policy.model.named_parameters(remove_duplicate=False))
+        for name, start, v in moving:
+            along += float(((moved[name].double() - start.double()) * v.double()).sum())
+            square += float(v.double().square().sum())
     return eta - along / square
 
 

@@ -218,9 +218,11 @@ def _steepest(update: PolicyGradientStep, at: Callable[[str], Tensor]) -> dict[s
     return found
 
 
-def noise_rollouts(batch: PackedBatch) -> list[np.ndarray]:
-    """The rollouts of an update whose shares' noise is looked at, a lot for each part of the evaluation's prompts: all
-    of them, or of more than NOISE_ROLLOUTS at even distances about so many."""
+def noise_rollouts(batch: PackedBatch, parts: int) -> list[np.ndarray]:
+    """The rollouts of an update whose shares' noise is looked at, in PARTS lots: all of them, or of more than
+    NOISE_ROLLOUTS at even distances about so many; none where the evaluation's prompts are in one of `parts`."""
+    if parts == 1:
+        return []
     apart = -(-len(batch) // NOISE_ROLLOUTS)
     return [np.arange(k * apart, len(batch), PARTS * apart) for k in range(PARTS)]
 
@@ -232,12 +234,11 @@ def _noise_fraction(update: PolicyGradientStep, gradient: SlopeGradient, share: 
     With a portion f of n prompts' independent terms, ∇R_k − f ∇R has the mean 0 and f (1 − f) times the variance of ∇R.
     Some of the update's rollouts are enough for each, and those of all parts together are one pass.
     """
-    if len(gradient.parts) == 1:
-        return None
     noise = square = 0.0
     row = np.repeat(np.arange(len(update.batch)), update.batch.response_lens)
     parts = cycle(zip(gradient.parts, gradient.portions, strict=True))
-    for rows, (part, portion) in zip(noise_rollouts(update.batch), parts, strict=False):
+    lots = noise_rollouts(update.batch, len(gradient.parts))
+    for rows, (part, portion) in zip(lots, parts, strict=False):
         apart = _steepest(update, lambda name, g=part, f=portion: g[name] - f * gradient.whole(name))
         inside = np.isin(row, rows)
         if not inside.any() or not any(u.any() for u in apart.values()):

@@ -141,7 +141,7 @@ def test_slope_with_fixed_prompts(estimator, per, n_batches):
     truth = DEFAULT.truth(0.0, per)[1]
     estimates = [slope(s, estimator=estimator, per=per, prompts="fixed") for s in sums]
     check(estimates, truth, 0.93)
-    assert {e.dof for e in estimates} == {48}  # 64 rollouts less 16 prompt means
+    assert {e.groups.dof for e in estimates} == {48}  # 64 rollouts less 16 prompt means
     value, within, _, _ = values(estimates)
     random = np.mean([slope(s, estimator=estimator, per=per).stderr for s in sums])
     assert within.mean() == pytest.approx(value.std(), rel=0.06 + chance(n_batches, 0.5**0.5))
@@ -237,7 +237,10 @@ def test_where_intervals_fail_the_warnings_fire(n_batches):
 def test_fixed_prompts_of_a_nearly_deterministic_policy_are_warned_of_where_intervals_fail(
     n_prompts, per_group, least, most
 ):
-    """32 rollouts cover 85%, and every batch is warned of; 128 with more entropy than 50 nats cover."""
+    """Every batch of 32 rollouts is warned of; 128 with more entropy than 50 nats cover.
+
+    With S − G degrees of freedom 32 cover 88%, with those that their squares show 95%.
+    """
     policy = TinyPolicy(n_prompts=n_prompts, **NEARLY_SURE)
     columns, truth = policy.columns(), policy.truth()[1]
     drawn = policy.sample(np.random.default_rng(0), 100, n_groups=n_prompts, per_group=per_group, prompts="fixed")
@@ -249,7 +252,33 @@ def test_fixed_prompts_of_a_nearly_deterministic_policy_are_warned_of_where_inte
     if not warned.all():
         assert coverage(low[~warned], high[~warned], truth) > 0.93
     elif per_group * n_prompts == 32:
-        assert coverage(low, high, truth) < 0.9
+        half = np.array([stdtrit(e.groups.dof, 0.975) * e.stderr for e in estimates])
+        middle = (low + high) / 2
+        assert coverage(middle - half, middle + half, truth) < 0.9 < coverage(low, high, truth)
+
+
+def test_a_tail_that_no_rollout_shows_is_in_no_table():
+    """Long answers behind a rare token, and short ones: without the token among the rollouts the tables are equal.
+
+    So is all that could be made of them, intervals and warnings, while the slopes are 2 standard errors apart and more.
+    """
+
+    def policy(after_rare):
+        def shift(prefix):
+            return [1.0, 0.0, -2.0] if not prefix else after_rare if prefix[0] == 2 else [1.0, 0.0, 0.0]
+
+        return TinyPolicy(vocab=3, horizon=9, n_prompts=16, shift=shift)
+
+    long, short = policy([-3.0, 0.0, 0.0]), policy([1.0, 0.0, 0.0])
+    drawn = long.sample(np.random.default_rng(0), 30, prompts="fixed")
+    without = [batch for batch in zip(*drawn, strict=True) if (long.tokens[batch[1]][:, 0] != 2).all()]
+    assert without
+    columns = [p.columns() for p in (long, short)]
+    for batch in without:
+        one, other = (long.table(*batch, of_policy) for of_policy in columns)
+        for name, column in one.columns().items():
+            np.testing.assert_array_equal(column, getattr(other, name))
+        assert abs(long.truth()[1] - short.truth()[1]) > 2 * slope(one, prompts="fixed").stderr
 
 
 @sizes

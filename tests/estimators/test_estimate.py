@@ -8,7 +8,7 @@ from scipy import stats
 from scipy.optimize import brentq
 from tables import in_one_group, one_table, prompts_both
 
-from dentropy.estimators import curvature, importance, slope
+from dentropy.estimators import curvature, difference, importance, predict, prediction_error, slope, trust_range
 from dentropy.estimators.estimate import Statistic
 from dentropy.estimators.groups import Groups
 from dentropy.estimators.jackknife import leave_one_out
@@ -22,9 +22,9 @@ def errors_of_a_mean(values, group, prompts="random"):
     return Statistic.of(values.mean(), influence, left_out, groups, per="token")
 
 
-@pytest.mark.parametrize("prompts, dof", [("random", 15), ("fixed", 48)])
+@prompts_both
 @pytest.mark.parametrize("level", [0.5, 0.95, 0.999])
-def test_interval_is_student_s(prompts, dof, level):
+def test_interval_is_student_s(prompts, level):
     for estimate in (
         slope(one_table(), prompts=prompts),
         curvature(one_table(), prompts=prompts),
@@ -32,8 +32,11 @@ def test_interval_is_student_s(prompts, dof, level):
     ):
         tokens = np.bincount(estimate.group, one_table().n_tokens)  # as many rollouts in each group, not as many tokens
         uneven = tokens.sum() ** 2 / np.sum(tokens**2) - 1
-        assert estimate.dof == pytest.approx(uneven if prompts == "random" else dof, rel=1e-12)
-        assert 0.85 * dof < estimate.dof <= dof and estimate.prompts == prompts
+        within = estimate.influence.reshape(16, 4)
+        kurtosis = stats.kurtosis((within - within.mean(1, keepdims=True)).ravel(), fisher=False)
+        dof = uneven if prompts == "random" else min(48, 2 * 64 / (kurtosis - 1))  # around means, whose own is 0
+        assert estimate.dof == pytest.approx(dof, rel=1e-9) and estimate.prompts == prompts
+        assert 0.85 * 15 < uneven <= 15
         expected = stats.t.interval(level, estimate.dof, estimate.value, 1.0)
         found = estimate.interval(level)
         half = (np.array(expected) - estimate.value) * estimate.stderr
@@ -108,7 +111,10 @@ def test_rollouts_of_little_entropy_say_so(prompts):
     scale = 49.9 / base.entropy.sum()
     for factor, expected in ((scale, True), (1.01 * scale, False)):
         sums = dataclasses.replace(base, entropy=factor * base.entropy)
-        for estimate in (slope(sums, prompts=prompts), importance(sums, moved, prompts=prompts)):
+        first, measured = slope(sums, prompts=prompts), importance(sums, moved, prompts=prompts)
+        second, line = curvature(sums, prompts=prompts), predict(first, 0.1)
+        of_two = line, prediction_error(line, measured), trust_range(first, second), difference(first, first)
+        for estimate in (first, second, measured, *of_two):
             assert any("nats of entropy in all, below 50" in w for w in estimate.warnings) == expected
     assert "hold 50 nats" in slope(dataclasses.replace(base, entropy=scale * base.entropy)).warnings[0]
 
@@ -116,7 +122,7 @@ def test_rollouts_of_little_entropy_say_so(prompts):
 def test_unequal_groups_have_fewer_degrees_of_freedom():
     values, group = np.random.default_rng(0).standard_normal(40), np.repeat([0, 1, 2, 3, 4], [2, 4, 6, 8, 20])
     assert errors_of_a_mean(values, group).dof == pytest.approx(1600 / 520 - 1, rel=1e-12)
-    assert errors_of_a_mean(values, group, "fixed").dof == 35
+    assert errors_of_a_mean(values, group, "fixed").groups.dof == 35
     assert errors_of_a_mean(values, (np.arange(40) == 0).astype(int)).dof == 1  # not 0.05
 
 

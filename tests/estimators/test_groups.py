@@ -81,3 +81,17 @@ def test_a_group_is_named_and_counted():
     assert (random.unit(1), random.count, random.dof) == ("group 7", "2 groups", 1)
     assert (fixed.unit(1), fixed.count, fixed.dof) == ("one rollout of group -2", "5 rollouts in 2 groups", 3)
     assert repr(fixed) == "FixedPrompts(5 rollouts in 2 groups)" and fixed.group.tolist() == group.tolist()
+
+
+def test_fixed_prompts_with_heavy_tails_have_fewer_degrees_of_freedom():
+    """Squares of values of kurtosis κ have the variance (κ − 1) σ⁴; a sum of n that of χ²_f with f = 2n/(κ − 1)."""
+    group, values = np.repeat(np.arange(100), 4), np.tile([1.0, -1.0, 0.0, 0.0], 100)
+    values[80:] = 0.0  # 40 of 400 are ±1: κ = 10
+    random, fixed = Groups.of(group), Groups.of(group, "fixed")
+    assert fixed.degrees(fixed.variance_terms(values)) == pytest.approx(2 * 400 / 9, rel=1e-12)
+    even = np.tile([1.0, -1.0, 1.0, -1.0], 100)
+    assert fixed.degrees(fixed.variance_terms(even)) == fixed.dof == 300
+    alone = np.where(np.arange(400) == 7, 1.0, 0.0)
+    for terms in (random.variance_terms(values), random.variance_terms(alone)):
+        assert random.degrees(terms) == random.dof == 99
+    assert 1 <= fixed.degrees(fixed.variance_terms(alone)) < 4

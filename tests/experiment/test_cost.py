@@ -3,13 +3,15 @@
 from collections import Counter
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 from crosses import crossed
 from models import InFloat64, random_direction, random_model
 
-from dentropy import Direction, Policy, curvature, importance, measure, probe, sample, slope
+from dentropy import Direction, PackedBatch, Policy, curvature, importance, measure, probe, sample, slope
 from dentropy.cli.probe import DEFAULT_STEPS
+from dentropy.experiment.cost import cost, forward_passes
 from dentropy.experiment.probe import tokens_to_run
 from dentropy.passes import slope_gradient as reverse
 from dentropy.passes.second_order import difference_step
@@ -81,11 +83,22 @@ def test_passes_are_as_few_as_said(single, passes, name):
     skipped = 2 * single.batch.n_tokens if serves else 0
     assert found.content["cost"] == {**passes, "tokens": tokens - skipped}
     assert found.base.second_order_step[0] == pytest.approx(single.own * (serves or 1), rel=1e-4)
-    share = passes["noise_floor"] / (len(etas) * single.batch.n_tokens)
-    said = f"this run: {7 if serves else 9} passes over the rollouts and noise floors on {share:.0%} of the tokens at "
-    said += f"each η, {tokens - skipped:,} tokens in all"
-    about = (5 if serves else 7) + 3 + 3 + share * len(etas)  # 12 or 14 of 160 rollouts and more
+    share = passes["noise_floor"] / single.batch.n_tokens
+    said = f"this run: {7 if serves else 9} passes over the rollouts and {share:.0%} of one for the noise floors, "
+    said += f"{tokens - skipped:,} tokens in all"
+    about = (5 if serves else 7) + 3 + 3 + share
     assert said in found.summary() and f"about {about:.0f} plain forward passes" in found.summary()
+
+
+@pytest.mark.parametrize("n", [2, 3, 8, 16, 31, 32, 64, 80, 1000])
+def test_five_eta_without_a_pair_and_parameters_come_to_less_than_14_passes(n):
+    lengths = np.random.default_rng(n).integers(1, 200, n)
+    batch = PackedBatch.from_lists([[1]] * n, [[2] * length for length in lengths], group=np.arange(n) // 4)
+    found = cost(batch, 5, 2, True)
+    passes = forward_passes(found, batch.n_tokens)
+    assert {k: passes[k] for k in ("forward", "tangent", "reverse")} == {"forward": 7, "tangent": 3, "reverse": 3}
+    assert 13 < sum(passes.values()) < 14
+    assert found["tokens"] == 9 * batch.n_tokens + found["noise_floor"]
 
 
 @crossed(lambda name, dtype: dtype == "single" or name == "a pair", name=CASES, dtype=["single", "double"])

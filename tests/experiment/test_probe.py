@@ -97,8 +97,8 @@ def test_a_change_below_the_noise_floor_is_no_measurement(policy, batch, directi
     written = found.content
     assert [entry["noise_floor"] for entry in written["measured"]] == [tiny.noise_floor, step.noise_floor]
     assert written["noise_floor"] == max(tiny.noise_floor, step.noise_floor) and tiny.noise_floor != step.noise_floor
-    for form, name in ((step, "causal"), (step.sequence, "exact")):
-        again = noise_floor(policy, batch, direction, found.base, form.measured, found.slopes[name], STEP)
+    for form, name in ((tiny, "causal"), (tiny.sequence, "exact")):  # the others are carried over from the smallest
+        again = noise_floor(policy, batch, direction, found.base, form.measured, found.slopes[name], tiny.eta)
         assert form.noise_floor == again
 
 

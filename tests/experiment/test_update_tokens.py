@@ -52,6 +52,15 @@ def test_one_reverse_pass_serves_parameters_and_tokens(setting, monkeypatch):
         assert found.parameters[name] == pytest.approx(share, rel=1e-4, abs=1e-7)
 
 
+def test_of_one_prompt_no_pass_for_the_noise_is_counted(setting):
+    policy, batch, step = setting
+    one = batch.take(np.flatnonzero(batch.group == batch.group[0]))
+    counts, settings = [], {"parameters": False, "update": step}
+    found = probe(policy, one, step.direction(), ETAS, progress=counts.append, **settings)
+    assert found.update.noise_fraction is None and found.cost["update"] == step.batch.n_tokens
+    assert sum(counts) == found.cost["tokens"] == tokens_to_run(policy, one, ETAS, **settings)
+
+
 def test_it_is_the_attribution_of_the_causal_slope(setting, result):
     policy, batch, step = setting
     sums = measure(policy, batch, step.direction(), keep_tokens=True)
