@@ -41,6 +41,8 @@ PROBE = ("dentropy/experiment/probe.py", "tests/experiment/test_probe.py")
 WATCH = ("dentropy/experiment/step_watch.py", "tests/experiment/test_step_watch.py")
 MEANT = ("dentropy/model/optimizer_step.py", "tests/experiment/test_step_watch.py")
 TRAINER = ("dentropy/integrations/transformers.py", "tests/integrations/test_transformers.py")
+SHARDED = ("dentropy/model/fully_sharded.py", "tests/passes/test_fully_sharded.py -k quick")
+IN_STEP = ("dentropy/passes/sharded_gradient.py", "tests/passes/test_fully_sharded.py -k quick")
 AUTOCAST = ("dentropy/model/float32_copies.py", "tests/integrations/test_transformers.py -k autocast")
 
 _CHANGES = [
@@ -140,6 +142,10 @@ _CHANGES = [
     # fresh rollouts
     (PROBE, "-base_influence - measured.influence", "-base_influence"),
     (PROBE, "-base_influence - measured.influence", "-base_influence + measured.influence"),
+    # sharded weights
+    (SHARDED, "g / dist.get_world_size()", "g"),
+    (IN_STEP, "run(microbatch, 0.0)", "run(microbatch)"),
+    (IN_STEP, "alpha=ranks.count()", "alpha=1"),
     # inside a trainer
     (WATCH, "OtherChange(-back.delta", "OtherChange(back.delta"),
     (MEANT, "copied = _in_float32 if in_float32 else", "copied = Tensor.clone if in_float32 else"),

@@ -18,7 +18,7 @@ from dentropy.cli.options import (
     load_libraries,
     loading,
 )
-from dentropy.cli.processes import ended_by_sigterm, is_first, process_group
+from dentropy.cli.processes import count, ended_by_sigterm, is_first, process_group
 from dentropy.cli.terminal import about, remark
 
 DEFAULT_STEPS = (-1.0, -0.5, 0.5, 1.0, 2.0)
@@ -30,6 +30,7 @@ SETTINGS = (
     "prompt_set",
     "token_budget",
     "compile_layers",
+    "shard",
     "skip_parameters",
     "pass_at_k",
     "optimizer",
@@ -98,6 +99,11 @@ def add(commands) -> None:
         help="compile decoder layers with their tangents: experimental, no gain recorded yet",
     )
     group.add_argument(
+        "--shard",
+        action="store_true",
+        help="under torchrun: spread the policy over the processes (FSDP2), none of which ever holds all of it",
+    )
+    group.add_argument(
         "--pass-at-k",
         type=int,
         nargs="+",
@@ -133,6 +139,7 @@ def _run(options) -> None:
     from dentropy.experiment.resumable import check_unfinished
     from dentropy.experiment.run_folder import check_out
     from dentropy.model.policy import Policy
+    from dentropy.passes.ranks import exchange
 
     if is_first():
         check_unfinished(check_out(options.out), options.resume)
@@ -146,12 +153,19 @@ def _run(options) -> None:
         raise ValueError("--loss-average and the other options of the loss: only with --update-rollouts")
     if options.max_new_tokens is not None and not options.append_eos:
         raise ValueError("--max-new-tokens: only with --append-eos")
+    if options.shard and count() == 1:
+        raise ValueError("--shard: in one process, expected several: torchrun --nproc-per-node K -m dentropy probe ...")
+    if options.shard and options.resume and options.update_rollouts is not None:
+        raise ValueError("--resume: with --shard and --update-rollouts, whose gradient is not kept, expected --after")
     check_files(options)
     etas = None if options.etas is None else check_etas(options.etas)
     load_libraries()
+    if options.shard:
+        exchange(None)  # from here on ranks wait for each other where none can be told: what one has refused ends all
     tokenizer = LazyTokenizer(options.policy, options.trust_remote_code)
     with about("--policy"):
-        policy = Policy.from_pretrained(options.policy, **loading(options), compile_layers=options.compile_layers)
+        settings = {"compile_layers": options.compile_layers, "shard": options.shard}
+        policy = Policy.from_pretrained(options.policy, **loading(options), **settings)
     recognized: list[str] = []  # said once all input stands: what is refused gets one line
     with about("--rollouts"):
         batch = _rollouts(options.rollouts, options, policy, tokenizer, recognized.append)
@@ -178,12 +192,13 @@ def _store(options, policy, batch, direction, update):
     from dentropy.experiment.resumable import unfinished_run
     from dentropy.passes.optimizer_state import state_file
 
-    if not is_first():
+    if not is_first() and not options.shard:
         return nullcontext()
     settings = {name: getattr(options, name) for name in SETTINGS}
     if options.optimizer_state is not None:
         settings["optimizer_state"] = hashlib.sha256(state_file(options.optimizer_state).read_bytes()).hexdigest()
-    return unfinished_run(Path(options.out), identity(policy, batch, direction, update, settings))
+    found = identity(policy, batch, direction, update, settings)  # of what ranks hold in parts all of them must say it
+    return unfinished_run(Path(options.out), found) if is_first() else nullcontext()
 
 
 def _passes(options, policy, batch, direction, update, etas, store):
@@ -235,8 +250,14 @@ def _rollouts(path: str, options, policy, tokenizer, say):
 
 def _direction(options, policy):
     """That of --after or --direction, None without."""
+    from dentropy.model.checkpoint import load_checkpoint
     from dentropy.model.direction import Direction
 
+    if options.after is not None and options.shard:
+        with about("--after"):
+            form = {"dtype": "auto", "shard": True, "trust_remote_code": options.trust_remote_code}
+            before = load_checkpoint(options.policy, "before", **form)
+            return Direction.between(before, load_checkpoint(options.after, "after", **form), options.step_size)
     if options.after is not None:
         # The folder in its own dtype shows what rounding to bf16 has lost; the float32 model would hide it.
         before = options.policy if Path(options.policy).is_dir() else policy.model
@@ -245,7 +266,7 @@ def _direction(options, policy):
             return Direction.between(before, options.after, options.step_size, trust_remote_code=trust)
     if options.direction is None:
         return None
-    direction = Direction.load(options.direction)
+    direction = Direction.load(options.direction, policy.model if options.shard else None)
     return direction if options.step_size is None else Direction(direction.tensors, options.step_size)
 
 

@@ -18,7 +18,8 @@ from dentropy.model.policy import Policy
 from dentropy.rollouts.batch import PackedBatch
 
 LIBRARIES = ("dentropy", "torch", "transformers", "triton", "numpy")
-PLACES = ("_name_or_path", "transformers_version")  # of a configuration: where it came from, not what it is
+# Of a configuration: where it came from and where it is, not what it is.
+PLACES = ("_name_or_path", "transformers_version", "distributed_config")
 
 
 def identity(

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from dentropy.model.adapter_layers import adapter_parameters
 from dentropy.model.names import resolve, some
+from dentropy.model.shards import laid_out_as, whole
 
 
 class Binding:
@@ -89,14 +90,15 @@ def _form(direction, parameters: dict[str, nn.Parameter], meant: dict[str, str])
 
 
 def _cast(moving: dict[str, Tensor], parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Each v as the parameter's tangent; ValueError where its dtype cannot hold v."""
+    """Each v as the parameter's tangent, in parts where it is; ValueError where its dtype cannot hold v."""
+    moving = {name: laid_out_as(v, parameters[name]) for name, v in moving.items()}
     cast = {name: v.to(parameters[name].device, parameters[name].dtype) for name, v in moving.items()}
     changed = [name for name, v in moving.items() if cast[name].dtype != v.dtype]  # the others were checked before
     moves = on_host({name: moving[name].any() for name in changed})
     holds = on_host({name: torch.isfinite(cast[name]).all() & cast[name].any() for name in changed if moves[name]})
     for name, held in holds.items():
         if not held:
-            v = moving[name]
+            v = whole(moving[name])
             raise ValueError(
                 f"direction: {name} reaches from {v[v != 0].abs().min():.1e} to {v.abs().max():.1e}, which "
                 f"{cast[name].dtype} cannot hold, expected a scaled direction or a policy loaded in float32"
@@ -106,7 +108,7 @@ def _cast(moving: dict[str, Tensor], parameters: dict[str, nn.Parameter]) -> dic
 
 def on_host(flags: dict[str, Tensor]) -> dict[str, bool]:
     """Scalars on any devices, read in one copy from each."""
-    found = {}
+    found, flags = {}, {name: whole(flag) for name, flag in flags.items()}
     for device in {flag.device for flag in flags.values()}:
         names = [name for name, flag in flags.items() if flag.device == device]
         found |= zip(names, torch.stack([flags[name] for name in names]).tolist(), strict=True)

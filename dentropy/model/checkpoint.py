@@ -31,15 +31,17 @@ def is_constant(name: str, n_dims: int = 0) -> bool:
     return bool(_CONSTANT.search(name) or (n_dims == 4 and _CAUSAL_MASK.search(name)))
 
 
-def load_checkpoint(source, argument: str, dtype, *, trust_remote_code: bool = False):
+def load_checkpoint(source, argument: str, dtype, *, trust_remote_code: bool = False, shard: bool = False):
     """The causal language model in a folder or of a hub id, in `dtype` ("auto": as saved).
 
     transformers fills tensors that a checkpoint lacks with random numbers and drops those it does not know; here both
-    are a ValueError naming `argument`, as is whatever cannot be loaded.
+    are a ValueError naming `argument`, as is whatever cannot be loaded. With `shard` all ranks of a process group call
+    this, and each reads no more than its part of the weights, which FSDP2 then holds.
     """
     from transformers import AutoModelForCausalLM
 
     local = is_folder(source, argument)
+    further = _sharding(source, local, argument) if shard else {}
     if local and is_sharded(Path(source)):
         return _load_sharded(Path(source), argument, dtype, trust_remote_code)
     if local:
@@ -53,6 +55,7 @@ def load_checkpoint(source, argument: str, dtype, *, trust_remote_code: bool = F
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
             local_files_only=local,
+            **further,
         )
     for kind in ("missing", "unexpected", "mismatched"):
         names = sorted(str(name) for name in found[f"{kind}_keys"] if not is_constant(str(name)))
@@ -62,6 +65,23 @@ def load_checkpoint(source, argument: str, dtype, *, trust_remote_code: bool = F
                 "the model's own"
             )
     return model
+
+
+def _sharding(source, local: bool, argument: str) -> dict:
+    """Keyword arguments with which transformers loads each rank's part."""
+    import torch.distributed as dist
+
+    where = f"{argument}: {source}"
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        raise ValueError(f"{where}: to be sharded in one process, expected a process group of several ranks (torchrun)")
+    if local and (is_sharded(Path(source)) or not (Path(source) / "config.json").is_file()):
+        raise ValueError(f"{where}: adapters and sharded checkpoints are not loaded in parts, expected safetensors")
+    try:
+        from transformers.distributed import DistributedConfig
+
+        return {"distributed_config": DistributedConfig(fsdp_size=dist.get_world_size())}
+    except (ImportError, TypeError) as error:
+        raise ValueError(f"{where}: this transformers does not load in parts, expected 5.24 or newer") from error
 
 
 def _load_sharded(folder: Path, argument: str, dtype, trust_remote_code: bool):

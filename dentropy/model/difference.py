@@ -11,6 +11,7 @@ from dentropy.model.adapter_layers import adapter_parameters
 from dentropy.model.adapters import adapter_as_update, adapter_tensors, check_same_adapter, is_adapter_folder
 from dentropy.model.checkpoint import is_constant, load_checkpoint
 from dentropy.model.names import canonical, is_adapters, resolve, some
+from dentropy.model.shards import whole
 
 # A difference of two bf16 checkpoints with more zeros than this has lost most of the update to rounding.
 MOSTLY_ZERO = 0.5
@@ -174,7 +175,7 @@ def warn_if_rounded_away(before: dict[str, Tensor], after: dict[str, Tensor], na
         if before[n].is_floating_point() and before[n].dtype.itemsize == 2 and after[n].dtype.itemsize == 2
     ]
     total = sum(before[n].numel() for n in half)
-    equal = sum(int((before[n] == after[n].to(before[n].device)).sum()) for n in half)
+    equal = sum(int(whole((before[n] == after[n].to(before[n].device)).sum())) for n in half)
     if total and equal / total > MOSTLY_ZERO and equal < total:
         warnings.warn(
             f"after: {equal / total:.0%} of the half-precision weights are equal to before; updates below "

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from dentropy.doors import regular_file, third_party
 from dentropy.model.binding import Binding, on_host
 from dentropy.model.difference import difference, warn_if_rounded_away
+from dentropy.model.in_parts import read_in_parts
 from dentropy.model.optimizer_step import learning_rate, own_parameters, stepped_copies
+from dentropy.model.shards import dot, is_shard, whole
 from dentropy.shown import count, line
 
 
@@ -46,7 +48,7 @@ class Direction:
         for name, finite in on_host({name: torch.isfinite(v).all() for name, v in self.tensors.items()}).items():
             if not finite:
                 raise ValueError(f"direction: {name} has values that are not finite, expected finite ones")
-        if not any(v.any() for v in self.tensors.values()):
+        if not any(whole(v.any()) for v in self.tensors.values()):
             raise ValueError(
                 f"direction: all {len(self.tensors)} tensors are zero, expected an update that moves something"
             )
@@ -57,7 +59,7 @@ class Direction:
 
     def norm(self) -> float:
         """‖v‖, the Euclidean norm over all tensors."""
-        return float(sum(v.double().square().sum() for v in self.tensors.values()) ** 0.5)
+        return sum(dot(v, v) for v in self.tensors.values()) ** 0.5
 
     @classmethod
     def between(cls, before, after, step_size: float, *, trust_remote_code: bool = False) -> "Direction":
@@ -128,8 +130,13 @@ class Direction:
         return cls({name: v for name, v in tensors.items() if v.any()} or tensors, step_size)
 
     @classmethod
-    def load(cls, path) -> "Direction":
+    def load(cls, path, model: nn.Module | None = None) -> "Direction":
         """The direction in a safetensors file: one tensor per parameter name, step_size in its metadata (else 1.0).
+
+        Args:
+            path: the file.
+            model: under FSDP2: then each rank reads no more than its part of every tensor, and holds that. All ranks
+                call this.
 
         Raises:
             ValueError: naming the file, for one that is not there or holds no direction.
@@ -140,7 +147,10 @@ class Direction:
         failed = f"direction: {path}: not a safetensors file"
         with third_party(failed, "a tensor for each parameter"), safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            if model is None:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+            else:
+                tensors = read_in_parts(file, model)
         with third_party(f"direction: {path}: step_size {metadata.get('step_size')!r:.40} in its metadata", "a number"):
             step_size = float(metadata.get("step_size", 1.0))
         try:
@@ -149,9 +159,11 @@ class Direction:
             raise ValueError(f"direction: {path}: {error}") from error
 
     def save(self, path) -> None:
-        """Writes what `load` reads."""
+        """Writes what `load` reads. ValueError where ranks hold it in parts."""
         from safetensors.torch import save_file
 
+        if any(map(is_shard, self.tensors.values())):
+            raise ValueError("direction: ranks hold it in parts, expected whole tensors to save")
         # copies: aliases of a tied tensor share memory, which the format refuses
         tensors = {name: v.cpu().clone(memory_format=torch.contiguous_format) for name, v in self.tensors.items()}
         save_file(tensors, path, metadata={"step_size": repr(self.step_size)})

@@ -17,6 +17,7 @@ from dentropy.doors import third_party
 from dentropy.model.adapter_layers import unusual_adapters
 from dentropy.model.attention import UnseenMask
 from dentropy.model.packed_row import PackedRow
+from dentropy.model.shards import whole
 from dentropy.stats.tables import TokenStats
 from dentropy.stats.token_stats import token_stats
 
@@ -220,7 +221,7 @@ def _settle(policy, tried: list[str]) -> None:
 
 
 def _not_finite(model: nn.Module) -> str:
-    bad = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
+    bad = [name for name, p in model.named_parameters() if not whole(torch.isfinite(p).all())]
     if not bad:
         return "logits of a short input are not finite"
     return f"weights that are not finite in {bad[0]}" + (f" and {len(bad) - 1} more" if len(bad) > 1 else "")

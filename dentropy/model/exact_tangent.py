@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from dentropy.model.adapter_layers import has_adapters, unusual_adapters
-from dentropy.model.in_place import in_place_of_parameters
 from dentropy.model.packed_row import PackedRow
 
 # Steps relative to the weights. In float32 the rounding of the difference and its curvature are both below a hundredth
@@ -82,13 +81,13 @@ def _kind(model: nn.Module, name: str, p: nn.Parameter) -> tuple:
 
 def _derivatives(policy, row: PackedRow, group: dict[str, nn.Parameter]) -> tuple[Tensor, Callable]:
     """Derivatives along a direction of `group`, and what gives their central difference at a step."""
-    moving = _direction(group)
 
     def score(eta: float, tangent: bool = False):
-        places = {}
-        for p, v in moving:
-            places[id(p)] = forward_ad.make_dual(p.detach(), v) if tangent else torch.add(p.detach(), v, alpha=eta)
-        with in_place_of_parameters(policy.model, places):
+        def make(p: Tensor) -> Tensor:
+            v = _direction(p)
+            return forward_ad.make_dual(p, v) if tangent else torch.add(p, v, alpha=eta)
+
+        with policy.in_place({id(p): make for p in group.values()}):
             return policy.score(row, tangent=tangent)
 
     with forward_ad.dual_level():
@@ -113,18 +112,15 @@ def _is_wrong(derivative: Tensor, difference: Callable[[float], Tensor], toleran
     return bool(min(off) > 4 * (difference(STEPS[0]) - difference(STEPS[1])).norm())
 
 
-def _direction(group: dict[str, nn.Parameter]) -> list[tuple[nn.Parameter, Tensor]]:
+def _direction(p: Tensor) -> Tensor:
     """Noise that is a product over dimensions, times the weights, so that nothing moves by more than its own size
     (zeros of padding stay); where all of them are zero (fresh biases and adapters) noise of size 1."""
-    moving = []
-    for p in group.values():
-        generator = torch.Generator(p.device).manual_seed(0)
-        v = p.detach().clone() if p.any() else torch.ones_like(p)
-        for i, n in enumerate(p.shape):
-            noise = torch.randn(n, generator=generator, device=p.device, dtype=p.dtype)
-            v *= noise.reshape(-1, *[1] * (p.ndim - 1 - i))
-        moving.append((p, v))
-    return moving
+    generator = torch.Generator(p.device).manual_seed(0)
+    v = p.clone() if p.any() else torch.ones_like(p)
+    for i, n in enumerate(p.shape):
+        noise = torch.randn(n, generator=generator, device=p.device, dtype=p.dtype)
+        v *= noise.reshape(-1, *[1] * (p.ndim - 1 - i))
+    return v
 
 
 def _joined(*parts: Tensor) -> Tensor:

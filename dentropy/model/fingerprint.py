@@ -6,6 +6,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from dentropy.model.shards import own_part, whole
+
 CHUNK = 2**24  # elements that are in host memory at a time
 
 
@@ -14,7 +16,8 @@ class WeightsChangedError(ValueError):
 
 
 def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """SHA-256 of names, dtypes, shapes and bytes, wherever the tensors are; in the order given.
+    """SHA-256 of names, dtypes, shapes and bytes, wherever the tensors are; in the order given. What ranks hold in
+    parts is put together, one tensor at a time: all of them must come here.
 
     Example:
         >>> one = torch.ones(2)
@@ -24,7 +27,7 @@ def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
     digest = hashlib.sha256()
     for name, tensor in tensors:
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
-        for part in tensor.detach().reshape(-1).split(CHUNK):
+        for part in whole(tensor.detach()).reshape(-1).split(CHUNK):
             digest.update(part.cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
 
@@ -42,8 +45,8 @@ def check_unchanged(model: nn.Module, before: dict[str, str]) -> None:
 
 
 def parameter_fingerprints(model: nn.Module) -> dict[str, str]:
-    """One for each parameter, by name."""
-    return {name: fingerprint([(name, p)]) for name, p in model.named_parameters()}
+    """One for each parameter, or this rank's part of it, by name."""
+    return {name: fingerprint([(name, own_part(p.detach()))]) for name, p in model.named_parameters()}
 
 
 def weights_fingerprint(model: nn.Module) -> str:

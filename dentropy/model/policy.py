@@ -6,7 +6,7 @@ nothing is padded. Whether a model allows both is not read off its name but trie
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager, nullcontext
 
 import numpy as np
@@ -24,8 +24,9 @@ from dentropy.model.compiled_layers.layers import FusedLayers
 from dentropy.model.direction import Direction
 from dentropy.model.exact_pass import check_on_rollouts, find_exact_pass
 from dentropy.model.exact_tangent import check_tangents
+from dentropy.model.fully_sharded import FullySharded, is_linear
 from dentropy.model.head import Head
-from dentropy.model.in_place import TURN, in_turn
+from dentropy.model.in_place import TURN, in_place_of_parameters, in_turn
 from dentropy.model.memory import is_out_of_memory
 from dentropy.model.one_sided import OneSidedTangents
 from dentropy.model.packed_row import PackedRow
@@ -45,6 +46,8 @@ class Policy:
     is False where logits come from the model's own head. Of a PEFT model's adapters the active ones count, as in its
     forward; parameters of the others have no effect.
 
+    A model under FSDP2 (`fully_shard`) is known by its parameters; every rank makes the Policy and runs every pass.
+
     Args:
         model: the causal language model, on its device, in its dtype.
         compile_layers: experimental: run decoder layers in a compiled form, primal and tangent in one graph (see
@@ -59,11 +62,13 @@ class Policy:
         max_positions: longest sequence, None where the model sets no limit.
         packs: sequences run end to end in one row.
         splits_head: logits are made from hidden states and the head, where they are needed.
+        is_sharded: parameters are spread over ranks by FSDP2.
         turn: held by the thread that is in a pass, whatever its policy; others wait.
 
     Raises:
-        ValueError: naming the fix, for wrapped, sharded or quantized models, for weights that are not finite, for
-            models whose logits depend on later tokens, and where no pass reproduces the model's logits.
+        ValueError: naming the fix, for wrapped or quantized models, for ones that are sharded otherwise than FSDP2 does
+            by default, for weights that are not finite, for models whose logits depend on later tokens, and where no
+            pass reproduces the model's logits.
 
     Example:
         >>> from transformers import AutoModelForCausalLM, LlamaConfig
@@ -82,6 +87,9 @@ class Policy:
         check_usable(model)
         if compile_layers and is_dora(model):
             raise ValueError("compile_layers: True for a model with DoRA adapters, expected False")
+        self._sharded = FullySharded.of(model)
+        if compile_layers and self.is_sharded:
+            raise ValueError("compile_layers: True for sharded weights, expected False")
         self.model = model
         # PEFT injects its layers into the model it wraps; that model's forward is the adapted policy.
         self._causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -93,7 +101,13 @@ class Policy:
         self._binding = Binding(model)
         self._seen_rollouts = False
         try:
-            check_tangents(self, find_exact_pass(self))
+            row = find_exact_pass(self)
+            if self.is_sharded and not self.packs:
+                raise ValueError(
+                    "policy: sharded weights, and packed rows do not reproduce the model's logits, so that ranks would "
+                    "run forwards in different numbers and wait for each other; expected whole weights"
+                )
+            check_tangents(self, row)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -112,8 +126,13 @@ class Policy:
             count(sum(p.numel() for p in self.model.parameters()), "parameter"),
             f"{str(self.dtype).removeprefix('torch.')} on {self.device}",
             "packed rows" if self.packs else "one sequence at a time",
+            *(["sharded over ranks"] if self.is_sharded else []),
             "head split off" if self.splits_head else "the model's own head",
         )
+
+    @property
+    def is_sharded(self) -> bool:
+        return self._sharded is not None
 
     @property
     def device(self) -> torch.device:
@@ -132,6 +151,7 @@ class Policy:
         *,
         compile_layers: bool = False,
         trust_remote_code: bool = False,
+        shard: bool = False,
     ) -> "Policy":
         """The policy in a model folder, or of a hub id.
 
@@ -143,12 +163,18 @@ class Policy:
             device: None is CUDA where there is one, else the CPU.
             compile_layers: as above.
             trust_remote_code: run code that comes with the checkpoint.
+            shard: spread it over the ranks of the process group by FSDP2, each of which calls this and reads no more
+                than its part: of a folder of safetensors, with transformers 5.24 or newer, on the device of the group.
 
         Raises:
             ValueError: for what cannot be loaded, and for checkpoints with tensors missing or left over.
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        model = load_checkpoint(name_or_dir, "policy", dtype, trust_remote_code=trust_remote_code)
+        model = load_checkpoint(name_or_dir, "policy", dtype, trust_remote_code=trust_remote_code, shard=shard)
+        if shard:
+            if torch.device(device).type != model.device.type:
+                raise ValueError(f"device: {device}, expected {model.device.type}, on which the ranks hold their parts")
+            return cls(model, compile_layers=compile_layers)
         with third_party(f"policy: {str(name_or_dir)!r} cannot be moved", f"a model that {device} can hold"):
             model.to(device)
         train_adapters(model)
@@ -163,17 +189,32 @@ class Policy:
         with (
             TURN,
             self._ready(attention.register(attention_name) if self.packs else "eager"),
+            nullcontext() if self._sharded is None else self._sharded.running(),
             nullcontext() if fused is None else fused.in_place(),
         ):
             yield
 
     @in_turn
     def moving(self, direction: Direction) -> list[tuple[nn.Parameter, Tensor]]:
-        """`direction.on(model)`, made once for all passes along a direction. ValueError where all that it moves is an
-        adapter that is not in use."""
+        """`direction.on(model)`, made once for all passes along a direction; of sharded parameters each v in parts as
+        they are. ValueError where all that it moves is an adapter that is not in use."""
+        if self._sharded is not None:
+            self._sharded.rest()
         pairs = self._binding.pairs(direction)
         check_not_idle(self.model, [p for p, _ in pairs])
         return pairs
+
+    @contextmanager
+    def in_place(self, makes: Mapping[int, Callable[[Tensor], Tensor]]):
+        """Inside, make(x) stands in the place of each parameter x, by the id() of it as it stands now. Whole ones are
+        made at once; sharded ones each time that their module runs."""
+        if self._sharded is not None:
+            with self._sharded.instead(makes):
+                yield
+            return
+        made = {id(p): makes[id(p)](p.detach()) for p in self.model.parameters() if id(p) in makes}
+        with in_place_of_parameters(self.model, made):
+            yield
 
     @property
     def seen_rollouts(self) -> bool:
@@ -190,7 +231,7 @@ class Policy:
             check_on_rollouts(self, sequences())
             self._seen_rollouts = True
         except RuntimeError as error:
-            if not is_out_of_memory(error):
+            if not is_out_of_memory(error) or self.is_sharded:  # other ranks wait where this one failed
                 raise  # else the pass, which needs less, names what does not fit, and the next batch is looked at
 
     def score(self, row: PackedRow, temperature: float = 1.0, *, tangent: bool = False) -> TokenStats:
@@ -232,24 +273,31 @@ class Policy:
 
     def own_logits(self, row: PackedRow) -> Tensor:
         """The logits [total, V] of the model's own forward, one sequence at a time, in float32 or better."""
-        with TURN, self._ready("eager"):  # the reference form; older SDPA paths drop gemma2's softcap without a word
+        sharded = nullcontext() if self._sharded is None else self._sharded.running()
+        with (
+            TURN,
+            self._ready("eager"),
+            sharded,
+        ):  # the reference form; older SDPA paths drop gemma2's softcap without a word
             logits = _run(self.model, row, packed=False)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def head(self) -> Head:
         """The head as it is now: inside a pass its weights may be moved, or dual tensors."""
         module = self._output_layer()
-        if type(module) is not nn.Linear:
+        if not is_linear(module):
             raise ValueError(
                 f"policy: its head became a {type(module).__name__}, expected the plain matrix that was checked; make "
                 "the Policy again"
             )
-        return Head.of(module.weight, module.bias, self.config)
+        if self._sharded is None:
+            return Head.of(module.weight, module.bias, self.config)
+        return Head.of(*(self._sharded.whole_of(module, name) for name in ("weight", "bias")), self.config)
 
     @property
     def has_plain_head(self) -> bool:
         """Whether logits are a matrix product of what a backbone gives."""
-        return self._backbone is not self._causal_lm and type(self._output_layer()) is nn.Linear
+        return self._backbone is not self._causal_lm and is_linear(self._output_layer())
 
     def _decoder_layers(self) -> list[nn.Module]:
         n_layers = self.config.num_hidden_layers
@@ -276,6 +324,7 @@ class Policy:
         training = {module: module.training for module in self.model.modules()}
         attn, experts = (_by_config(model.config, f"_{kind}_implementation") for kind in ("attn", "experts"))
         set_attn, set_experts = set(attn.values()) != {attn_implementation}, bool(set(experts.values()) - {"eager"})
+        enabled = torch.is_grad_enabled()
         try:
             self.model.eval()
             if set_attn:
@@ -285,6 +334,7 @@ class Policy:
             # Inside autocast products would be half precision; inside inference_mode tangents would be dropped.
             with (
                 torch.inference_mode(False),
+                torch.set_grad_enabled(enabled),  # which leaving inference mode would turn on
                 torch.autocast(self.device.type, enabled=False),
                 full_float32(),
                 _NothingDetached() if is_dora(model) else nullcontext(),

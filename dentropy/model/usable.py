@@ -2,12 +2,15 @@
 
 from torch import Tensor, nn
 
+from dentropy.model.shards import is_shard
+
 # Where accelerate keeps the forward that its mixed precision stands before.
 ORIGINAL_FORWARD = "_original_forward"
 
 
 def check_usable(model: nn.Module) -> None:
-    """ValueError for wrapped, compiled, sharded, merged, absent or quantized weights, and for soft prompts."""
+    """ValueError for wrapped, compiled, merged, absent or quantized weights, and for soft prompts. Of shards see
+    `fully_sharded`."""
     kind = type(model).__name__
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: {kind}, expected a causal language model of transformers (AutoModelForCausalLM)")
@@ -55,11 +58,6 @@ def _check_own_forward(model: nn.Module) -> None:
 
 
 def _check_parameter(name: str, p: nn.Parameter) -> None:
-    if type(p.data).__name__ == "DTensor":
-        raise ValueError(
-            f"model: sharded weights ({name} is a DTensor), expected whole ones: gather them first "
-            "(torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True)"
-        )
     if p.is_meta:
         raise ValueError(
             f"model: weights that are not there ({name} is on the meta device), expected loaded ones: load it without "
@@ -72,14 +70,14 @@ def _check_parameter(name: str, p: nn.Parameter) -> None:
         )
     if p.is_inference():
         raise ValueError("model: weights made under torch.inference_mode, expected ones that keep tangents")
-    if type(p.data) is not Tensor:
+    if type(p.data) is not Tensor and not is_shard(p):
         raise ValueError(f"model: {name} is a {type(p.data).__name__}, expected plain tensors")
 
 
 def _check_matrix(name: str, module: nn.Module) -> None:
     """A matrix product or a look-up needs a matrix; where there is none, a wrapper brings it for its own forward."""
     weight = getattr(module, "weight", None)
-    if not isinstance(module, (nn.Linear, nn.Embedding)) or not isinstance(weight, Tensor):
+    if not isinstance(module, (nn.Linear, nn.Embedding)) or not isinstance(weight, Tensor) or is_shard(weight):
         return
     if weight.ndim != 2 or weight.untyped_storage().nbytes() == 0:
         raise ValueError(
@@ -92,7 +90,8 @@ def _check_matrix(name: str, module: nn.Module) -> None:
 def _check_not_merged(model: nn.Module) -> None:
     """FSDP's flat parameters: modules hold views of one long parameter, put there anew by its own forward, so that
     what is put in the parameter's place is never read."""
-    merged = {p.untyped_storage().data_ptr(): (name, p) for name, p in model.named_parameters() if p.ndim == 1}
+    plain = {name: p for name, p in model.named_parameters() if not is_shard(p)}
+    merged = {p.untyped_storage().data_ptr(): (name, p) for name, p in plain.items() if p.ndim == 1}
     for place, module in model.named_modules():
         for attribute, value in vars(module).items():
             if not isinstance(value, Tensor) or isinstance(value, nn.Parameter) or not value.is_floating_point():

@@ -9,6 +9,7 @@ from dentropy.estimators import Estimate, slope
 from dentropy.model.direction import Direction
 from dentropy.model.in_place import in_turn
 from dentropy.model.policy import Policy
+from dentropy.model.shards import dot
 from dentropy.passes.measure import measure
 from dentropy.passes.microbatches import AUTO
 from dentropy.passes.parameter_attribution import moving_by_name
@@ -81,7 +82,7 @@ def bonus_audit(
     settings, form = {"token_budget": token_budget, "progress": progress}, dict(per=per, prompts=prompts)
     both = moving_by_name(policy, with_bonus), moving_by_name(policy, without)
     added = {name: _at(both[0], name, both) - _at(both[1], name, both) for name in {**both[0], **both[1]}}
-    size, norm = (sum(float(v.double().square().sum()) for v in vs.values()) ** 0.5 for vs in (added, both[0]))
+    size, norm = (sum(dot(v, v) for v in vs.values()) ** 0.5 for vs in (added, both[0]))
     whole = slope(measure(policy, batch, with_bonus, **settings), estimator=estimator, **form)
     if not size:
         return BonusAudit(0.0, whole, None, "the bonus does nothing: the update is the same without it")

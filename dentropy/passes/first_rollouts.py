@@ -1,5 +1,7 @@
 """The self-check on the first rollouts that a policy meets."""
 
+from contextlib import nullcontext
+
 import numpy as np
 
 from dentropy.model.fingerprint import weights_fingerprint
@@ -13,10 +15,11 @@ ROLLOUTS, TOKENS, BEHIND_THE_PROMPT = 3, 64, 32
 
 def check_on_first(policy: Policy, batch: PackedBatch) -> None:
     """`Policy.check_on` for a few rollouts of the batch, where a prompt ends and its response begins; of several
-    ranks all must have the same weights."""
-    if ranks.count() > 1 and not all(ranks.exchange(policy.seen_rollouts)):
+    ranks all must have the same weights, or their shards of them."""
+    if ranks.count() > 1 and not all(ranks.exchange(policy.seen_rollouts)) and not policy.is_sharded:
         ranks.agree("policy", weights_fingerprint(policy.model))
-    policy.check_on(lambda: _some(batch))
+    with ranks.in_step() if policy.is_sharded else nullcontext():
+        policy.check_on(lambda: _some(batch))
 
 
 def _some(batch: PackedBatch) -> list[np.ndarray]:

@@ -6,14 +6,16 @@ whose tangent is v, and every operation of the model carries d/dη along. The pa
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from dentropy.model.direction import Direction
-from dentropy.model.in_place import TURN, in_place_of_parameters
+from dentropy.model.in_place import TURN
 from dentropy.model.policy import Policy
+from dentropy.model.shards import whole
 from dentropy.passes.alone import blame_rollouts
 from dentropy.passes.microbatches import Microbatch, TokenBudget, in_rollout_order, walk
 from dentropy.rollouts.batch import PackedBatch
@@ -36,7 +38,8 @@ def response_stats(
         return policy.score(microbatch.row, microbatch.temperature, tangent=tangent)
 
     with policy.ready(), moved_weights(policy, direction, eta, tangent=tangent), torch.no_grad():
-        stats = in_rollout_order(walk(batch, budget, score, shared=True), progress)
+        idle = score if policy.is_sharded else None
+        stats = in_rollout_order(walk(batch, budget, score, shared=True, idle=idle), progress)
         return blame_rollouts(stats, batch, budget, score)
 
 
@@ -68,12 +71,16 @@ def moved_weights(policy: Policy, direction: Direction | None, eta: float, *, ta
     if direction is None or (eta == 0 and not tangent):
         yield
         return
-    moved: dict[int, Tensor] = {}
-    with TURN, forward_ad.dual_level() if tangent else nullcontext():
-        for parameter, v in policy.moving(direction):
-            primal = parameter.detach()
-            if eta != 0:
-                primal = torch.add(primal, v, alpha=eta)
-            moved[id(parameter)] = forward_ad.make_dual(primal, v) if tangent else primal
-        with in_place_of_parameters(policy.model, moved):
-            yield
+
+    def moved(primal: Tensor, v: Tensor) -> Tensor:
+        v = whole(v)
+        if eta != 0:
+            primal = torch.add(primal, v, alpha=eta)
+        return forward_ad.make_dual(primal, v) if tangent else primal
+
+    with (
+        TURN,
+        forward_ad.dual_level() if tangent else nullcontext(),
+        policy.in_place({id(p): partial(moved, v=v) for p, v in policy.moving(direction)}),
+    ):
+        yield

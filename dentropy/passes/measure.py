@@ -12,6 +12,7 @@ import torch
 from dentropy.model.direction import Direction
 from dentropy.model.fingerprint import fingerprint
 from dentropy.model.policy import Policy
+from dentropy.model.shards import is_shard
 from dentropy.passes import ranks
 from dentropy.passes.first_rollouts import check_on_first
 from dentropy.passes.forward_mode import response_stats
@@ -72,7 +73,8 @@ def measure(
         ValueError: for token ids outside the vocabulary, rollouts longer than the policy's positions, a direction
             that does not fit the policy, values that are not finite (naming the rollout), and, at a policy's first
             batch, where its own forward and the pass differ on it.
-        MemoryError: for a rollout that does not fit into memory alone.
+        MemoryError: for a rollout that does not fit into memory alone, and with sharded weights for a token budget that
+            does not.
 
     Example:
         >>> from dentropy import sample
@@ -88,7 +90,7 @@ def measure(
     _check_request(policy, batch, direction, eta, order, second_order)
     if ranks.count() > 1:
         ranks.agree("eta, order, second_order", (eta, order, second_order))
-        ranks.agree("direction", None if direction is None else fingerprint(direction.tensors.items()))
+        ranks.agree("direction", None if direction is None else _told_apart(direction))
     settings = dict(budget=TokenBudget(token_budget, policy.device), progress=progress)
     check_on_first(policy, batch)
 
@@ -115,6 +117,12 @@ def measure(
     )
 
 
+def _told_apart(direction: Direction) -> tuple:
+    """What ranks compare: content, of what they hold in parts the names."""
+    parts = {name for name, v in direction.tensors.items() if is_shard(v)}
+    return parts, fingerprint((name, v) for name, v in direction.tensors.items() if name not in parts)
+
+
 def _of_sampler(batch: PackedBatch, keep_tokens: bool) -> dict[str, np.ndarray]:
     """What the batch says of its sampler, for the table: nothing where it says nothing."""
     if batch.sampler_logp is None:
@@ -130,6 +138,8 @@ def _check_request(policy, batch, direction, eta, order, second_order) -> None:
         raise ValueError(f"order: {order!r}, expected 0, 1 or 2")
     if second_order not in SECOND_ORDER:
         raise ValueError(f"second_order: {second_order!r}, expected one of {SECOND_ORDER}")
+    if order == 2 and second_order == "nested" and policy.is_sharded:
+        raise ValueError("second_order: 'nested' for sharded weights, expected 'difference'")
     if direction is None and (order or eta != 0):
         raise ValueError(f"direction: None, expected a Direction for order={order}, eta={eta}")
     check_batch(policy, batch)

@@ -107,7 +107,12 @@ class Microbatch:
 
 
 def walk(
-    batch: PackedBatch, budget: TokenBudget, run: Callable[[Microbatch], Result], *, shared: bool = False
+    batch: PackedBatch,
+    budget: TokenBudget,
+    run: Callable[[Microbatch], Result],
+    *,
+    shared: bool = False,
+    idle: Callable[[Microbatch], object] | None = None,
 ) -> Iterator[tuple[Microbatch, Result | None]]:
     """(microbatch, run(microbatch)), for microbatches that hold every rollout with generated tokens once.
 
@@ -115,6 +120,10 @@ def walk(
     result is the statistics of the microbatch's tokens: every rank gets all of them, and a store that is open
     (`finished.keeping`) has them before the next ones begin, or has had them already. Without, a rank gets None for
     what another has run.
+
+    `idle` is for ranks that must run as many microbatches as the others, since they gather sharded weights together:
+    what a rank does, in place of `run`, with a microbatch that another one counts. Memory that runs out is then an
+    error.
 
     Where `run` runs out of memory the budget is halved and its rollouts wait for another microbatch, so `run` must
     leave nothing behind but what it returns; that is not held on to.
@@ -131,7 +140,7 @@ def walk(
             taken.append(waiting.take(budget.tokens))
         microbatches = [Microbatch.of(batch, one.rollouts, budget.device) for one in taken]
         if found is None:
-            shortages, results = _run_on_ranks(taken, microbatches, budget, run, kept, shared)
+            shortages, results = _run_on_ranks(taken, microbatches, budget, run, idle, kept, shared)
         else:
             budget.set_to(found.tokens)
             shortages = [None if found.stats is not None else "as before"]
@@ -166,14 +175,25 @@ def _begin(batch: PackedBatch, budget: TokenBudget, shared: bool) -> tuple[Walk 
 
 
 def _run_on_ranks(
-    taken: list["_Taken"], microbatches: list[Microbatch], budget: TokenBudget, run, kept: Walk | None, shared: bool
+    taken: list["_Taken"],
+    microbatches: list[Microbatch],
+    budget: TokenBudget,
+    run,
+    idle,
+    kept: Walk | None,
+    shared: bool,
 ) -> tuple[list[str | None], list]:
     """Runs one microbatch on each rank, the same on all while the budget is to be measured. For each microbatch: the
     allocator's message where memory ran out, and the result, as in `walk`."""
     measures, results = budget.measures, []
     mine = 0 if measures else ranks.rank()
     shortage = None
-    if mine < len(taken):
+    if idle is not None:
+        at = min(mine, len(taken) - 1)
+        counts = ranks.rank() == mine if measures else at == mine
+        found = _in_step(budget, taken[at].size, run if counts else idle, microbatches[at])
+        results += [found] if counts else []
+    elif mine < len(taken):
         shortage = _attempt(budget, taken[mine].size, run, microbatches[mine], results)
     if ranks.count() == 1 and kept is None:
         return [shortage], results
@@ -284,6 +304,23 @@ def _attempt(budget: TokenBudget, size: int, run, microbatch: Microbatch, result
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
     return message
+
+
+def _in_step(budget: TokenBudget, size: int, run, microbatch: Microbatch):
+    """`run` where the other ranks run too, and none can go on without this one."""
+    with ranks.in_step():
+        try:
+            with budget.trial(size):
+                return run(microbatch)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = str(error).strip().partition("\n")[0]
+            raise MemoryError(
+                f"token_budget: {size:,} tokens do not fit into memory on rank {ranks.rank()}, and with sharded "
+                f"weights no rank can go on with fewer by itself; expected {max(1, size // 2):,} or less, or shorter "
+                f"rollouts ({reason})"
+            ) from error
 
 
 def in_rollout_order(

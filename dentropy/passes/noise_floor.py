@@ -8,16 +8,18 @@ changes, so the curvature of ΔH, however large, does not enter.
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dentropy.estimators import Estimate, ImportanceResult, importance
 from dentropy.estimators.estimate import check_estimate
 from dentropy.model.direction import Direction
 from dentropy.model.policy import Policy
-from dentropy.passes.forward_mode import in_place_of_parameters, moved_weights
+from dentropy.model.shards import dot
+from dentropy.passes.forward_mode import moved_weights
 from dentropy.passes.measure import measure
 from dentropy.passes.microbatches import AUTO
 from dentropy.rollouts.batch import PackedBatch
@@ -102,7 +104,8 @@ def noise_floor(
     """
     check_estimate("first", first, "slope", DERIVATIVE[measured.weights])
     others = _scored_otherwise(policy, batch, direction, eta, token_budget=token_budget, progress=progress)
-    return _floor(base, measured, first, others, _lost(policy, direction, eta), np.count_nonzero(batch.response_lens))
+    lost = _lost(policy.moving(direction), eta)
+    return _floor(base, measured, first, others, lost, np.count_nonzero(batch.response_lens))
 
 
 def noise_floors(
@@ -134,7 +137,7 @@ def noise_floors(
     n, floors = np.count_nonzero(batch.response_lens), {}
     for eta, table in moved.items():
         there = others if eta == at else [(rows, _carried(other, moved[at], table, rows)) for rows, other in others]
-        lost = _lost(policy, direction, eta)
+        lost = _lost(policy.moving(direction), eta)
         floors[eta] = [_floor(base, m, s, there, lost, n) for m, s in zip(measured[eta], first, strict=True)]
     return floors
 
@@ -147,7 +150,7 @@ def _scored_otherwise(policy: Policy, batch: PackedBatch, direction: Direction, 
     generator, scored = torch.Generator(policy.device).manual_seed(SEED), []
     with moved_weights(policy, direction, eta):
         for rollouts in sampled_rollouts(batch):
-            with in_place_of_parameters(policy.model, _rounded_otherwise(policy.model, generator)):
+            with policy.in_place(_rounded_otherwise(policy, generator)):
                 scored.append((rollouts, measure(policy, batch.take(rollouts), keep_tokens=True, **settings)))
     return scored
 
@@ -216,22 +219,32 @@ def _variance(differences: np.ndarray, n: int) -> float:
 
 
 @torch.no_grad()
-def _lost(policy: Policy, direction: Direction, eta: float) -> float:
+def _lost(moving: list[tuple[Tensor, Tensor]], eta: float) -> float:
     """(1 − φ) η: by how much the weights are short of η along v, having been rounded to their dtype."""
-    name_of = {id(p): name for name, p in policy.model.named_parameters()}
-    moving = [(name_of[id(p)], p.detach(), v) for p, v in policy.moving(direction)]
     along, square = 0.0, 0.0
-    with moved_weights(policy, direction, eta):
-        moved = dict(policy.model.named_parameters(remove_duplicate=False))
-        for name, start, v in moving:
-            along += float(((moved[name].double() - start.double()) * v.double()).sum())
-            square += float(v.double().square().sum())
+    for start, v in moving:
+        moved = torch.add(start, v, alpha=eta)
+        along += dot(moved.double() - start.double(), v)
+        square += dot(v, v)
     return eta - along / square
 
 
-def _rounded_otherwise(model: nn.Module, generator: torch.Generator) -> dict[int, Tensor]:
-    """For the id() of every parameter as it stands: its values, each with probability 1/12 one number up or down."""
-    return {id(p): _one_in_six_a_unit_off(p.detach(), generator) for p in model.parameters()}
+def _rounded_otherwise(policy: Policy, generator: torch.Generator) -> dict[int, Callable[[Tensor], Tensor]]:
+    """For the id() of every parameter as it stands what makes of its values those with probability 1/12 each one number
+    up or down. Sharded ones are made anew whenever they are gathered, by the same random numbers."""
+    if not policy.is_sharded:
+        return {id(p): partial(_one_in_six_a_unit_off, generator=generator) for p in policy.model.parameters()}
+    makes = {}
+    for p in policy.model.parameters():
+        makes[id(p)] = partial(_again, state=generator.get_state())
+        torch.empty(p.shape, dtype=p.dtype, device=p.device).uniform_(generator=generator)
+    return makes
+
+
+def _again(values: Tensor, state: Tensor) -> Tensor:
+    generator = torch.Generator(values.device)
+    generator.set_state(state)
+    return _one_in_six_a_unit_off(values, generator)
 
 
 def _one_in_six_a_unit_off(values: Tensor, generator: torch.Generator) -> Tensor:

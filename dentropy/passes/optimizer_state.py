@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dentropy.doors import saved_by_torch
 from dentropy.model.names import resolve, some
+from dentropy.model.shards import laid_out_as
 
 FILE = "optimizer.pt"  # the name under which trainers save it in a checkpoint's folder
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -73,7 +74,7 @@ class SGD:
         mu, fresh = self.momentum, self.buffer is None
         kept = 1.0 if fresh else 1.0 - self.dampening  # the first gradient is not dampened
         gain = self.rate * (1 + mu * kept if self.nesterov else kept)
-        carried = 0.0 if fresh else self.rate * (mu**2 if self.nesterov else mu) * self.buffer.to(gradient)
+        carried = 0.0 if fresh else self.rate * (mu**2 if self.nesterov else mu) * _like(self.buffer, gradient)
         return Parts(gain, carried, _times_parameter(gain * self.weight_decay, parameter, gradient))
 
 
@@ -99,14 +100,18 @@ class AdamW:
         used = gradient + _times_parameter(self.weight_decay, parameter, gradient) if coupled else gradient
         s, t = (1 - b2) * used**2, self.steps + 1
         if self.moments is not None:
-            s += b2 * self.moments["exp_avg_sq"].to(gradient)
+            s += b2 * _like(self.moments["exp_avg_sq"], gradient)
         if self.amsgrad and self.moments is not None:
-            s = torch.maximum(s, self.moments[LARGEST].to(gradient))
+            s = torch.maximum(s, _like(self.moments[LARGEST], gradient))
         scale = self.rate / ((s / (1 - b2**t)).sqrt_().add_(self.eps) * (1 - b1**t))  # ρ P / (1 − β1ᵗ)
         gain = (1 - b1) * scale
-        carried = 0.0 if self.moments is None else b1 * scale * self.moments["exp_avg"].to(gradient)
+        carried = 0.0 if self.moments is None else b1 * scale * _like(self.moments["exp_avg"], gradient)
         decay = _times_parameter(self.weight_decay * (1.0 if coupled else self.rate), parameter, gradient)
         return Parts(gain, carried, gain * decay if coupled else decay)
+
+
+def _like(saved: Tensor, gradient: Tensor) -> Tensor:
+    return laid_out_as(saved, gradient).to(gradient)
 
 
 def _times_parameter(factor: float, parameter: Tensor, gradient: Tensor) -> Tensor | float:

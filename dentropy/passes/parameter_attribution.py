@@ -12,6 +12,7 @@ from torch import Tensor
 from dentropy.model.direction import Direction
 from dentropy.model.in_place import in_turn
 from dentropy.model.policy import Policy
+from dentropy.model.shards import dot
 from dentropy.passes.microbatches import AUTO
 from dentropy.passes.slope_gradient import SlopeGradient, slope_gradient
 from dentropy.rollouts.batch import PackedBatch
@@ -67,7 +68,7 @@ def parameter_attribution(
 
 def parameter_shares(moving: dict[str, Tensor], gradient: SlopeGradient) -> dict[str, float]:
     """∇R·v parameter by parameter, in float64."""
-    return {name: float((gradient.whole(name).double() * v.double()).sum()) for name, v in moving.items()}
+    return {name: dot(gradient.whole(name), v) for name, v in moving.items()}
 
 
 def moving_by_name(policy: Policy, direction: Direction) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from dentropy.model.adapter_layers import adapter_parameters
 from dentropy.model.direction import Direction, checked_step_size
 from dentropy.model.in_place import in_turn
 from dentropy.model.policy import Policy
+from dentropy.model.shards import dot
 from dentropy.passes.measure import check_batch, measure
 from dentropy.passes.microbatches import AUTO
 from dentropy.passes.optimizer_state import NOT_DIAGONAL, OPTIMIZERS, SGD, AdamW, Parts, saved_optimizer
@@ -165,7 +166,7 @@ def clipped(gradients: dict[str, Tensor], max_norm: float | None) -> tuple[dict[
     """The gradients times κ = min(1, c/(‖g‖ + 1e-6)), in place, and κ; as they are, and 1.0, for a c of None."""
     if max_norm is None:
         return gradients, 1.0
-    norm = float(sum(g.double().square().sum() for g in gradients.values()) ** 0.5)
+    norm = sum(dot(g, g) for g in gradients.values()) ** 0.5
     factor = min(1.0, max_norm / (norm + CLIP_EPSILON))
     return {name: g.mul_(factor) for name, g in gradients.items()}, factor
 

@@ -8,7 +8,8 @@ so that none waits for one that is gone.
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache, wraps
 from typing import NamedTuple, TypeVar
 
@@ -78,7 +79,7 @@ def together(function: Callable) -> Callable:
 
 def tell(error: Exception) -> None:
     """The other ranks what this one fails with, unless they know."""
-    if count() == 1 or knows(error):
+    if count() == 1 or knows(error) or hasattr(error, "dentropy_in_step"):
         return
     kind = next((name for name, kind in KINDS.items() if isinstance(error, kind)), "")
     if kind == "ValueError" and not is_refusal(error):
@@ -91,6 +92,17 @@ def tell(error: Exception) -> None:
         error.dentropy_told = False
     else:
         error.dentropy_told = True
+
+
+@contextmanager
+def in_step() -> Iterator[None]:
+    """Around work in the middle of which ranks wait for each other (sharded weights). One that fails there cannot tell
+    the others, who would take it for their next exchange, and leaves: what started the ranks then ends all of them."""
+    try:
+        yield
+    except Exception as error:
+        error.dentropy_in_step, error.dentropy_told = True, False
+        raise
 
 
 def knows(error: BaseException) -> bool:

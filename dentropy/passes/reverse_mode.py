@@ -7,6 +7,7 @@ the entropy along v is ∇f·v with the estimator's coefficients. Logits exist a
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from dentropy.passes import ranks
 from dentropy.passes.finished import gradient_store
 from dentropy.passes.first_rollouts import check_on_first
 from dentropy.passes.microbatches import AUTO, Microbatch, TokenBudget, walk
+from dentropy.passes.sharded_gradient import add_sharded_gradient
 from dentropy.rollouts.batch import PackedBatch
 
 # Logits alive at once, in elements: 64 MiB in float32, small beside the activations of a model worth the name.
@@ -40,8 +42,9 @@ def gradient(
 ) -> list[Tensor]:
     """∂/∂θ of Σ_k (a_k h_k + b_k logp_k) over the batch's generated tokens, one tensor per parameter.
 
-    The model and its .grad are left as found. In a process group each rank adds up its microbatches' gradients and all
-    get the sum of the ranks, the same bits on each; their number changes its rounding.
+    The model and its .grad are left as found. Of sharded parameters the gradients are in parts as these are. In a
+    process group each rank adds up its microbatches' gradients and all get the sum of the ranks, the same bits on each;
+    their number changes its rounding.
 
     Args:
         policy, batch: as in `measure`.
@@ -54,6 +57,12 @@ def gradient(
     """
     check_on_first(policy, batch)
     total = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
+    if policy.is_sharded:
+        weighted = partial(_weighted_sum, policy, entropy_weight=entropy_weight, logp_weight=logp_weight)
+        add_sharded_gradient(
+            policy, batch, parameters, total, weighted, TokenBudget(token_budget, policy.device), progress
+        )
+        return total
     store = gradient_store()
     known = None if store is None else store.read_gradient()
     if known is not None:

@@ -20,6 +20,7 @@ from dentropy.estimators import slope
 from dentropy.model.direction import Direction
 from dentropy.model.in_place import in_turn
 from dentropy.model.policy import Policy
+from dentropy.model.shards import dot, largest, whole, without_row
 from dentropy.passes.measure import measure
 from dentropy.passes.microbatches import AUTO
 from dentropy.passes.parameter_attribution import moving_by_name
@@ -197,14 +198,14 @@ class _Dotted:
 
 def _dotted(update: PolicyGradientStep, moving: dict[str, Tensor], gradient: SlopeGradient) -> _Dotted:
     momentum = decay = both = rebuilt = 0.0
-    actual = sum(_dot(v, v) for v in moving.values())
+    actual = sum(dot(v, v) for v in moving.values())
     for name, g in update.gradient.items():
         parts, whole = update.parts(name), gradient.whole(name)
-        momentum -= _dot(whole, parts.momentum)
-        decay -= _dot(whole, parts.decay)
+        momentum -= dot(whole, parts.momentum)
+        decay -= dot(whole, parts.decay)
         v = parts.step(g)
-        rebuilt += _dot(v, v)
-        both += _dot(v, moving[name]) if name in moving else 0.0
+        rebuilt += dot(v, v)
+        both += dot(v, moving[name]) if name in moving else 0.0
     return _Dotted(momentum, decay, both / (actual * rebuilt) ** 0.5, _steepest(update, gradient.whole))
 
 
@@ -214,7 +215,9 @@ def _steepest(update: PolicyGradientStep, at: Callable[[str], Tensor]) -> dict[s
     for name in update.gradient:
         found[name] = update.parts(name).gain * at(name)
         if name in rows:
-            found[name][rows[name]] = 0.0  # the step's gradient is 0 there, whatever the tokens are
+            found[name] = without_row(
+                found[name], rows[name]
+            )  # the step's gradient is 0 there, whatever the tokens are
     return found
 
 
@@ -241,17 +244,13 @@ def _noise_fraction(update: PolicyGradientStep, gradient: SlopeGradient, share: 
     for rows, (part, portion) in zip(lots, parts, strict=False):
         apart = _steepest(update, lambda name, g=part, f=portion: g[name] - f * gradient.whole(name))
         inside = np.isin(row, rows)
-        if not inside.any() or not any(u.any() for u in apart.values()):
+        if not inside.any() or not any(whole(u.any()) for u in apart.values()):
             continue
         along = _along(update.policy, update.batch.take(rows), apart, **settings)
         off = update.clip_factor * update.coefficients.policy[inside] * _float64(along.dlogp)
         noise += float((off**2).sum()) / (portion * (1 - portion))
         square += float((share[inside] ** 2).sum())
     return noise / square if square else None
-
-
-def _dot(x: Tensor, y: Tensor | float) -> float:
-    return float((x.double() * (y.double() if isinstance(y, Tensor) else y)).sum())
 
 
 def _padding_rows(model: nn.Module) -> dict[str, int]:
@@ -270,7 +269,7 @@ def _padding_rows(model: nn.Module) -> dict[str, int]:
 
 def _along(policy: Policy, batch: PackedBatch, tangents: dict[str, Tensor], **settings) -> TokenStats:
     """Tokens of the update, with derivatives along `tangents`; half precision holds those of a common size better."""
-    size = max(float(u.abs().max()) for u in tangents.values() if u.numel())
+    size = max(largest(u) for u in tangents.values())
     if not size:
         raise ValueError("update: no token of the batch depends on the parameters that it moves, expected some that do")
     direction = Direction({name: u / size for name, u in tangents.items()})

@@ -80,6 +80,8 @@ def sample(
         >>> len(batch), batch.n_groups
         (4, 1)
     """
+    if policy.is_sharded:
+        raise ValueError("policy: sharded weights, expected whole ones to sample from")
     prompts = _checked_prompts(prompts, policy)
     _check_request(policy, prompts, per_prompt, max_new_tokens, batch_size, temperature)
     ends = end_tokens(policy) if eos_token_id is None else as_tuple(eos_token_id)

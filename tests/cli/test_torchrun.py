@@ -1,13 +1,17 @@
 """`dentropy probe` in two processes, as torchrun starts them."""
 
+import csv
 import os
 import signal
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 from commands import completed
+from models import SAVED_MODULES_LOAD
+from torch.distributed.fsdp import FSDPModule
 
 pytestmark = pytest.mark.slow
 OPTIONS = "--direction v.safetensors --etas 1e-3 --token-budget 60 --device cpu"
@@ -42,6 +46,38 @@ def test_the_table_is_that_of_one_process_and_one_of_them_speaks(tmp_path):
     alone = [sys.executable, "-m", "dentropy", *completed(f"probe {OPTIONS} --out {tmp_path / 'alone'}")]
     subprocess.run(alone, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, capture_output=True)
     assert (tmp_path / "both/rollouts.csv").read_bytes() == (tmp_path / "alone/rollouts.csv").read_bytes()
+
+
+@pytest.mark.skipif(not SAVED_MODULES_LOAD, reason="this transformers does not load in parts")
+@pytest.mark.skipif(not hasattr(FSDPModule, "reset_iter_state"), reason="what this PyTorch has is refused by name")
+@pytest.mark.parametrize("update", ["--direction v.safetensors", "--after after --step-size 1e-3"])
+def test_sharded_it_is_that_of_one_process_but_for_rounding(tmp_path, update):
+    """Loaded in parts, the direction too; with the first of them also a policy gradient, and its tokens' shares."""
+    options = f"{update} --etas -1e-3 1e-3 --token-budget 60 --device cpu --dtype float64"
+    if "direction" in update:
+        options += " --update-rollouts rewarded.jsonl"
+    both = torchrun(tmp_path / "both", f"{options} --shard")
+    out, err = both.communicate(timeout=300)
+    assert both.returncode == 0, err
+    assert out.count("Files in") == 1
+    alone = [sys.executable, "-m", "dentropy", *completed(f"probe {options} --out {tmp_path / 'alone'}")]
+    subprocess.run(alone, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, capture_output=True)
+    got, want = columns_of(tmp_path / "both"), columns_of(tmp_path / "alone")
+    assert got.keys() == want.keys()
+    for name, values in want.items():
+        np.testing.assert_allclose(got[name], values, rtol=0, atol=1e-11 * np.nanmax(np.abs(values)), err_msg=name)
+
+
+def columns_of(run):
+    with open(run / "rollouts.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {name: np.array([row[name] for row in rows], dtype=float) for name in rows[0]}
+
+
+def test_sharding_needs_several_processes(tmp_path):
+    words = completed(f"probe {OPTIONS} --shard --out {tmp_path / 'new'}")
+    refused = subprocess.run([sys.executable, "-m", "dentropy", *words], capture_output=True, text=True)
+    assert refused.returncode == 2 and refused.stderr.startswith("dentropy: --shard: in one process, expected several")
 
 
 def test_what_is_refused_is_said_once(tmp_path):

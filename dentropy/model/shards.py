@@ -1,0 +1,78 @@
+"""Tensors of which each rank holds a part (torch's DTensors): made whole, read as a number, laid out alike.
+
+PyTorch reads a number off a sum that ranks hold in parts as this rank's part, without a word. So whatever becomes a
+number or a truth value passes here. All ranks must come, with the same tensors in the same order.
+"""
+
+import sys
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def is_shard(x) -> bool:
+    # Where it was never imported nothing is one, and importing it takes a second.
+    return "torch.distributed.tensor" in sys.modules and isinstance(x, sys.modules["torch.distributed.tensor"].DTensor)
+
+
+def whole(x: Tensor) -> Tensor:
+    """The whole tensor, on every rank; `x` itself where it is no shard."""
+    return x.full_tensor() if is_shard(x) else x
+
+
+def own_part(x: Tensor) -> Tensor:
+    """What this rank holds of `x`; `x` itself where it is no shard."""
+    return x.to_local() if is_shard(x) else x
+
+
+def largest(x: Tensor) -> float:
+    """max |x|, 0 of nothing: of a few rows some ranks have none."""
+    part = own_part(x)
+    found = part.abs().max() if part.numel() else part.new_zeros(())
+    if is_shard(x):
+        dist.all_reduce(found, dist.ReduceOp.MAX, x.device_mesh.get_group())
+    return float(found)
+
+
+def dot(x: Tensor, y: Tensor | float) -> float:
+    """Σ x∘y in float64."""
+    return float(whole((x.double() * (y.double() if isinstance(y, Tensor) else y)).sum()))
+
+
+def laid_out_as(x: Tensor, like: Tensor) -> Tensor:
+    """`x` in parts as `like` is, each rank keeping its own of the whole that it has; `x` itself where neither is a
+    shard.
+
+    Raises:
+        ValueError: for parts that are laid out otherwise.
+    """
+    if is_shard(x):
+        if not is_shard(like) or (x.device_mesh, x.placements) != (like.device_mesh, like.placements):
+            raise ValueError(f"tensors: in parts as {x.placements}, expected them as the parameters are")
+        return x
+    if not is_shard(like):
+        return x
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(x, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def from_own_part(part: Tensor, like: Tensor) -> Tensor:
+    """The tensor of which ranks hold `part` each, in the layout and of the shape of `like`."""
+    from torch.distributed.tensor import DTensor
+
+    layout = {"shape": like.shape, "stride": like.stride()}
+    return DTensor.from_local(part, like.device_mesh, like.placements, run_check=False, **layout)
+
+
+def without_row(x: Tensor, row: int) -> Tensor:
+    """`x` with zeros in one row, in place where it is no shard."""
+    if not is_shard(x):
+        x[row] = 0.0
+        return x
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    kept = torch.ones(len(x), *[1] * (x.ndim - 1), dtype=x.dtype, device=x.device)
+    kept[row] = 0.0
+    return x * distribute_tensor(kept, x.device_mesh, [Replicate()] * x.device_mesh.ndim, src_data_rank=None)
