@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from dentropy.experiment.proxies import graded_rollouts
 from dentropy.passes.noise_floor import sampled_rollouts
 from dentropy.passes.update_attribution import noise_rollouts
 from dentropy.rollouts.batch import PackedBatch
@@ -13,7 +14,12 @@ TANGENT, REVERSE = 3, 3
 
 
 def cost(
-    batch: PackedBatch, n_etas: int, own_steps: int, parameters: bool, update: PackedBatch | None = None
+    batch: PackedBatch,
+    n_etas: int,
+    own_steps: int,
+    parameters: bool,
+    update: PackedBatch | None = None,
+    groups: int = 0,
 ) -> dict[str, int]:
     """`cost` of results.json: passes by kind, and the response tokens they run.
 
@@ -23,15 +29,21 @@ def cost(
         own_steps: passes that only the second derivatives need, 0 or 2.
         parameters: whether a reverse pass gives their shares.
         update: rollouts whose tokens' shares a pass with tangents gives, after the same reverse pass, and their noise
-            one over some of them.
+            one over some of them; a plain one over some grades proxies.
+        groups: tokens that run for groups of these tokens.
     """
     passes = {"forward": n_etas + own_steps, "tangent": 1, "reverse": int(parameters or update is not None)}
     sample = n_etas * int(batch.response_lens[sampled_rollouts(batch)].sum())
     tokens = sum(passes.values()) * int(batch.n_tokens) + sample
     if update is None:
         return passes | {"noise_floor": sample, "tokens": tokens}
-    shares = update.n_tokens + int(update.response_lens[np.concatenate(noise_rollouts(update))].sum())
-    return passes | {"noise_floor": sample, "update": shares, "tokens": tokens + shares}
+    noise, graded = np.concatenate(noise_rollouts(update)), graded_rollouts(update)
+    more = {
+        "update": update.n_tokens + int(update.response_lens[noise].sum()),
+        "groups": groups,
+        "proxies": int(update.response_lens[graded].sum()),
+    }
+    return passes | {"noise_floor": sample} | more | {"tokens": tokens + sum(more.values())}
 
 
 def forward_passes(found: dict[str, int], n_tokens: int) -> dict[str, float]:
@@ -48,7 +60,8 @@ def forward_passes(found: dict[str, int], n_tokens: int) -> dict[str, float]:
         "reverse": float(REVERSE * found["reverse"]),
         "noise_floor": found["noise_floor"] / n_tokens,
     }
-    return passes | ({"update": TANGENT * found["update"] / n_tokens} if "update" in found else {})
+    weights = {"update": TANGENT, "groups": TANGENT, "proxies": 1}  # of groups in reverse mode and with tangents
+    return passes | {name: weight * found[name] / n_tokens for name, weight in weights.items() if name in found}
 
 
 def cost_text(content: dict) -> str | None:
@@ -59,6 +72,7 @@ def cost_text(content: dict) -> str | None:
     passes = found["forward"] + found["tangent"] + found["reverse"]
     share = found["noise_floor"] / content["n_tokens"] / len(content["measured"])
     more = f", {found['update']:,} tokens of the update's with tangents" if found.get("update") else ""
+    more += f", {found['groups']:,} tokens for groups of these" if found.get("groups") else ""
     return (
         f"{passes} passes over the rollouts{more} and noise floors on {share:.0%} of the tokens at each η, "
         f"{found['tokens']:,} tokens in all, "
