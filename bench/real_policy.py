@@ -42,9 +42,9 @@ def load():
     return model.eval(), tokenizer
 
 
-def draw_rollouts(policy, tokenizer, per_prompt=8, max_new_tokens=24, seed=0):
+def draw_rollouts(policy, tokenizer, per_prompt=8, max_new_tokens=24, seed=0, subjects=SUBJECTS):
     """Short answers to one question per subject, temperature 1; rewarded is what ends before the cap."""
-    questions = [[{"role": "user", "content": f"Tell me one thing about {subject}."}] for subject in SUBJECTS]
+    questions = [[{"role": "user", "content": f"Tell me one thing about {subject}."}] for subject in subjects]
     prompts = [tokenizer.apply_chat_template(q, add_generation_prompt=True)["input_ids"] for q in questions]
     batch = sample(policy, prompts, per_prompt=per_prompt, max_new_tokens=max_new_tokens, seed=seed)
     return replace(batch, reward=(batch.response_lens < max_new_tokens).astype(float))

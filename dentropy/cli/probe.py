@@ -22,6 +22,8 @@ from dentropy.cli.processes import count, ended_by_sigterm, is_first, process_gr
 from dentropy.cli.terminal import about, remark
 
 DEFAULT_STEPS = (-1.0, -0.5, 0.5, 1.0, 2.0)
+UPDATE_GROUPS = ("positive-advantage", "negative-advantage", "end-token", "high-entropy", "low-entropy")
+DEFAULT_GROUPS = UPDATE_GROUPS[:2]
 SOURCES = ("policy", "rollouts", "after", "direction", "update_rollouts")
 # What else the passes depend on: an unfinished run goes on with the same.
 SETTINGS = (
@@ -33,6 +35,7 @@ SETTINGS = (
     "shard",
     "skip_parameters",
     "pass_at_k",
+    "update_groups",
     "optimizer",
     "optimizer_state",
     "max_grad_norm",
@@ -112,6 +115,15 @@ def add(commands) -> None:
         help="forecast pass@K too: needs rewards of 0 and 1 and K rollouts or more for every prompt",
     )
     group.add_argument(
+        "--update-groups",
+        nargs="*",
+        choices=UPDATE_GROUPS,
+        metavar="NAME",
+        help="tokens of --update-rollouts whose part in the change has an error bar, for a reverse pass and one with "
+        f"tangents each: {', '.join(UPDATE_GROUPS)} (default: the first two, whose passes are one's where they are the "
+        "whole step; without a name: none)",
+    )
+    group.add_argument(
         "--on-nonfinite",
         choices=("raise", "drop"),
         default="raise",
@@ -151,6 +163,8 @@ def _run(options) -> None:
         raise ValueError("--optimizer, --optimizer-state and --max-grad-norm: only with --update-rollouts")
     if options.update_rollouts is None and loss.given(options):
         raise ValueError("--loss-average and the other options of the loss: only with --update-rollouts")
+    if options.update_rollouts is None and options.update_groups:
+        raise ValueError("--update-groups: only with --update-rollouts")
     if options.max_new_tokens is not None and not options.append_eos:
         raise ValueError("--max-new-tokens: only with --append-eos")
     if options.shard and count() == 1:
@@ -214,7 +228,9 @@ def _passes(options, policy, batch, direction, update, etas, store):
         direction = direction or step.direction()
     etas = etas or check_etas([step * direction.step_size for step in DEFAULT_STEPS])
     parameters = not options.skip_parameters
-    total = tokens_to_run(policy, batch, etas, parameters, step)
+    named = DEFAULT_GROUPS if options.update_groups is None else options.update_groups
+    groups = [] if step is None else [name.replace("-", " ") for name in named]
+    total = tokens_to_run(policy, batch, etas, parameters, step, groups)
     with token_bar("passes", total) as progress, keeping(store, "probe"):
         return probe(
             policy,
@@ -226,6 +242,7 @@ def _passes(options, policy, batch, direction, update, etas, store):
             parameters=parameters,
             pass_at_k=options.pass_at_k,
             update=step,
+            groups=groups,
             on_nonfinite=options.on_nonfinite,
             progress=progress,
         )

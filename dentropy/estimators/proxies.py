@@ -66,12 +66,14 @@ class ProxyGrade:
             reliability.
         sign_agreement: the fraction of tokens where both have the same sign. It has no correction.
         mean: of the proxy over the tokens: its prediction of the sign of ΔH.
+        mean_interval: 95%, over resampled prompts; None for one prompt.
     """
 
     rank_correlation: Agreement
     r_squared: Agreement
     sign_agreement: Agreement
     mean: float
+    mean_interval: tuple[float, float] | None
 
 
 def grade_proxy(
@@ -114,12 +116,12 @@ def grade_proxy(
         weights = rng.multinomial(prompts.size, np.full(prompts.size, 1 / prompts.size), size=RESAMPLES)
         drawn = np.array([measures.at(weight[row]) for weight in weights])
     known = reliability is not None and reliability > 0
-    divisors = [None, reliability if known else None, None]
-    agreements = (
+    divisors = [None, reliability if known else None, None, None]
+    *agreements, mean = (
         _agreement(value, None if drawn is None else drawn[:, i], divisor)
         for i, (value, divisor) in enumerate(zip(values, divisors, strict=True))
     )
-    return ProxyGrade(*agreements, mean=float(proxy.mean()))
+    return ProxyGrade(*agreements, mean.value, mean.interval)
 
 
 def _agreement(value: float, drawn: np.ndarray | None, divisor: float | None) -> Agreement:
@@ -134,17 +136,17 @@ def _agreement(value: float, drawn: np.ndarray | None, divisor: float | None) ->
 
 
 class _Measures:
-    """The three measures for tokens that occur `weight` times each; what does not depend on it is kept."""
+    """Three measures and the mean, of tokens that occur `weight` times each; what does not depend on it is kept."""
 
     def __init__(self, proxy: np.ndarray, share: np.ndarray):
         self.proxy, self.share = proxy, share
         self.places = [np.unique(values, return_inverse=True)[1] for values in (proxy, share)]
         self.same_sign = np.sign(proxy) == np.sign(share)
 
-    def at(self, weight: np.ndarray) -> tuple[float, float, float]:
+    def at(self, weight: np.ndarray) -> tuple[float, float, float, float]:
         ranks = (_ranks(place, weight) for place in self.places)
-        agreeing = float((weight * self.same_sign).sum() / weight.sum())
-        return _correlation(*ranks, weight), _correlation(self.proxy, self.share, weight) ** 2, agreeing
+        agreeing, mean = (float((weight * x).sum() / weight.sum()) for x in (self.same_sign, self.proxy))
+        return _correlation(*ranks, weight), _correlation(self.proxy, self.share, weight) ** 2, agreeing, mean
 
 
 def _ranks(place: np.ndarray, weight: np.ndarray) -> np.ndarray:

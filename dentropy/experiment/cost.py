@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dentropy.experiment.proxies import graded_rollouts
 from dentropy.passes.noise_floor import sampled_rollouts
 from dentropy.passes.slope_gradient import prompt_parts
 from dentropy.passes.update_attribution import PARTS, noise_rollouts
@@ -12,7 +13,12 @@ TANGENT, REVERSE = 3, 3
 
 
 def cost(
-    batch: PackedBatch, n_etas: int, own_steps: int, parameters: bool, update: PackedBatch | None = None
+    batch: PackedBatch,
+    n_etas: int,
+    own_steps: int,
+    parameters: bool,
+    update: PackedBatch | None = None,
+    groups: int = 0,
 ) -> dict[str, int]:
     """`cost` of results.json: passes by kind, and the response tokens they run.
 
@@ -22,7 +28,8 @@ def cost(
         own_steps: passes that only the second derivatives need, 0 or 2.
         parameters: whether a reverse pass gives their shares.
         update: rollouts whose tokens' shares a pass with tangents gives, after the same reverse pass, and their noise
-            one over some of them, where the rollouts are of more than one prompt.
+            one over some of them, where the rollouts are of more than one prompt; a plain one over some grades proxies.
+        groups: tokens that run for groups of these tokens.
     """
     passes = {"forward": n_etas + own_steps, "tangent": 1, "reverse": int(parameters or update is not None)}
     sample = int(batch.response_lens[sampled_rollouts(batch)].sum())
@@ -31,7 +38,9 @@ def cost(
         return passes | {"noise_floor": sample, "tokens": tokens}
     lots = noise_rollouts(update, sum(1 for _ in prompt_parts(batch, PARTS)))
     shares = update.n_tokens + sum(int(update.response_lens[rollouts].sum()) for rollouts in lots)
-    return passes | {"noise_floor": sample, "update": shares, "tokens": tokens + shares}
+    graded = int(update.response_lens[graded_rollouts(update)].sum())
+    more = {"update": shares, "groups": groups, "proxies": graded}
+    return passes | {"noise_floor": sample} | more | {"tokens": tokens + sum(more.values())}
 
 
 def forward_passes(found: dict[str, int], n_tokens: int) -> dict[str, float]:
@@ -48,7 +57,8 @@ def forward_passes(found: dict[str, int], n_tokens: int) -> dict[str, float]:
         "reverse": float(REVERSE * found["reverse"]),
         "noise_floor": found["noise_floor"] / n_tokens,
     }
-    return passes | ({"update": TANGENT * found["update"] / n_tokens} if "update" in found else {})
+    weights = {"update": TANGENT, "groups": TANGENT, "proxies": 1}  # of groups in reverse mode and with tangents
+    return passes | {name: weight * found[name] / n_tokens for name, weight in weights.items() if name in found}
 
 
 def cost_text(content: dict) -> str | None:
@@ -59,6 +69,7 @@ def cost_text(content: dict) -> str | None:
     passes = found["forward"] + found["tangent"] + found["reverse"]
     share = found["noise_floor"] / content["n_tokens"]
     more = f", {found['update']:,} tokens of the update's with tangents" if found.get("update") else ""
+    more += f", {found['groups']:,} tokens for groups of these" if found.get("groups") else ""
     return (
         f"{passes} passes over the rollouts{more} and {share:.0%} of one for the noise floors, "
         f"{found['tokens']:,} tokens in all, "

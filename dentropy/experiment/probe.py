@@ -34,7 +34,9 @@ from dentropy.estimators.prefix_weights import token_ratios
 from dentropy.estimators.reweighting import FORM, LARGEST_LOG_WEIGHT
 from dentropy.experiment.changes import Change, Form, FreshCheck, lost_in_rounding
 from dentropy.experiment.cost import cost
+from dentropy.experiment.proxies import grades
 from dentropy.experiment.results import ProbeResult
+from dentropy.experiment.update_groups import check_groups, grouped, tokens_run
 from dentropy.model.direction import Direction
 from dentropy.model.fingerprint import check_unchanged, parameter_fingerprints
 from dentropy.model.policy import Policy
@@ -71,6 +73,7 @@ def probe(
     parameters: bool = True,
     pass_at_k: Sequence[int] = (),
     update: PolicyGradientStep | None = None,
+    groups: Sequence[str] = (),
     on_nonfinite: str = "raise",
     progress: Callable[[int], None] | None = None,
 ) -> ProbeResult:
@@ -81,9 +84,11 @@ def probe(
     in mathematics.md) and one over a sixth of the rollouts, 16 at least, the noise floors of all; one reverse pass
     gives each parameter's share, unless `parameters` is False (it needs a gradient's memory). With `update`, the step
     that `direction` is or is to be explained by, the same reverse pass and one with tangents over its rollouts give the
-    share of each of their tokens, and one over some of them (`noise_rollouts`) the noise in these. Second derivatives,
-    for the curvature, are second differences of values: of those at ±η where two of the `etas` are such a pair and a
-    good step for it, else of two plain passes more.
+    share of each of their tokens, one over some of them (`noise_rollouts`) the noise in these, and a plain one over
+    some the grades of published proxies. `groups` names groups of these tokens (`token_groups`) whose share is to have
+    an error bar, each for the passes that `update_groups` says. Second derivatives, for the curvature, are second
+    differences of values: of those at ±η where two of the `etas` are such a pair and a good step for it, else of two
+    plain passes more.
 
     `prompts` says what the standard errors are for: prompts drawn at "random", or this "fixed" set. `pass_at_k` are the
     k whose pass@k the forecast has too. `token_budget` is that of `measure`, for every pass by itself: they differ in
@@ -93,8 +98,9 @@ def probe(
 
     In a process group every rank calls it, as `measure`.
 
-    Raises ValueError, before any work, for etas that are empty, not finite, repeated, or 0 only, and for `pass_at_k`
-    that the rewards or the groups do not allow (see `forecast`); see `measure` for what it refuses.
+    Raises ValueError, before any work, for etas that are empty, not finite, repeated, or 0 only, for groups of no such
+    name or without `update`, and for `pass_at_k` that the rewards or the groups do not allow (see `forecast`); see
+    `measure` for what it refuses.
     ValueError too where the policy's weights have changed by the end.
 
     Example:
@@ -113,6 +119,7 @@ def probe(
     etas = check_etas(etas)
     if on_nonfinite not in ON_NONFINITE:
         raise ValueError(f"on_nonfinite: {on_nonfinite!r}, expected one of {ON_NONFINITE}")
+    groups = check_groups(groups, update)
     settings = {"token_budget": token_budget, "progress": progress}
     weights, given, used = parameter_fingerprints(policy.model), batch, np.arange(len(batch))
     while True:
@@ -141,8 +148,14 @@ def probe(
         prefix, sequence = (_form(eta, *of_form) for of_form in of_forms)
         changes.append(Change(**vars(prefix), moved=moved[eta], sequence=sequence))
     shares, of_update = _explained(policy, batch, direction, base, parameters, update, **settings)
+    kinds, graded = {}, {}
+    if update is not None:
+        named = {"direction": direction, "prompts": prompts}
+        kinds = grouped(policy, batch, update, base, of_update, groups, **named, **settings)
+        graded = grades(update, of_update, **settings)
     base_entropy, base_influence = entropy_per_token(base)
     check_unchanged(policy.model, weights)
+    rollouts = None if update is None else update.batch
     return ProbeResult(
         base=base,
         base_entropy=base_entropy,
@@ -163,8 +176,10 @@ def probe(
         prompts=prompts,
         dtype=str(policy.dtype).removeprefix("torch."),
         device=_device_name(policy.device),
-        cost=cost(batch, len(etas), own_steps, parameters, None if update is None else update.batch),
+        cost=cost(batch, len(etas), own_steps, parameters, rollouts, tokens_run(kinds, update, batch)),
         update=of_update,
+        groups=kinds,
+        proxies=graded,
         date=date,
         seconds=time.perf_counter() - begun,
     )
@@ -210,10 +225,12 @@ def tokens_to_run(
     etas: Sequence[float],
     parameters: bool = True,
     update: PolicyGradientStep | None = None,
+    groups: Sequence[str] = (),
 ) -> int:
     """How many response tokens `probe` reports as finished: all that it may have to run."""
     rollouts = None if update is None else update.batch
-    return cost(batch, len(etas), 2 if _has_second_order(policy) else 0, parameters, rollouts)["tokens"]
+    of_groups = 0 if update is None else len(set(groups)) * (update.batch.n_tokens + batch.n_tokens)
+    return cost(batch, len(etas), 2 if _has_second_order(policy) else 0, parameters, rollouts, of_groups)["tokens"]
 
 
 def _with_second_order(

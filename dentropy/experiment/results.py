@@ -8,14 +8,24 @@ from pathlib import Path
 
 import numpy as np
 
-from dentropy.estimators import Estimate, Forecast, OnPolicyAudit, TrustRange
-from dentropy.experiment import base_weight_entry, entries, forecast_entry, rollout_rows, run_folder, update_tokens
+from dentropy.estimators import Estimate, Forecast, OnPolicyAudit, ProxyGrade, TrustRange
+from dentropy.experiment import (
+    base_weight_entry,
+    entries,
+    forecast_entry,
+    proxies,
+    rollout_rows,
+    run_folder,
+    update_groups,
+    update_tokens,
+)
 from dentropy.experiment.changes import Change, FreshCheck
 from dentropy.experiment.cost import forward_passes
 from dentropy.experiment.glance import changes_table, rollouts_text
 from dentropy.experiment.saved_run import SavedRun
 from dentropy.experiment.summary import summary
 from dentropy.passes.update_attribution import UpdateAttribution
+from dentropy.passes.update_groups import UpdateGroup
 from dentropy.rollouts.batch import PackedBatch
 from dentropy.shown import count, data_frame, lines, number
 from dentropy.stats.tables import SequenceSums
@@ -46,6 +56,8 @@ class ProbeResult:
         device: Where it ran.
         cost: Its passes by kind and the tokens they ran, as results.md describes.
         update: The shares of the update's own tokens; None if not asked for.
+        groups: Groups of these tokens with error bars, by name; None for one without a token that counts.
+        proxies: Published proxies, graded by these shares, by name.
         seeds: Free for the caller: random seeds by name.
         source: Free for the caller: where policy, rollouts and update came from, by name.
         fresh: Free for the caller: the comparison with rollouts of the moved policy.
@@ -75,6 +87,8 @@ class ProbeResult:
     device: str
     cost: dict[str, int]
     update: UpdateAttribution | None = None
+    groups: dict[str, UpdateGroup | None] = field(default_factory=dict)
+    proxies: dict[str, ProxyGrade] = field(default_factory=dict)
     seeds: dict[str, int] = field(default_factory=dict)
     source: dict[str, str] = field(default_factory=dict)
     fresh: FreshCheck | None = None
@@ -158,6 +172,8 @@ class ProbeResult:
             "forecast": forecast_entry.forecast(self.forecast, self.etas),
             "attribution": entries.attribution(self.base, self.prompts, self.parameters),
             "update_attribution": None if self.update is None else update_tokens.entry(self.update),
+            "update_groups": update_groups.entry(self.groups),
+            "proxies": proxies.entry(self.proxies, self.changes, self.step_size),
             "fresh_check": None if self.fresh is None else dict(vars(self.fresh)),
             "audit": self._audit(),
         }

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from dentropy.experiment.rollout_rows import SHOWN_ROLLOUTS, as_text
+from dentropy.passes.token_groups import entropy_quintile
 from dentropy.passes.update_attribution import UpdateAttribution
 
 COLUMNS = ("rollout", "position", "token", "advantage", "weight", "logp", "entropy", "share")
 TERMS = ("total", "tokens", "kl", "entropy_bonus", "momentum", "weight_decay", "unexplained", "cosine", "clip_factor")
 WORDS = ("noise_fraction", "estimator", "optimizer")
-QUINTILES = 5
 
 
 def columns(found: UpdateAttribution) -> dict[str, np.ndarray]:
@@ -30,7 +30,7 @@ def entry(found: UpdateAttribution) -> dict:
         "n_sequences": len(found.batch),
         "n_tokens": len(found.share),
         "by_advantage": [_named(found, name, inside) for name, inside in signs if inside.any()],
-        "by_entropy": [_ranged(found, inside, found.entropy) for inside in _classes(_quintile(found.entropy))],
+        "by_entropy": [_ranged(found, inside, found.entropy) for inside in _classes(entropy_quintile(found.entropy))],
         "by_position": [_ranged(found, inside, found.position) for inside in _classes(doublings)],
         "by_end": [_named(found, name, inside) for name, inside in ends if inside.any()],
     }
@@ -54,12 +54,6 @@ def largest(found: UpdateAttribution, tokenizer=None) -> list[dict]:
         }
         for i in np.argsort(-np.abs(sums), kind="stable")[:SHOWN_ROLLOUTS].tolist()
     ]
-
-
-def _quintile(values: np.ndarray) -> np.ndarray:
-    """0 to 4, equal values together."""
-    ends = np.quantile(values, np.arange(1, QUINTILES) / QUINTILES)
-    return np.searchsorted(ends, values, side="left")
 
 
 def _classes(label: np.ndarray) -> list[np.ndarray]:

@@ -9,12 +9,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dentropy.model.in_place import in_turn
 from dentropy.model.policy import Policy
+from dentropy.passes import ranks
+from dentropy.passes.first_rollouts import check_on_first
+from dentropy.passes.measure import check_batch
 from dentropy.passes.microbatches import AUTO, Microbatch, TokenBudget, walk
 from dentropy.passes.reverse_mode import CHUNK
 from dentropy.rollouts.batch import PackedBatch
 
 
+@in_turn
 def mean_discriminant(
     policy: Policy, batch: PackedBatch, *, token_budget: int | str = AUTO, progress: Callable[[int], None] | None = None
 ) -> np.ndarray:
@@ -22,6 +27,9 @@ def mean_discriminant(
 
     Args:
         policy, batch, token_budget, progress: as in `measure`.
+
+    Raises:
+        ValueError: as `measure` does of a batch.
 
     Example:
         >>> from dentropy import PackedBatch
@@ -44,13 +52,17 @@ def mean_discriminant(
         ]
         return torch.cat(parts)
 
-    found = np.empty(batch.n_tokens)
+    check_batch(policy, batch)
+    check_on_first(policy, batch)
+    found = torch.zeros(batch.n_tokens, dtype=torch.float64)
     with policy.ready(), torch.no_grad():
         for microbatch, values in walk(batch, TokenBudget(token_budget, policy.device), run):
-            found[microbatch.places] = values.double().cpu().numpy()
+            if values is not None:
+                found[torch.from_numpy(microbatch.places)] = values.double().cpu()
             if progress is not None:
                 progress(len(microbatch.places))
-    return found
+    ranks.sum_over_ranks([found])  # each place is another rank's 0
+    return found.numpy()
 
 
 def _of_logits(z: Tensor, temperature: float, softcap: float | None) -> Tensor:

@@ -7,7 +7,6 @@ import numpy as np
 from dentropy.passes.update_attribution import UpdateAttribution
 
 QUINTILES = 5
-DEFAULT_GROUPS = ("positive advantage", "end token")
 GROUPS = {
     "positive advantage": lambda found: found.advantage > 0,
     "negative advantage": lambda found: found.advantage < 0,

@@ -21,6 +21,7 @@ from dentropy.model.policy import Policy
 from dentropy.passes.measure import measure
 from dentropy.passes.microbatches import AUTO
 from dentropy.passes.policy_gradient import PolicyGradientStep, clipped, loss_gradient
+from dentropy.passes.policy_loss import Coefficients
 from dentropy.rollouts.batch import PackedBatch
 from dentropy.stats.tables import SequenceSums
 
@@ -64,8 +65,9 @@ def update_groups(
     """The share of each group of the update's tokens in the slope on `batch`, and of all else, with standard errors.
 
     The errors are those of the evaluation: of this very update, for other rollouts of `batch`. Each group takes a
-    reverse pass over the update's rollouts and a pass with tangents over the batch, but one that is the complement of
-    another, in a step of nothing but tokens (no momentum, decay, penalty or bonus), takes none.
+    reverse pass over those of the update's rollouts that hold its tokens and a pass with tangents over the batch, but
+    one that is the complement of another, in a step of nothing but tokens (no momentum, decay, penalty or bonus), takes
+    none.
 
     Args:
         policy, batch: those of the measurement.
@@ -104,23 +106,41 @@ def update_groups(
     for name, mask in masks.items():
         others = (g for g in found.values() if np.array_equal(g.mask[weighted], ~mask[weighted]))
         complement = next(others, None) if all_tokens else None
+        spared = update.batch.n_tokens + batch.n_tokens
         if complement is not None:
             found[name] = UpdateGroup(mask, share=complement.rest, rest=complement.share)
-            if progress is not None:
-                progress(update.batch.n_tokens + batch.n_tokens)
-            continue
-        share = slope(measure(policy, batch, group_direction(update, mask, **settings), **settings), **form)
-        found[name] = UpdateGroup(mask, share, difference(total, share))
+        else:
+            share = slope(measure(policy, batch, group_direction(update, mask, **settings), **settings), **form)
+            found[name] = UpdateGroup(mask, share, difference(total, share))
+            spared -= tokens_of(update, mask) + batch.n_tokens
+        if spared and progress is not None:
+            progress(spared)
     return found
 
 
 def group_direction(update: PolicyGradientStep, mask: np.ndarray, **settings) -> Direction:
-    """v_M, the part of the step that the tokens `mask` make; settings are token_budget and progress."""
-    only = replace(update.coefficients, policy=np.where(mask, update.coefficients.policy, 0.0), kl=None, entropy=None)
-    tensors = loss_gradient(update.policy, update.batch, only, update.gradient, **settings)
+    """v_M, the part of the step that the tokens `mask` make; settings are token_budget and progress.
+
+    Only the rollouts that hold one of them run, those of `rollouts_with`.
+    """
+    rows, of = rollouts_with(update, mask), update.coefficients
+    inside = np.repeat(np.isin(np.arange(len(update.batch)), rows), update.batch.response_lens)
+    only = Coefficients(of.advantage[inside], np.where(mask, of.policy, 0.0)[inside])
+    tensors = loss_gradient(update.policy, update.batch.take(rows), only, update.gradient, **settings)
     for name, g in tensors.items():
         tensors[name] = -update.clip_factor * update.parts(name).gain * g
     return Direction(tensors, update.step_size)
+
+
+def tokens_of(update: PolicyGradientStep, mask: np.ndarray) -> int:
+    """How many of the update's tokens run for the direction of a group."""
+    return int(update.batch.response_lens[rollouts_with(update, mask)].sum())
+
+
+def rollouts_with(update: PolicyGradientStep, mask: np.ndarray) -> np.ndarray:
+    """The rollouts of the update with a token of `mask` that has a weight in the loss, ascending."""
+    row = np.repeat(np.arange(len(update.batch)), update.batch.response_lens)
+    return np.unique(row[mask & (update.coefficients.policy != 0)])
 
 
 @in_turn

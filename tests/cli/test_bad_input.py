@@ -44,6 +44,8 @@ BAD = {
     "a cap without end tokens": (f"{DIRECTION} --max-new-tokens 8", "only with --append-eos"),
     "optimizer without update rollouts": (f"{DIRECTION} --optimizer sgd", "only with --update-rollouts"),
     "loss without update rollouts": (f"{DIRECTION} --loss-average token", "only with --update-rollouts"),
+    "groups without update rollouts": (f"{DIRECTION} --update-groups end-token", "--update-groups: only with"),
+    "a group of no such name": (f"{UPDATE} rewarded.jsonl --update-groups odd", "--update-groups: invalid choice"),
     "clip without log-probabilities": (
         f"{UPDATE} rewarded.jsonl --loss-clip 0.2 0.2",
         "--loss-clip: the rollouts have",

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from dentropy.cli import parser
+from dentropy.cli.probe import DEFAULT_GROUPS, UPDATE_GROUPS
+from dentropy.passes.token_groups import GROUPS
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 OTHERS = re.search(r"`OTHERS` is\s+`(.*?)`", README, re.DOTALL)[1]
@@ -24,6 +26,7 @@ EARLIER = [
     f"{PROBE} --update-rollouts u --split --optimizer sgd --optimizer-state s --max-grad-norm 1 --step-size=-1",
     f"{PROBE} --update-rollouts u --after a --append-eos --max-new-tokens 8 --temperature 1 --reward-column c --step 3",
     f"{PROBE} --direction v --append-eos <|im_end|>",
+    f"{PROBE} --update-rollouts u --update-groups {' '.join(UPDATE_GROUPS)}",
     "probe --etas -1e-6 1e-6 --roll r --pol p --dir v --out o",
 ]
 
@@ -48,3 +51,9 @@ def test_the_readme_was_understood():
 def test_values_are_what_was_written():
     options = parser().parse_args([*f"{PROBE} --direction v --etas".split(), " -1e-6", "5e-7", " -inf"])
     assert options.etas == [-1e-6, 5e-7, float("-inf")] and options.token_budget == "auto"
+
+
+def test_groups_of_the_updates_tokens_are_those_that_there_are():
+    assert [name.replace("-", " ") for name in UPDATE_GROUPS] == list(GROUPS)
+    assert DEFAULT_GROUPS == ("positive-advantage", "negative-advantage")
+    assert parser().parse_args([*PROBE.split(), "--update-groups"]).update_groups == []

@@ -51,6 +51,8 @@ class TestProbe:
         options = f"--step-size 1e-4 --update-rollouts rewarded.jsonl {optimizer.format(tmp_path)}"
         content = self.run(tmp_path, options)
         assert content["step_size"] == 1e-4 and content["source"]["update_rollouts"] == "rewarded.jsonl"
+        assert [row["name"] for row in content["update_groups"]] == ["positive advantage", "negative advantage"]
+        assert content["proxies"]
 
     def test_the_loss_of_rewarded_rollouts(self, place, tmp_path):
         """Of half of six rollouts a reward of 1: advantages of ±0.5/(std + 1e-4), and by a ratio of e^0.5 those of the

@@ -63,6 +63,9 @@ def test_measures_are_those_of_scipy():
     assert found.r_squared.value == pytest.approx(pearsonr(proxy, share).statistic ** 2, rel=1e-12)
     assert found.sign_agreement.value == np.mean(np.sign(proxy) == np.sign(share))
     assert found.mean == pytest.approx(proxy.mean()) and found.rank_correlation.corrected is None
+    of_prompts = [proxy[group == g].mean() for g in range(10)]  # of equal sizes, so that their mean is the mean
+    half = np.subtract(*found.mean_interval[::-1]) / 2
+    assert half == pytest.approx(1.96 * np.std(of_prompts) / 10**0.5, rel=0.15)
     low, high = found.rank_correlation.interval
     rng, drawn = np.random.default_rng(1), []
     for _ in range(400):
@@ -88,7 +91,8 @@ def test_noise_of_the_shares_is_taken_out():
 
 def test_one_prompt_has_no_interval_and_bad_values_are_refused():
     share = np.arange(4.0)
-    assert grade_proxy(share, share, np.zeros(4)).r_squared.interval is None
+    alone = grade_proxy(share, share, np.zeros(4))
+    assert alone.r_squared.interval is None and alone.mean_interval is None and alone.mean == 1.5
     for proxy, said in [
         (np.ones(4), "proxy: all 4 values are equal"),
         (np.ones(3), "proxy: shape"),

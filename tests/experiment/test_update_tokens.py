@@ -47,7 +47,9 @@ def test_one_reverse_pass_serves_parameters_and_tokens(setting, monkeypatch):
     assert sum(ran) == batch.n_tokens and len(ran) == 4
     assert sum(counts) == tokens_to_run(policy, batch, ETAS, update=step)
     without = probe(policy, batch, step.direction(), ETAS)
-    assert found.cost["update"] == 2 * step.batch.n_tokens == found.cost["tokens"] - without.cost["tokens"]
+    assert found.cost["update"] == 2 * step.batch.n_tokens and found.cost["groups"] == 0
+    assert found.cost["proxies"] == step.batch.n_tokens
+    assert found.cost["tokens"] - without.cost["tokens"] == 3 * step.batch.n_tokens
     for name, share in without.parameters.items():
         assert found.parameters[name] == pytest.approx(share, rel=1e-4, abs=1e-7)
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from models import random_batch, random_direction, random_model
 
-from dentropy import Direction, Policy, measure, policy_gradient_step, probe
+from dentropy import Direction, Policy, mean_discriminant, measure, policy_gradient_step, probe
 from dentropy.passes import ranks
 from dentropy.passes.microbatches import TokenBudget, walk
 from dentropy.passes.reverse_mode import gradient
@@ -73,6 +73,7 @@ def tables_of(case, whole):
     for name, table in tables.items():
         found |= {(name, "token", field): x.numpy() for field, x in table.tokens._asdict().items() if x is not None}
     found |= {("rollouts.csv", name): values for name, values in result.columns().items()}
+    found["mean discriminant"] = mean_discriminant(case.policy, case.batch, token_budget=BUDGET)
     return found | {"noise floors": np.array([change.noise_floor for change in result.changes])}, result.parameters
 
 

@@ -15,8 +15,10 @@ from dentropy.experiment.report.attribution import attribution
 from dentropy.experiment.report.changes import changes, reliability
 from dentropy.experiment.report.forecast import forecast
 from dentropy.experiment.report.provenance import audit, provenance
+from dentropy.experiment.report.proxies import proxies
 from dentropy.experiment.report.rollouts import rollouts as token_by_token
 from dentropy.experiment.report.slopes import slopes
+from dentropy.experiment.report.update_groups import update_groups
 from dentropy.experiment.report.update_tokens import update_tokens
 from dentropy.experiment.trade import trade
 from dentropy.experiment.warned import of_the_answer, warned
@@ -54,6 +56,8 @@ def html(
         "slope": slopes(content),
         "attribution": attribution(content),
         "update-tokens": update_tokens(content, update_rollouts),
+        "update-groups": update_groups(content),
+        "proxies": proxies(content),
         "rollouts": token_by_token(content, rollouts),
         "audit": audit(content),
         "provenance": provenance(content),

@@ -28,6 +28,8 @@ PARTS = {
     "reverse": "Gradient for the shares of parameters and of the update's tokens",
     "noise_floor": "Noise floors",
     "update": "Shares of the update's tokens",
+    "groups": "Groups of these with error bars",
+    "proxies": "Grades of published proxies",
 }
 
 
