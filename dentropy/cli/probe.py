@@ -132,6 +132,7 @@ def _run(options) -> None:
     from dentropy.experiment.probe import check_etas
     from dentropy.experiment.resumable import check_unfinished
     from dentropy.experiment.run_folder import check_out
+    from dentropy.model.fingerprint import parameter_fingerprints, unchanged
     from dentropy.model.policy import Policy
 
     if is_first():
@@ -164,15 +165,17 @@ def _run(options) -> None:
     for_report = tokenizer.load_for_the_report()
     for text in recognized:
         remark(text)
-    with ended_by_sigterm(), _store(options, policy, batch, direction, update) as store:
-        result = _passes(options, policy, batch, direction, update, etas, store)
+    weights = parameter_fingerprints(policy.model)
+    with ended_by_sigterm(), _store(options, policy, batch, direction, update, weights) as store:
+        with unchanged(policy.model, weights):
+            result = _passes(options, policy, batch, direction, update, etas, store)
         named = {name: getattr(options, name) for name in SOURCES}
         source = {name: str(value) for name, value in (named | {"split": divided}).items() if value is not None}
         if is_first():
             finish(dataclasses.replace(result, source=source, command=options.command), Path(options.out), for_report)
 
 
-def _store(options, policy, batch, direction, update):
+def _store(options, policy, batch, direction, update, weights):
     """What is finished is kept in it, by the first process."""
     from dentropy.experiment.identity import identity
     from dentropy.experiment.resumable import unfinished_run
@@ -183,7 +186,7 @@ def _store(options, policy, batch, direction, update):
     settings = {name: getattr(options, name) for name in SETTINGS}
     if options.optimizer_state is not None:
         settings["optimizer_state"] = hashlib.sha256(state_file(options.optimizer_state).read_bytes()).hexdigest()
-    return unfinished_run(Path(options.out), identity(policy, batch, direction, update, settings))
+    return unfinished_run(Path(options.out), identity(policy, batch, direction, update, settings, weights))
 
 
 def _passes(options, policy, batch, direction, update, etas, store):

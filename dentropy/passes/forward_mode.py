@@ -36,7 +36,7 @@ def response_stats(
         return policy.score(microbatch.row, microbatch.temperature, tangent=tangent)
 
     with policy.ready(), moved_weights(policy, direction, eta, tangent=tangent), torch.no_grad():
-        stats = in_rollout_order(walk(batch, budget, score, shared=True), progress)
+        stats = in_rollout_order(walk(batch, budget, score, shared=True), batch.n_tokens, progress)
         return blame_rollouts(stats, batch, budget, score)
 
 

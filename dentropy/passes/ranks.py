@@ -8,7 +8,8 @@ so that none waits for one that is gone.
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache, wraps
 from typing import NamedTuple, TypeVar
 
@@ -74,6 +75,17 @@ def together(function: Callable) -> Callable:
             raise
 
     return called
+
+
+@contextmanager
+def in_step() -> Iterator[None]:
+    """What is inside ends on all ranks before any goes on; what one of them fails with, all of them get."""
+    try:
+        yield
+        exchange(None)
+    except Exception as error:
+        tell(error)
+        raise
 
 
 def tell(error: Exception) -> None:
