@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from machine import recorded
+from machine import record
 
 from dentropy import PolicyLoss, SequenceSums, bonus_for, entropy_gradient, measure, policy_gradient_step
 from dentropy.demo.run import draw_rollouts, load_policy
@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     settings = {name: getattr(options, name) for name in ("steps", "lr", "prompts", "levels", "gain", "judges")}
-    found = {"settings": settings, "machine": recorded(), "arms": {}}
+    found = {"settings": settings, "machine": record(), "arms": {}}
     if options.out.exists():
         found = json.loads(options.out.read_text())
         if found["settings"] != settings:

@@ -3,6 +3,7 @@
 import os
 import platform
 import subprocess
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -22,15 +23,18 @@ def machine() -> dict:
     )
 
 
-def recorded() -> dict:
-    """`machine` with processor and commit, for records that pytest-benchmark does not make."""
-    said = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(": ")[2] for line in said if line.startswith("model name")]
-    git = ["git", "-C", str(Path(__file__).parent)]
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True).stdout.strip()
-    where = {"cpu": names[0] if names else platform.processor(), "cores": os.cpu_count()}
-    return machine() | where | {"commit": commit or None, "with_changes": bool(changed)}
+def record() -> dict:
+    """What pytest-benchmark writes, for other records: `machine` with the processor, the load, date and commit."""
+    git = lambda *words: subprocess.run(["git", *words], capture_output=True, text=True).stdout.strip()  # noqa: E731
+    cpus = Path("/proc/cpuinfo")
+    names = [line for line in cpus.read_text().splitlines() if line.startswith("model name")] if cpus.exists() else []
+    cpu = names[0].partition(": ")[2] if names else platform.processor()
+    load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
+    return dict(
+        machine_info=dict(cpu=cpu, cores=os.cpu_count(), load=load, **machine()),
+        commit_info=dict(id=git("rev-parse", "HEAD"), dirty=bool(git("status", "--porcelain", "--untracked-files=no"))),
+        datetime=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
 
 
 def version_of(package: str) -> str | None:

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import real_policy
 import torch
-from machine import recorded
+from machine import record
 
 from dentropy import Policy, measure, policy_gradient_step, update_attribution
 from dentropy.demo import run as demo
@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="a JSON file to write, and a table beside it")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    found = json.loads(options.out.read_text()) if options.out.exists() else {"machine": recorded(), "policies": {}}
+    found = json.loads(options.out.read_text()) if options.out.exists() else {"machine": record(), "policies": {}}
     for name, rollouts in {"the demo's": of_the_demo, "SmolLM2-135M": of_a_real_one}.items():
         if name not in found["policies"]:
             start = time.process_time()

@@ -16,6 +16,7 @@ IMPORTANCE = ("dentropy/estimators/importance_sampling.py", "tests/estimators/te
 PREDICTION = ("dentropy/estimators/prediction.py", "tests/estimators/test_prediction.py")
 REWEIGHTING = ("dentropy/estimators/reweighting.py", "tests/estimators/test_another_sampler.py -k Every")
 MEANS = ("dentropy/estimators/mean_change.py", "tests/estimators/test_forecasts.py")
+BASELINES = ("dentropy/estimators/baselines.py", "tests/estimators/test_forecasts.py")
 PASS_AT_K = ("dentropy/estimators/pass_at_k.py", "tests/estimators/test_forecasts.py")
 RATES = ("dentropy/estimators/fieller.py", "tests/estimators/test_forecasts.py")
 GROUPS = ("dentropy/estimators/groups.py", "tests/estimators/test_groups.py tests/estimators/test_jackknife.py")
@@ -78,7 +79,7 @@ _CHANGES = [
     (REWEIGHTING, "_exp(sums.logp - sums.sampler_logp", "_exp(sums.sampler_logp - sums.logp"),
     (REWEIGHTING, "token_weights(sums, weights) * np.exp(token_log_ratios(sums))", "token_weights(sums, weights)"),
     # the forecast
-    (MEANS, "others = np.where(alone, of_all, of_group) - own", "others = np.where(alone, of_all, of_group)"),
+    (BASELINES, "others = np.where(alone, of_all, of_group) - own", "others = np.where(alone, of_all, of_group)"),
     (MEANS, "np.exp(found.before) * np.expm1", "np.expm1"),
     (PASS_AT_K, "comb(wrong, k - j)", "comb(wrong, k - 1)"),
     (PASS_AT_K, "wrong - 1, n - 1, k", "wrong, n - 1, k"),

@@ -150,6 +150,7 @@ def _run(options) -> None:
     from dentropy.experiment.probe import check_etas
     from dentropy.experiment.resumable import check_unfinished
     from dentropy.experiment.run_folder import check_out
+    from dentropy.model.fingerprint import parameter_fingerprints, unchanged
     from dentropy.model.policy import Policy
     from dentropy.passes.ranks import exchange
 
@@ -192,15 +193,17 @@ def _run(options) -> None:
     for_report = tokenizer.load_for_the_report()
     for text in recognized:
         remark(text)
-    with ended_by_sigterm(), _store(options, policy, batch, direction, update) as store:
-        result = _passes(options, policy, batch, direction, update, etas, store)
+    weights = parameter_fingerprints(policy.model)
+    with ended_by_sigterm(), _store(options, policy, batch, direction, update, weights) as store:
+        with unchanged(policy.model, weights):
+            result = _passes(options, policy, batch, direction, update, etas, store)
         named = {name: getattr(options, name) for name in SOURCES}
         source = {name: str(value) for name, value in (named | {"split": divided}).items() if value is not None}
         if is_first():
             finish(dataclasses.replace(result, source=source, command=options.command), Path(options.out), for_report)
 
 
-def _store(options, policy, batch, direction, update):
+def _store(options, policy, batch, direction, update, weights):
     """What is finished is kept in it, by the first process."""
     from dentropy.experiment.identity import identity
     from dentropy.experiment.resumable import unfinished_run
@@ -211,7 +214,8 @@ def _store(options, policy, batch, direction, update):
     settings = {name: getattr(options, name) for name in SETTINGS}
     if options.optimizer_state is not None:
         settings["optimizer_state"] = hashlib.sha256(state_file(options.optimizer_state).read_bytes()).hexdigest()
-    found = identity(policy, batch, direction, update, settings)  # of what ranks hold in parts all of them must say it
+    # Of what ranks hold in parts all of them must say it.
+    found = identity(policy, batch, direction, update, settings, weights)
     return unfinished_run(Path(options.out), found) if is_first() else nullcontext()
 
 

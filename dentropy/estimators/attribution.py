@@ -5,6 +5,7 @@ Everything here adds up: the tokens of a rollout to its contribution, the rollou
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from dentropy.estimators.columns import EntropyRatio, check_choice, column, entropy_ratio
 from dentropy.estimators.groups import Groups
+from dentropy.estimators.parts import token_ends
 from dentropy.estimators.reweighting import FORM
 from dentropy.estimators.slopes import ESTIMATORS
 from dentropy.estimators.tokens import KeptTokens, check_length, lengths
@@ -58,17 +60,22 @@ def token_attribution(sums: SequenceSums, *, estimator: str = "causal", per: str
         True
     """
     check_choice("estimator", estimator, ESTIMATORS)
-    ratio, tokens = entropy_ratio(sums, per, FORM[estimator]), KeptTokens.of(sums, FORM[estimator])
-    score, _ = _score(tokens, ratio, estimator, per)
-    return (tokens.dentropy + tokens.dlogp * score) / ratio.total
+    ratio, found = entropy_ratio(sums, per, FORM[estimator]), []
+    for rows, tokens in KeptTokens.pieces(sums, FORM[estimator]):
+        score, _ = _score(tokens, ratio, rows, estimator, per)
+        found.append((tokens.dentropy + tokens.dlogp * score) / ratio.total)
+    return np.concatenate(found)
 
 
 def token_coefficients(sums: SequenceSums, *, estimator: str, per: str) -> tuple[np.ndarray, np.ndarray]:
     """The factors of each token's dh_k and dlogp_k in `token_attribution`, float64 [total tokens] each."""
     check_choice("estimator", estimator, ESTIMATORS)
-    ratio, tokens = entropy_ratio(sums, per, FORM[estimator]), KeptTokens.of(sums, FORM[estimator], tangents=False)
-    score, _ = _score(tokens, ratio, estimator, per)
-    return tokens.weight / ratio.total, score / ratio.total
+    ratio, found = entropy_ratio(sums, per, FORM[estimator]), []
+    for rows, tokens in KeptTokens.pieces(sums, FORM[estimator], tangents=False):
+        score, _ = _score(tokens, ratio, rows, estimator, per)
+        found.append((tokens.weight / ratio.total, score / ratio.total))
+    of_entropy, of_logp = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    return of_entropy, of_logp
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,11 +125,14 @@ def by_position(sums: SequenceSums, *, estimator: str = "causal", per: str = "to
         True
     """
     check_choice("estimator", estimator, ESTIMATORS)
-    tokens = KeptTokens.of(sums, FORM[estimator])
-    doublings = np.frexp(tokens.position)[1] - 1  # floor(log2), exactly
-    first = 2 ** np.arange(doublings.max(initial=-1) + 1)
-    last = np.minimum(2 * first - 1, tokens.position.max(initial=0))
-    return _by_token(tokens, doublings, first, last, sums, estimator, per, prompts)
+    longest = int(lengths(sums).max(initial=0))
+    first = 2 ** np.arange(longest.bit_length())
+    last = np.minimum(2 * first - 1, longest)
+
+    def doublings(tokens: KeptTokens, _: slice) -> np.ndarray:
+        return np.frexp(tokens.position)[1] - 1  # floor(log2), exactly
+
+    return _by_token(doublings, first, last, sums, estimator, per, prompts)
 
 
 def by_label(
@@ -141,10 +151,14 @@ def by_label(
         ValueError: as for `by_position`; labels of another shape.
     """
     check_choice("estimator", estimator, ESTIMATORS)
-    tokens, labels = KeptTokens.of(sums, FORM[estimator]), np.asarray(labels)
-    check_length("labels", labels, tokens.row.size, "token")
+    labels, ends = np.asarray(labels), token_ends(sums)
+    check_length("labels", labels, int(ends[-1]), "token")
     found, index = np.unique(labels, return_inverse=True)
-    return _by_token(tokens, index, found, found, sums, estimator, per, prompts)
+
+    def of_piece(_: KeptTokens, rows: slice) -> np.ndarray:
+        return index[ends[rows.start] : ends[rows.stop]]
+
+    return _by_token(of_piece, found, found, sums, estimator, per, prompts)
 
 
 def by_length(sums: SequenceSums, *, per: str = "token", prompts: str = "random") -> Bins:
@@ -201,26 +215,31 @@ def by_lag(sums: SequenceSums, *, per: str = "token", prompts: str = "random") -
     Raises:
         ValueError: as for `by_position`.
     """
-    ratio, tokens = entropy_ratio(sums, per, FORM["causal"]), KeptTokens.of(sums, FORM["causal"])
-    groups = Groups.of(sums.group, prompts)
-    longest = int(tokens.n_tokens.max())
+    ratio, groups = entropy_ratio(sums, per, FORM["causal"]), Groups.of(sums.group, prompts)
+    longest = int(lengths(sums).max())
     first = np.append(0, 2 ** np.arange((longest - 1).bit_length()))
     last = np.minimum(np.append(0, 2 * first[1:] - 1), longest - 1)
-    parts, counts = [(tokens.per_rollout(tokens.dentropy), np.zeros(tokens.n_tokens.size))], [tokens.row.size]
-    for lags in zip(first[1:].tolist(), last[1:].tolist(), strict=True):
-        later, size = tokens.between(*lags)
-        dsize = size if per == "token" else np.zeros(size.size)
-        score = tokens.dlogp * (later - ratio.mean * dsize)
-        parts.append((tokens.per_rollout(score), tokens.per_rollout(tokens.dlogp * dsize)))
-        counts.append(np.sum(tokens.count_beyond(lags[0] - 1) - tokens.count_beyond(lags[1])))
-    return _bins(first, last, np.array(counts), parts, ratio, groups)
+    terms, dsizes = np.zeros((2, first.size, lengths(sums).size))
+    counts = np.zeros(first.size, dtype=np.int64)
+    for rows, tokens in KeptTokens.pieces(sums, FORM["causal"]):
+        terms[0, rows] = tokens.per_rollout(tokens.dentropy)
+        counts[0] += tokens.row.size
+        for b, lags in enumerate(zip(first[1:].tolist(), last[1:].tolist(), strict=True), 1):
+            later, size = tokens.between(*lags)
+            dsize = size if per == "token" else np.zeros(size.size)
+            terms[b, rows] = tokens.per_rollout(tokens.dlogp * (later - ratio.mean * dsize))
+            dsizes[b, rows] = tokens.per_rollout(tokens.dlogp * dsize)
+            counts[b] += np.sum(tokens.count_beyond(lags[0] - 1) - tokens.count_beyond(lags[1]))
+    return _bins(first, last, counts, zip(terms, dsizes, strict=True), ratio, groups)
 
 
-def _score(tokens: KeptTokens, ratio: EntropyRatio, estimator: str, per: str) -> tuple[np.ndarray, np.ndarray]:
-    """(a, l), float64 [total tokens]: a_k as in `token_attribution`, and l_k, for it holds −H̄ l_k."""
-    size = ratio.size[tokens.row]
+def _score(
+    tokens: KeptTokens, ratio: EntropyRatio, rows: slice, estimator: str, per: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """(a, l), float64, of the tokens of some rows: a_k as in `token_attribution`, and l_k, for it holds −H̄ l_k."""
+    size = ratio.size[rows][tokens.row]
     if estimator == "exact":
-        return ratio.centred[tokens.row], size
+        return ratio.centred[rows][tokens.row], size
     later, count = tokens.beyond(0)
     if estimator == "causal":
         size = count if per == "token" else np.zeros(count.size)
@@ -228,8 +247,7 @@ def _score(tokens: KeptTokens, ratio: EntropyRatio, estimator: str, per: str) ->
 
 
 def _by_token(
-    tokens: KeptTokens,
-    index: np.ndarray,
+    index_of: Callable[[KeptTokens, slice], np.ndarray],
     first: np.ndarray,
     last: np.ndarray,
     sums: SequenceSums,
@@ -237,19 +255,20 @@ def _by_token(
     per: str,
     prompts: str,
 ) -> Bins:
-    """Bins of the token contributions, token k in bin index[k]."""
+    """Bins of the token contributions; `index_of` gives the bin of each token of some rows."""
     ratio, groups = entropy_ratio(sums, per, FORM[estimator]), Groups.of(sums.group, prompts)
-    score, size = _score(tokens, ratio, estimator, per)
-    terms, dsize = tokens.dentropy + tokens.dlogp * score, tokens.dlogp * size
-    count = np.bincount(index, minlength=first.size)
-
-    def per_rollout(values: np.ndarray, these: np.ndarray) -> np.ndarray:
-        return np.bincount(tokens.row[these], weights=values[these], minlength=tokens.n_tokens.size)
-
-    members = np.split(np.argsort(index, kind="stable"), np.cumsum(count)[:-1])
-    return _bins(
-        first, last, count, ((per_rollout(terms, these), per_rollout(dsize, these)) for these in members), ratio, groups
-    )
+    terms, dsizes = np.zeros((2, first.size, lengths(sums).size))
+    count = np.zeros(first.size, dtype=np.int64)
+    for rows, tokens in KeptTokens.pieces(sums, FORM[estimator]):
+        score, size = _score(tokens, ratio, rows, estimator, per)
+        index = index_of(tokens, rows)
+        place = index * tokens.n_tokens.size + tokens.row  # by bin and rollout
+        values = tokens.dentropy + tokens.dlogp * score, tokens.dlogp * size
+        for found, of_tokens in zip((terms, dsizes), values, strict=True):
+            sums_of = np.bincount(place, weights=of_tokens, minlength=first.size * tokens.n_tokens.size)
+            found[:, rows] = sums_of.reshape(first.size, -1)
+        count += np.bincount(index, minlength=first.size)
+    return _bins(first, last, count, zip(terms, dsizes, strict=True), ratio, groups)
 
 
 def _bins(first, last, count, parts, ratio: EntropyRatio, groups: Groups) -> Bins:

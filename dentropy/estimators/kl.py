@@ -10,7 +10,6 @@ import numpy as np
 from dentropy.estimators.columns import column
 from dentropy.estimators.estimate import Statistic
 from dentropy.estimators.mean_change import Rollouts, ratio_of_sums
-from dentropy.stats.segments import segment_sum
 
 if TYPE_CHECKING:
     from dentropy.stats.tables import SequenceSums
@@ -68,8 +67,5 @@ def kl_forecast(base: SequenceSums, rollouts: Rollouts, per: str) -> Divergence:
         return ratio_of_sums(terms, size, rollouts, per=per, kind=PositiveMean)
 
     fisher = None if base.fisher is None else of(column(base, "fisher", "base"))
-    measured = {
-        eta: of(segment_sum(np.expm1(found.log_ratio) - found.log_ratio, found.ends))
-        for eta, found in rollouts.ratios.items()
-    }
+    measured = {eta: of(scores.divergence) for eta, scores in rollouts.at.items()}
     return Divergence(fisher=fisher, measured=measured)

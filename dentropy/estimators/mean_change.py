@@ -6,20 +6,22 @@ that is. Over a rollout the scores add up to ℓ'_i and to w_i − 1.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dentropy.estimators.columns import entropy_ratio
+from dentropy.estimators.baselines import Others, TokensLeft
+from dentropy.estimators.columns import column, entropy_ratio
 from dentropy.estimators.estimate import Statistic
 from dentropy.estimators.groups import Groups
 from dentropy.estimators.importance_sampling import paired_rows
 from dentropy.estimators.jackknife import leave_one_out
-from dentropy.estimators.prefix_weights import TokenRatios, check_reach, token_ratios
+from dentropy.estimators.prefix_weights import check_reach, token_ratios
 from dentropy.estimators.reweighting import sequence_weights
-from dentropy.estimators.tokens import KeptTokens
-from dentropy.stats.segments import segment_sum
+from dentropy.estimators.tokens import KeptTokens, lengths
+from dentropy.stats.segments import place_in_sequence, segment_sum
 
 if TYPE_CHECKING:
     from dentropy.stats.tables import SequenceSums
@@ -41,82 +43,87 @@ class MeanChange:
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """Scores of the tokens of S rollouts, packed in the row order of the base table.
+    """Scores of the tokens of S rollouts, dlogp_k or w_{<k}(ρ_k − 1), summed over each, in the base table's row order.
 
-    token    float64 [N], dlogp_k or w_{<k}(ρ_k − 1)
-    rollout  float64 [S], their sums: ℓ'_i or w_i − 1
-    linear   whether they are derivatives
+    rollout     float64 [S], their sums: ℓ'_i or w_i − 1
+    length      float64 [S], Σ_k (T_i − k − b_k) times the score of token k, see `length_forecast`
+    divergence  float64 [S], Σ_k (ρ_k − 1 − log ρ_k); None for derivatives
     """
 
-    token: np.ndarray
     rollout: np.ndarray
-    linear: bool
+    length: np.ndarray
+    divergence: np.ndarray | None = None
+
+    @property
+    def linear(self) -> bool:
+        """Whether they are derivatives."""
+        return self.divergence is None
 
 
 @dataclass(frozen=True, eq=False)
 class Rollouts:
     """The rollouts of a base table with kept tokens, and their scores: all that the change of a mean is made of.
 
-    tokens  the kept tokens of the base table
-    prompts "random" or "fixed"
-    group   int64 [S]
-    weight  float64 [S], 1; of rollouts of another sampler W_i, see `sequence_weights`
-    doubts  why no error bar of this table is to be trusted, see `EntropyRatio`
-    first   the scores of the slope
-    ratios  by η
-    at      by η: the scores there
+    n_tokens float64 [S], T_i
+    prompts  "random" or "fixed"
+    group    int64 [S]
+    weight   float64 [S], 1; of rollouts of another sampler W_i, see `sequence_weights`
+    doubts   why no error bar of this table is to be trusted, see `EntropyRatio`
+    first    the scores of the slope
+    at       by η: the scores there
     """
 
-    tokens: KeptTokens
+    n_tokens: np.ndarray
     prompts: str
     group: np.ndarray
     weight: np.ndarray
     doubts: tuple[str, ...]
     first: Scores
-    ratios: dict[float, TokenRatios]
     at: dict[float, Scores]
 
     @classmethod
     def of(cls, base: SequenceSums, moved: dict[float, SequenceSums], prompts: str) -> Rollouts:
         """ValueError for tables that have no tokens, do not pair, or hold a value that is not finite."""
-        doubts, tokens = entropy_ratio(base, "token", "sequence", "base").doubts, KeptTokens.of(base, "sequence")
-        ratios = {eta: token_ratios(base, table, paired_rows(base, table)) for eta, table in moved.items()}
-        for found in ratios.values():
-            check_reach(found.reach, base.rollout)
-        at = {}
-        for eta, found in ratios.items():
-            score = np.exp(found.before) * np.expm1(found.log_ratio)
-            # The sum telescopes to w − 1, which keeps its digits where the terms cancel.
-            at[eta] = Scores(score, np.expm1(segment_sum(found.log_ratio, found.ends)), linear=False)
-        first = Scores(tokens.dlogp, tokens.per_rollout(tokens.dlogp), linear=True)
-        return cls(tokens, prompts, np.asarray(base.group), sequence_weights(base), doubts, first, ratios, at)
+        doubts, weight = entropy_ratio(base, "token", "sequence", "base").doubts, sequence_weights(base)
+        left = Others(Groups.of(base.group, prompts), weight).tokens_left(lengths(base))
+        first = Scores(*_joined(_first_scores(base, left)))
+        at = {eta: Scores(*_joined(_scores(base, table, left))) for eta, table in moved.items()}
+        return cls(column(base, "n_tokens"), prompts, np.asarray(base.group), weight, doubts, first, at)
 
     def weighted_mean(self, values: np.ndarray) -> float:
         """Σ W_i x_i / Σ W_i of `values` [S]: their mean over rollouts of the policy."""
         return float(np.sum(self.weight * values) / self.weight.sum())
 
-    def mean_of_others(
-        self, own: np.ndarray, of_group: np.ndarray, of_all: np.ndarray, row: np.ndarray | slice = slice(None)
-    ) -> np.ndarray:
-        """The baseline of each rollout or token: the mean of the other rollouts of the prompt, with their weights W_j.
-
-        A rollout that is its prompt's only one takes the mean of all others. It leaves every expectation as it is, for
-        a baseline may depend on anything but the rollout's own tokens from here on.
-
-        Args:
-            own, of_group, of_all: what is averaged, W_i times, of the rollout itself, summed over its prompt, and over
-                all.
-            row: the rollout that each is of.
-        """
-        groups = self.groups()
-        alone = (groups.members == 1)[groups.row][row]
-        others = np.where(alone, of_all, of_group) - own
-        rest = np.where(alone, self.weight.sum(), groups.sums(self.weight)[groups.row][row]) - self.weight[row]
-        return others / np.where(rest > 0, rest, 1.0)
+    def others(self) -> Others:
+        """The baselines that the others of a prompt give."""
+        return Others(self.groups(), self.weight)
 
     def groups(self, size: np.ndarray | None = None) -> Groups:
         """The prompt groups of rollouts that count for `size` [S] (None: 1 each)."""
         return Groups.of(self.group, self.prompts, size)
+
+
+def _first_scores(base: SequenceSums, left: TokensLeft) -> Iterator[tuple[np.ndarray, ...]]:
+    """(rollout, length) of `Scores`, for some rows at a time."""
+    for rows, tokens in KeptTokens.pieces(base, "sequence"):
+        behind = left.at(tokens.row + rows.start, tokens.position)
+        yield tokens.per_rollout(tokens.dlogp), tokens.per_rollout(tokens.dlogp * behind)
+
+
+def _scores(base: SequenceSums, moved: SequenceSums, left: TokensLeft) -> Iterator[tuple[np.ndarray, ...]]:
+    """(rollout, length, divergence) of `Scores` at an η, for some rows at a time."""
+    for rows, _, found in token_ratios(base, moved, paired_rows(base, moved)):
+        check_reach(found.reach, base.rollout[rows])
+        score, ends = np.exp(found.before) * np.expm1(found.log_ratio), found.ends
+        row = np.repeat(np.arange(rows.start, rows.stop), np.diff(ends))
+        length = segment_sum(score * left.at(row, 1 + place_in_sequence(ends)), ends)
+        # The sum of the scores telescopes to w − 1, which keeps its digits where the terms cancel.
+        rollout = np.expm1(segment_sum(found.log_ratio, ends))
+        yield rollout, length, segment_sum(np.expm1(found.log_ratio) - found.log_ratio, ends)
+
+
+def _joined(parts: Iterable[tuple[np.ndarray, ...]]) -> list[np.ndarray]:
+    return [np.concatenate(columns) for columns in zip(*parts, strict=True)]
 
 
 def ratio_of_sums(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import comb
 
 import numpy as np
@@ -30,7 +30,6 @@ def pass_at_k_forecast(right: np.ndarray, k: int, rollouts: Rollouts) -> MeanCha
     """
     groups = rollouts.groups()
     members = groups.members[groups.row]
-    prompts = [np.flatnonzero(groups.row == g) for g in range(groups.labels.size)]
     each = rollouts.prompts == "fixed"
 
     def of(scores: Scores):
@@ -38,11 +37,12 @@ def pass_at_k_forecast(right: np.ndarray, k: int, rollouts: Rollouts) -> MeanCha
             terms = advantages(right, rollouts) * scores.rollout
         else:
             terms = np.empty_like(right)
-            for rows in prompts:
-                terms[rows] = _terms(right[rows], scores.rollout[rows], k, scores.linear, each)
+            for rows, n_right in alike:
+                terms[rows] = _terms(scores.rollout[rows], n_right, k, scores.linear, each)
         return ratio_of_sums(terms / members, 1 / members, rollouts, doubts=doubts)
 
     wrong = groups.sums(1 - right)
+    alike = list(_alike(right, groups))
     live = int(np.sum((wrong < groups.members) & (wrong >= max(k - 1, 1))))
     doubts = ()
     if live < FEW_PROMPTS:
@@ -50,7 +50,8 @@ def pass_at_k_forecast(right: np.ndarray, k: int, rollouts: Rollouts) -> MeanCha
             f"pass@{k} can change in {live} of {groups.labels.size} prompts, below {FEW_PROMPTS}: its interval may be "
             "too narrow",
         )
-    now = [1 - comb(int(w), k) / comb(int(n), k) for w, n in zip(wrong, groups.members, strict=True)]
+    kinds, of_kind = np.unique(np.stack([wrong, groups.members]), axis=1, return_inverse=True)
+    now = np.array([1 - comb(int(w), k) / comb(int(n), k) for w, n in kinds.T])[of_kind.reshape(-1)]
     changes = {eta: of(scores) for eta, scores in rollouts.at.items()}
     return MeanChange(base=float(np.mean(now)), slope=of(rollouts.first), changes=changes)
 
@@ -88,20 +89,33 @@ def check_pass_at_k(
             )
 
 
-def _terms(right: np.ndarray, scores: np.ndarray, k: int, linear: bool, each: bool) -> np.ndarray | float:
-    """Of a prompt: its change or slope; with `each`, numbers per rollout whose mean that is, and which vary as it does.
+def _alike(right: np.ndarray, groups: Groups) -> Iterator[tuple[np.ndarray, int]]:
+    """The prompts with as many rollouts and as many right ones, together: rows [P, n], of each prompt the right ones
+    first, and their number."""
+    rows = np.lexsort((1 - right, groups.row))
+    first, n_right = np.cumsum(groups.members) - groups.members, groups.sums(right).astype(np.int64)
+    for n, c in np.unique(np.stack([groups.members, n_right]), axis=1).T.tolist():
+        starts = first[(groups.members == n) & (n_right == c)]
+        yield rows[starts[:, None] + np.arange(n)], c
+
+
+def _terms(scores: np.ndarray, n_right: int, k: int, linear: bool, each: bool) -> np.ndarray:
+    """Of P prompts, from scores [P, n], those of right ones first: the change or slope of each, [P, 1]; with `each`,
+    numbers per rollout whose mean that is, and which vary as it does, [P, n].
 
     They are the jackknife's pseudo-values n V − (n−1) V_{−i}. V averages over subsets, so it is the mean of the V_{−i}.
     """
-    hit = right == 1
-    n, wrong, own = right.size, int(np.sum(~hit)), scores[hit]
-    value = _change(own[None], wrong, n, k, linear)[0]
+    own, n = scores[:, :n_right], scores.shape[1]
+    wrong = n - n_right
+    value = _change(own, wrong, n, k, linear)[:, None]
     if not each:
         return value
-    others = np.empty(n)
+    others = np.zeros_like(scores)
     # A score of 0 drops a right one from the polynomials, as leaving it out does.
-    others[hit] = _change(own * (1 - np.eye(own.size)), wrong, n - 1, k, linear)
-    others[~hit] = _change(own[None], wrong - 1, n - 1, k, linear) if wrong else 0.0
+    for i in range(n_right):
+        others[:, i] = _change(np.where(np.arange(n_right) == i, 0.0, own), wrong, n - 1, k, linear)
+    if wrong:
+        others[:, n_right:] = _change(own, wrong - 1, n - 1, k, linear)[:, None]
     return n * value - (n - 1) * others
 
 

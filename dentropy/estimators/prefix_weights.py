@@ -10,13 +10,16 @@ no column of a table could stand for it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from dentropy.estimators.columns import column
+from dentropy.estimators.parts import Part, parts, taken, token_ends
 from dentropy.estimators.reweighting import LARGEST_LOG_WEIGHT, as_drawn
-from dentropy.stats.segments import place_in_sequence, segment_sum, sum_before
+from dentropy.estimators.tokens import check_finite
+from dentropy.stats.segments import place_in_sequence, segment_max, segment_sum, sum_before
 
 if TYPE_CHECKING:
     from dentropy.stats.tables import SequenceSums
@@ -54,59 +57,67 @@ def prefix_weights(base: SequenceSums, moved: SequenceSums, rows: np.ndarray) ->
     Raises:
         ValueError: no kept tokens, or another number of them than the rows have; a value that is not finite.
     """
-    moved_entropy = _kept(moved, "moved", "entropy", int(column(base, "n_tokens", "base").sum()))
-    ratios = token_ratios(as_drawn(base), moved, rows)
-    ends, log_weight, log_ratio = ratios.ends, ratios.before, ratios.log_ratio
-    lengths, place, at_end = np.diff(ends), place_in_sequence(ends), segment_sum(log_ratio, ends)
-    entropy = moved_entropy[ratios.in_moved]
-    have = np.bincount(place)
-    from_here = 1.0 - np.concatenate([[0], np.cumsum(have)]) / ends[-1]  # share of the tokens at or behind a position
-    behind = from_here[lengths]  # 0 for the longest rollouts, whose last weight counts nowhere
-    largest = np.where(behind > 0, at_end, 0.0)
-    np.maximum.at(largest, np.repeat(np.arange(lengths.size), lengths), log_weight)
-    weight = np.exp(log_weight - np.repeat(largest, lengths))
-    mean = segment_sum((have / ends[-1])[place] * weight, ends) + behind * np.exp(np.minimum(at_end - largest, 0.0))
-    fractions = _ess_fractions(log_weight, place, have)[from_here[:-1] > 1 - CARRIED]
+    _check_kept(moved, "moved", "entropy", int(column(base, "n_tokens", "base").sum()))
+    number = np.bincount(column(base, "n_tokens", "base").astype(np.int64))  # of rollouts of each length
+    have = number[::-1].cumsum()[::-1][1:]  # of those that have a position
+    n_tokens = have.sum()
+    from_here = 1.0 - np.concatenate([[0], np.cumsum(have)]) / n_tokens  # share of the tokens at or behind a position
+    at_positions, found = _Positions(have.size), []
+    for _, of_moved, ratios in token_ratios(as_drawn(base), moved, rows):
+        ends, log_weight = ratios.ends, ratios.before
+        lengths, place, at_end = np.diff(ends), place_in_sequence(ends), segment_sum(ratios.log_ratio, ends)
+        behind = from_here[lengths]  # 0 for the longest rollouts, whose last weight counts nowhere
+        largest = np.maximum(segment_max(log_weight, ends), np.where(behind > 0, at_end, 0.0))
+        weight = np.exp(log_weight - np.repeat(largest, lengths))
+        mean = segment_sum((have / n_tokens)[place] * weight, ends)
+        mean += behind * np.exp(np.minimum(at_end - largest, 0.0))
+        entropy = segment_sum(weight * np.asarray(of_moved.tokens.entropy, dtype=np.float64), ends)
+        found.append((np.log(mean) + largest, entropy / mean, segment_sum(weight, ends) / mean))
+        at_positions.add(log_weight, place)
+    fractions = at_positions.ess()[from_here[:-1] > 1 - CARRIED] / have[from_here[:-1] > 1 - CARRIED]
     worst = int(np.argmin(fractions))
-    return PrefixWeights(
-        log_weights=np.log(mean) + largest,
-        entropy=segment_sum(weight * entropy, ends) / mean,
-        size=segment_sum(weight, ends) / mean,
-        worst_position=worst + 1,
-        worst_ess_fraction=float(fractions[worst]),
-    )
+    log_weights, entropy, size = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    return PrefixWeights(log_weights, entropy, size, worst + 1, float(fractions[worst]))
 
 
 class TokenRatios(NamedTuple):
-    """How much likelier the moved policy makes each token, packed in the row order of the base table.
+    """How much likelier the moved policy makes each token of some rollouts, packed.
 
     ends       int64 [S + 1], where each rollout's tokens start, and N at the end
-    in_moved   int64 [N], the place of each token among those of the moved table
     log_ratio  float64 [N], log ρ_k = logp_k(η) − logp_k(0)
     before     float64 [N], log w_{<k}: the sum of those before it in its rollout
     """
 
     ends: np.ndarray
-    in_moved: np.ndarray
     log_ratio: np.ndarray
     before: np.ndarray
 
     @property
     def reach(self) -> np.ndarray:
         """float64 [S], the largest log-weight of each rollout's first tokens, in nats; 0 where it has none."""
-        largest = np.zeros(len(self.ends) - 1)
-        np.maximum.at(largest, np.repeat(np.arange(largest.size), np.diff(self.ends)), self.before + self.log_ratio)
-        return largest
+        return segment_max(self.before + self.log_ratio, self.ends)
 
 
-def token_ratios(base: SequenceSums, moved: SequenceSums, rows: np.ndarray) -> TokenRatios:
-    """Those of two tables that kept their tokens; see `prefix_weights` for `rows` and for what is refused."""
-    lengths = column(base, "n_tokens", "base").astype(np.int64)
-    ends = np.concatenate([[0], np.cumsum(lengths)])
-    moved_lengths = column(moved, "n_tokens", "moved").astype(np.int64)
-    in_moved = np.repeat((np.cumsum(moved_lengths) - moved_lengths)[rows], lengths) + place_in_sequence(ends)
-    log_ratio = _kept(moved, "moved", "logp", ends[-1])[in_moved] - _kept(base, "base", "logp", ends[-1])
-    return TokenRatios(ends, in_moved, log_ratio, sum_before(log_ratio, ends))
+def token_ratios(
+    base: SequenceSums, moved: SequenceSums, rows: np.ndarray
+) -> Iterator[tuple[slice, Part, TokenRatios]]:
+    """Those of two tables that kept their tokens, for some rows of `base` at a time: which these are, the rows of
+    `moved` that belong to them, and the ratios. See `prefix_weights` for `rows` and for what is refused."""
+    n_tokens = int(column(base, "n_tokens", "base").sum())
+    column(moved, "n_tokens", "moved")
+    _check_kept(moved, "moved", "logp", n_tokens)
+    _check_kept(base, "base", "logp", n_tokens)
+    moved_ends = token_ends(moved)
+    for part, of_base in parts(base):
+        of_moved, ends = taken(moved, rows[part], moved_ends), token_ends(of_base)
+        logp = (np.asarray(table.tokens.logp, dtype=np.float64) for table in (of_moved, of_base))
+        log_ratio = np.subtract(*logp)
+        yield part, of_moved, TokenRatios(ends, log_ratio, sum_before(log_ratio, ends))
+
+
+def reach(base: SequenceSums, moved: SequenceSums, rows: np.ndarray) -> float:
+    """The largest log-weight, in nats, of the first tokens of any rollout; as `token_ratios`."""
+    return max(float(ratios.reach.max()) for _, _, ratios in token_ratios(base, moved, rows))
 
 
 def check_reach(log_weights: np.ndarray, rollout: np.ndarray) -> None:
@@ -119,23 +130,33 @@ def check_reach(log_weights: np.ndarray, rollout: np.ndarray) -> None:
         )
 
 
-def _ess_fractions(log_weight: np.ndarray, place: np.ndarray, have: np.ndarray) -> np.ndarray:
-    """(Σ w)² / Σ w² at each position over the number of rollouts that have it."""
-    largest = np.full(have.size, -np.inf)
-    np.maximum.at(largest, place, log_weight)
-    weight = np.exp(log_weight - largest[place])
-    return np.bincount(place, weight) ** 2 / (np.bincount(place, weight**2) * have)
+class _Positions:
+    """Σ w and Σ w² at each position, relative to the largest w there has been."""
+
+    def __init__(self, count: int):
+        self._largest = np.full(count, np.finfo(np.float64).min)
+        self._sums = np.zeros((2, count))
+
+    def add(self, log_weight: np.ndarray, place: np.ndarray) -> None:
+        largest = self._largest.copy()
+        np.maximum.at(largest, place, log_weight)
+        weight = np.exp(log_weight - largest[place])
+        for power, total in enumerate(self._sums, 1):
+            total *= np.exp(self._largest - largest) ** power
+            total += np.bincount(place, weight**power, minlength=total.size)
+        self._largest = largest
+
+    def ess(self) -> np.ndarray:
+        """(Σ w)² / Σ w²."""
+        return self._sums[0] ** 2 / self._sums[1]
 
 
-def _kept(sums: SequenceSums, argument: str, name: str, expected: int) -> np.ndarray:
-    """A value of every token, float64 [tokens]."""
+def _check_kept(sums: SequenceSums, argument: str, name: str, expected: int) -> None:
+    """There is a finite value for every token."""
     if sums.tokens is None:
         raise ValueError(f"{argument}.tokens: None, expected those of a table measured with keep_tokens=True")
-    values = np.asarray(getattr(sums.tokens, name), dtype=np.float64)
-    if values.shape != (expected,):
-        raise ValueError(f"{argument}.tokens.{name}: shape {values.shape}, expected ({expected},) by n_tokens")
-    finite = np.isfinite(values)
-    if not finite.all():
-        token = int(np.argmin(finite))
-        raise ValueError(f"{argument}.tokens.{name}: {values[token]} at token {token}, expected finite values")
-    return values
+    values = getattr(sums.tokens, name)
+    shape = tuple(np.shape(values))
+    if shape != (expected,):
+        raise ValueError(f"{argument}.tokens.{name}: shape {shape}, expected ({expected},) by n_tokens")
+    check_finite(f"{argument}.tokens.{name}", values)

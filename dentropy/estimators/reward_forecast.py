@@ -25,9 +25,7 @@ def value_forecast(values: np.ndarray, rollouts: Rollouts) -> MeanChange:
 
 def advantages(values: np.ndarray, rollouts: Rollouts) -> np.ndarray:
     """r_i − b_i, float64 [S]."""
-    groups = rollouts.groups()
-    weighted = rollouts.weight * values
-    return values - rollouts.mean_of_others(weighted, groups.sums(weighted)[groups.row], weighted.sum())
+    return values - rollouts.others().mean(values)
 
 
 def checked_values(argument: str, values, expected: int) -> np.ndarray:

@@ -11,11 +11,13 @@ Estimators read tables whose columns hold the weights, and know of none. Without
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dentropy.estimators.parts import Part, parts, token_ends
 from dentropy.stats.segments import segment_sum, sum_before
 
 if TYPE_CHECKING:
@@ -42,7 +44,7 @@ def token_weights(sums: SequenceSums, weights: str) -> np.ndarray:
     row = np.repeat(np.arange(lengths.size), lengths)
     if sums.sampler_logp is None or weights == "sequence":
         return sequence_weights(sums)[row]
-    return _exp(sum_before(token_log_ratios(sums), _ends(sums)), sums.rollout[row])
+    return _exp(sum_before(token_log_ratios(sums), token_ends(sums)), sums.rollout[row])
 
 
 def token_log_ratios(sums: SequenceSums) -> np.ndarray:
@@ -68,7 +70,10 @@ def weighted(sums: SequenceSums, weights: str) -> SequenceSums:
     if sums.sampler_logp is None:
         return sums
     if weights == "prefix":
-        return replace(sums, **_prefix_columns(sums))
+        _sampler_tokens(sums)
+        token_columns = [name for name, values in sums.tokens._asdict().items() if values is not None]
+        found = [_prefix_columns(part, list(sums.columns()), token_columns) for _, part in parts(sums)]
+        return replace(sums, **{name: np.concatenate([part[name] for part in found]) for name in found[0]})
     weight = sequence_weights(sums)
     averaged = {name: column * weight for name, column in sums.columns().items() if name not in _AS_THEY_ARE}
     return replace(sums, **averaged)
@@ -82,14 +87,11 @@ def as_drawn(sums: SequenceSums) -> SequenceSums:
     return replace(sums, logp=sums.sampler_logp, **kept)
 
 
-def _prefix_columns(sums: SequenceSums) -> dict[str, np.ndarray]:
-    """The columns of `SequenceSums`, terms of token j times w_{<j}; h_k dlogp_k, which y_k settles, times ρ_k too."""
-    ends, weight, with_own = _ends(sums), token_weights(sums, "prefix"), score_weights(sums, "prefix")
-    tokens = {
-        name: np.asarray(values, dtype=np.float64)
-        for name, values in sums.tokens._asdict().items()
-        if values is not None
-    }
+def _prefix_columns(sums: Part, present: Sequence[str], token_columns: Sequence[str]) -> dict[str, np.ndarray]:
+    """The columns of `SequenceSums` that are `present`, terms of token j times w_{<j}; h_k dlogp_k, which y_k settles,
+    times ρ_k too."""
+    ends, weight, with_own = token_ends(sums), token_weights(sums, "prefix"), score_weights(sums, "prefix")
+    tokens = {name: np.asarray(getattr(sums.tokens, name), dtype=np.float64) for name in token_columns}
     terms = {"n_tokens": np.ones_like(weight)}
     terms |= {name: values for name, values in tokens.items() if name not in _AS_THEY_ARE}
     if "dlogp" in tokens:
@@ -99,15 +101,10 @@ def _prefix_columns(sums: SequenceSums) -> dict[str, np.ndarray]:
         second = first**2 + sum_before(tokens["d2logp"], ends)
         terms["dentropy_to_go"] = tokens["dentropy"] * first
         terms |= {"entropy_to_go_2": tokens["entropy"] * second, "length_to_go_2": second}
-    present = {field.name for field in fields(sums) if getattr(sums, field.name) is not None}
     found = {name: segment_sum(weight * values, ends) for name, values in terms.items() if name in present}
     if "dlogp" in tokens:
         found["entropy_dlogp"] = segment_sum(with_own * tokens["entropy"] * tokens["dlogp"], ends)
     return found
-
-
-def _ends(sums: SequenceSums) -> np.ndarray:
-    return np.concatenate([[0], np.cumsum(np.asarray(sums.n_tokens).astype(np.int64))])
 
 
 def _sampler_tokens(sums: SequenceSums) -> np.ndarray:

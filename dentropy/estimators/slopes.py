@@ -133,8 +133,11 @@ def _causal_score(
     if horizon is None:
         score, dsize = column(table, "entropy_to_go"), column(table, "length_to_go")
     else:
-        tokens = KeptTokens.of(sums, FORM["causal"])
-        score, dsize = (tokens.per_rollout(tokens.dlogp * later) for later in tokens.between(1, horizon))
+        found = [
+            [tokens.per_rollout(tokens.dlogp * later) for later in tokens.between(1, horizon)]
+            for _, tokens in KeptTokens.pieces(sums, FORM["causal"])
+        ]
+        score, dsize = (np.concatenate(parts) for parts in zip(*found, strict=True))
     return score, dsize if per == "token" else np.zeros_like(dsize)
 
 

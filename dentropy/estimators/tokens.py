@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dentropy.estimators.columns import column
+from dentropy.estimators.parts import Part, parts, token_ends
 from dentropy.estimators.reweighting import token_weights
-from dentropy.stats.segments import place_in_sequence
+from dentropy.stats.segments import PIECE, place_in_sequence
 
 if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
     from dentropy.stats.tables import SequenceSums
 
 
@@ -36,31 +40,28 @@ class KeptTokens:
     weight: np.ndarray
 
     @classmethod
-    def of(cls, sums: SequenceSums, weights: str, tangents: bool = True) -> KeptTokens:
-        """Those of a table; ValueError where they are missing, too few, too many, or not finite.
+    def pieces(cls, sums: SequenceSums, weights: str, tangents: bool = True) -> Iterator[tuple[slice, KeptTokens]]:
+        """Those of a table, of some rows at a time and with which these are; `row` counts from the first of them.
 
-        weights: the form of their base weights, "prefix" or "sequence".
+        Args:
+            sums: the table.
+            weights: the form of its base weights, "prefix" or "sequence".
+            tangents: whether dlogp and dentropy are needed.
+
+        Raises:
+            ValueError: where tokens are missing, too few, too many, or not finite.
         """
+        _check(sums, tangents)
+        for rows, part in parts(sums):
+            yield rows, cls._of(part, weights, tangents)
+
+    @classmethod
+    def _of(cls, sums: SequenceSums | Part, weights: str, tangents: bool) -> KeptTokens:
         n_tokens = lengths(sums)
-        if sums.tokens is None:
-            raise ValueError("sums.tokens: None, expected those of a table measured with keep_tokens=True")
-        found = []
-        for name in ("entropy", "dlogp", "dentropy"):
-            if name != "entropy" and not tangents:
-                found.append(None)
-                continue
-            values = getattr(sums.tokens, name)
-            if values is None:
-                raise ValueError(f"sums.tokens.{name}: None, expected those of a pass with a direction")
-            values = np.asarray(values, dtype=np.float64)
-            check_length(f"sums.tokens.{name}", values, n_tokens.sum(), "token")
-            finite = np.isfinite(values)
-            if not finite.all():
-                token = int(np.argmin(finite))
-                raise ValueError(f"sums.tokens.{name}: {values[token]} at token {token}, expected finite")
-            found.append(values)
-        position = 1 + place_in_sequence(np.concatenate([[0], np.cumsum(n_tokens)]))
-        weight, (entropy, dlogp, dentropy) = token_weights(sums, weights), found
+        names = ("entropy", "dlogp", "dentropy") if tangents else ("entropy",)
+        found = [np.asarray(getattr(sums.tokens, name), dtype=np.float64) for name in names]
+        position = 1 + place_in_sequence(token_ends(sums))
+        weight, (entropy, dlogp, dentropy) = token_weights(sums, weights), [*found, None, None][:3]
         row = np.repeat(np.arange(n_tokens.size), n_tokens)
         dentropy = None if dentropy is None else weight * dentropy
         return cls(n_tokens, row, position, weight * entropy, dlogp, dentropy, weight)
@@ -93,11 +94,33 @@ class KeptTokens:
         return near - far, many - few
 
 
+def _check(sums: SequenceSums, tangents: bool) -> None:
+    if sums.tokens is None:
+        raise ValueError("sums.tokens: None, expected those of a table measured with keep_tokens=True")
+    for name in ("entropy", "dlogp", "dentropy") if tangents else ("entropy",):
+        values = getattr(sums.tokens, name)
+        if values is None:
+            raise ValueError(f"sums.tokens.{name}: None, expected those of a pass with a direction")
+        check_length(f"sums.tokens.{name}", values, int(lengths(sums).sum()), "token")
+        check_finite(f"sums.tokens.{name}", values)
+
+
+def check_finite(argument: str, values: ArrayLike) -> None:
+    """ValueError naming the first token whose value, of [N], is not finite."""
+    values = np.asarray(values)
+    for start in range(0, len(values), PIECE):
+        finite = np.isfinite(values[start : start + PIECE])
+        if not finite.all():
+            token = start + int(np.argmin(finite))
+            raise ValueError(f"{argument}: {values[token]} at token {token}, expected finite values")
+
+
 def lengths(sums: SequenceSums) -> np.ndarray:
     """T_i, int64 [S]."""
     return column(sums, "n_tokens").astype(np.int64)
 
 
 def check_length(argument: str, values: np.ndarray, expected: int, unit: str) -> None:
-    if np.shape(values) != (expected,):
-        raise ValueError(f"{argument}: shape {np.shape(values)}, expected ({expected},): one value per {unit}")
+    shape = tuple(np.shape(values))
+    if shape != (expected,):
+        raise ValueError(f"{argument}: shape {shape}, expected ({expected},): one value per {unit}")

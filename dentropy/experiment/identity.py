@@ -28,6 +28,7 @@ def identity(
     direction: Direction | None,
     update: PackedBatch | None,
     settings: Mapping[str, object],
+    weights: dict[str, str] | None = None,
 ) -> dict[str, str]:
     """By name, what the bits of a table depend on.
 
@@ -35,8 +36,9 @@ def identity(
         policy, batch, direction: of the experiment; direction None where it is made of `update`.
         update: the update's own rollouts.
         settings: all others, by name, as JSON can hold them.
+        weights: `parameter_fingerprints` of the policy's model, where they are there already.
     """
-    found = {"policy": _policy(policy), "rollouts": rollouts_fingerprint(batch)}
+    found = {"policy": _policy(policy, weights), "rollouts": rollouts_fingerprint(batch)}
     if direction is not None:
         found["direction"] = fingerprint(sorted(direction.tensors.items()))
         found["direction's step size"] = repr(direction.step_size)
@@ -75,7 +77,7 @@ def _tensor(value) -> Tensor:
     return value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
 
 
-def _policy(policy: Policy) -> str:
+def _policy(policy: Policy, weights: dict[str, str] | None = None) -> str:
     config = {name: value for name, value in policy.config.to_dict().items() if name not in PLACES}
     said = json.dumps([type(policy.model).__name__, config], sort_keys=True, default=str)
-    return hashlib.sha256((said + weights_fingerprint(policy.model)).encode()).hexdigest()
+    return hashlib.sha256((said + weights_fingerprint(policy.model, weights)).encode()).hexdigest()

@@ -30,7 +30,7 @@ from dentropy.estimators.columns import entropy_ratio
 from dentropy.estimators.groups import Groups
 from dentropy.estimators.importance_sampling import paired_rows
 from dentropy.estimators.pass_at_k import check_pass_at_k
-from dentropy.estimators.prefix_weights import token_ratios
+from dentropy.estimators.prefix_weights import reach
 from dentropy.estimators.reweighting import FORM, LARGEST_LOG_WEIGHT
 from dentropy.experiment.changes import Change, Form, FreshCheck, lost_in_rounding
 from dentropy.experiment.cost import cost
@@ -38,7 +38,7 @@ from dentropy.experiment.proxies import grades
 from dentropy.experiment.results import ProbeResult
 from dentropy.experiment.update_groups import check_groups, grouped, tokens_run
 from dentropy.model.direction import Direction
-from dentropy.model.fingerprint import check_unchanged, parameter_fingerprints
+from dentropy.model.fingerprint import unchanged
 from dentropy.model.policy import Policy
 from dentropy.passes.measure import measure
 from dentropy.passes.microbatches import AUTO
@@ -121,40 +121,40 @@ def probe(
         raise ValueError(f"on_nonfinite: {on_nonfinite!r}, expected one of {ON_NONFINITE}")
     groups = check_groups(groups, update)
     settings = {"token_budget": token_budget, "progress": progress}
-    weights, given, used = parameter_fingerprints(policy.model), batch, np.arange(len(batch))
-    while True:
-        check_pass_at_k(pass_at_k, batch.reward, Groups.of(batch.group, prompts), batch.sampler_logp)
-        try:
-            base, moved, own_steps, no_curvature = _tables(policy, batch, direction, etas, **settings)
-            break
-        except NotFiniteError as error:
-            used = np.delete(used, error.rollouts)
-            if on_nonfinite == "raise" or not given.response_lens[used].any():
-                raise
-            batch = given.take(used)
-    slopes = {name: slope(base, estimator=name, prompts=prompts) for name in ESTIMATORS}
-    seconds = dict.fromkeys(DERIVATIVE.values())
-    if no_curvature is None:
-        seconds = {name: curvature(base, estimator=name, prompts=prompts, first=slopes[name]) for name in seconds}
-    first, second = ([found[name] for name in DERIVATIVE.values()] for found in (slopes, seconds))
-    measured = {
-        eta: [importance(base, table, weights=weights, prompts=prompts) for weights in DERIVATIVE]
-        for eta, table in moved.items()
-    }
-    floors = noise_floors(policy, batch, direction, base, moved, measured, first, **settings)
-    changes = []
-    for eta in etas:
-        of_forms = zip(measured[eta], floors[eta], first, second, strict=True)
-        prefix, sequence = (_form(eta, *of_form) for of_form in of_forms)
-        changes.append(Change(**vars(prefix), moved=moved[eta], sequence=sequence))
-    shares, of_update = _explained(policy, batch, direction, base, parameters, update, **settings)
-    kinds, graded = {}, {}
-    if update is not None:
-        named = {"direction": direction, "prompts": prompts}
-        kinds = grouped(policy, batch, update, base, of_update, groups, **named, **settings)
-        graded = grades(update, of_update, **settings)
+    given, used = batch, np.arange(len(batch))
+    with unchanged(policy.model):
+        while True:
+            check_pass_at_k(pass_at_k, batch.reward, Groups.of(batch.group, prompts), batch.sampler_logp)
+            try:
+                base, moved, own_steps, no_curvature = _tables(policy, batch, direction, etas, **settings)
+                break
+            except NotFiniteError as error:
+                used = np.delete(used, error.rollouts)
+                if on_nonfinite == "raise" or not given.response_lens[used].any():
+                    raise
+                batch = given.take(used)
+        slopes = {name: slope(base, estimator=name, prompts=prompts) for name in ESTIMATORS}
+        seconds = dict.fromkeys(DERIVATIVE.values())
+        if no_curvature is None:
+            seconds = {name: curvature(base, estimator=name, prompts=prompts, first=slopes[name]) for name in seconds}
+        first, second = ([found[name] for name in DERIVATIVE.values()] for found in (slopes, seconds))
+        measured = {
+            eta: [importance(base, table, weights=weights, prompts=prompts) for weights in DERIVATIVE]
+            for eta, table in moved.items()
+        }
+        floors = noise_floors(policy, batch, direction, base, moved, measured, first, **settings)
+        changes = []
+        for eta in etas:
+            of_forms = zip(measured[eta], floors[eta], first, second, strict=True)
+            prefix, sequence = (_form(eta, *of_form) for of_form in of_forms)
+            changes.append(Change(**vars(prefix), moved=moved[eta], sequence=sequence))
+        shares, of_update = _explained(policy, batch, direction, base, parameters, update, **settings)
+        kinds, graded = {}, {}
+        if update is not None:
+            named = {"direction": direction, "prompts": prompts}
+            kinds = grouped(policy, batch, update, base, of_update, groups, **named, **settings)
+            graded = grades(update, of_update, **settings)
     base_entropy, base_influence = entropy_per_token(base)
-    check_unchanged(policy.model, weights)
     rollouts = None if update is None else update.batch
     return ProbeResult(
         base=base,
@@ -283,7 +283,7 @@ def forecast_within_reach(
     near = {
         change.eta: change
         for change in changes
-        if token_ratios(base, change.moved, paired_rows(base, change.moved)).reach.max() <= LARGEST_LOG_WEIGHT
+        if reach(base, change.moved, paired_rows(base, change.moved)) <= LARGEST_LOG_WEIGHT
     }
     measured = {eta: change.measured for eta, change in near.items()}
     return forecast(

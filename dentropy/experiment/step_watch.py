@@ -51,7 +51,9 @@ def watch_step(
 
     On entry the change of entropy is predicted, at the end of the block it is measured. Weights, gradients, optimizer
     state, random states, buffers, training mode and attention setting are those of the same loop without it, bit for
-    bit. Half-precision weights are measured on float32 copies, and a warning says what these need.
+    bit. Half-precision weights are measured on float32 copies, and a warning says what these need. In a process group
+    every rank calls it, as `measure`, with the same weights, gradients and rollouts; a model in DistributedDataParallel
+    as its `module`.
 
     Args:
         model: the policy in training, or a Policy of it, which spares a self-check at every step.
@@ -64,8 +66,8 @@ def watch_step(
         StepWatch: `predicted` at once, `measured` and `realized_fraction` after the block.
 
     Raises:
-        ValueError: under several processes, where the optimizer has no gradients or its step cannot be foreseen, and
-            as `Policy` and `measure` do.
+        ValueError: where the optimizer has no gradients or its step cannot be foreseen, and as `Policy` and `measure`
+            do: of several processes where their weights, steps or rollouts are not the same.
 
     Example:
         >>> from dentropy.demo.run import draw_rollouts, load_policy

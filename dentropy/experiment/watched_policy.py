@@ -13,6 +13,7 @@ from dentropy.model.as_found import left_as_found
 from dentropy.model.float32_copies import in_float32, is_half
 from dentropy.model.memory import available_memory
 from dentropy.model.policy import Policy
+from dentropy.passes import ranks
 
 # Weights, gradients, the copies of a step and its difference, in float32, beside the optimizer's own tensors.
 COPIES_OF_A_STEP = 4
@@ -27,9 +28,6 @@ class WatchedPolicy:
         model: a causal language model of transformers, PEFT's included, or a Policy of one.
         optimizer: that trains it.
 
-    Raises:
-        ValueError: under several processes.
-
     Attributes:
         model: as given.
         in_float32: whether it is measured in float32: not where weights are of half precision, which a warning says
@@ -37,7 +35,6 @@ class WatchedPolicy:
     """
 
     def __init__(self, model: nn.Module | Policy, optimizer: torch.optim.Optimizer):
-        refuse_processes()
         self.model = model.model if isinstance(model, Policy) else model
         self._policy = model if isinstance(model, Policy) else None
         self.in_float32 = True
@@ -56,7 +53,8 @@ class WatchedPolicy:
 
 def _announce(parameter: Tensor, needed: int) -> bool:
     """Says what the float32 copies need; whether there is room for them."""
-    free = available_memory(parameter.device)
+    found = ranks.exchange(available_memory(parameter.device))
+    free = None if None in found else min(found)
     said = f"model: weights are {parameter.dtype}, measured on float32 copies, which need {needed / GIB:.2f} GiB"
     if free is None or needed <= free:
         warnings.warn(f"{said} at a recorded step, beside the activations of a pass", stacklevel=3)
@@ -76,13 +74,3 @@ def bytes_needed(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     state = [x for p in trained.values() for x in optimizer.state.get(p, {}).values() if isinstance(x, Tensor)]
     numbers = sum(p.numel() for p in model.parameters() if is_half(p)) + sum(x.numel() for x in state)
     return BYTES * (numbers + COPIES_OF_A_STEP * sum(p.numel() for p in trained.values()))
-
-
-def refuse_processes() -> None:
-    """ValueError where this process is one of several."""
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        raise ValueError(
-            f"model: trained by {distributed.get_world_size()} processes, each with rollouts or weights of its own, "
-            "expected one process"
-        )

@@ -5,6 +5,7 @@ They lie in the trainer's `_buffered_inputs`, a list of padded batches made anew
 
 from __future__ import annotations
 
+from dentropy.passes import ranks
 from dentropy.rollouts.batch import PackedBatch
 from dentropy.rollouts.reading import UNCUT
 
@@ -30,10 +31,25 @@ def not_the_policys(args) -> str | None:
 
 
 def packed(buffer: list[dict], temperature: float) -> PackedBatch | None:
-    """The rollouts of all its batches, grouped by prompt; None where tools wrote part of them.
+    """The rollouts of all its batches, of all ranks, grouped by prompt; None where tools wrote part of them.
 
     What an engine gave their tokens goes with them, where the trainer keeps it: they are the engine's rollouts.
     """
+    found = ranks.exchange(_own(buffer))
+    if any(own is None for own in found):
+        return None
+    prompts, responses, logps = ([row for own in found for row in own[column]] for column in range(3))
+    return PackedBatch.from_lists(
+        prompts,
+        responses,
+        group=[tuple(prompt) for prompt in prompts],
+        temperature=temperature,
+        sampler_logp=logps or None,
+    )
+
+
+def _own(buffer: list[dict]) -> tuple[list, list, list] | None:
+    """(prompts, responses, log-probabilities by an engine, if any) of this rank; None where tools wrote part."""
     prompts, responses, logps = [], [], []
     for part in buffer:
         if "tool_mask" in part:
@@ -42,13 +58,7 @@ def packed(buffer: list[dict], temperature: float) -> PackedBatch | None:
         responses += _kept(part["completion_ids"], part["completion_mask"])
         if SAMPLER in part:
             logps += _kept(part[SAMPLER], part["completion_mask"])
-    return PackedBatch.from_lists(
-        prompts,
-        responses,
-        group=[tuple(prompt) for prompt in prompts],
-        temperature=temperature,
-        sampler_logp=logps or None,
-    )
+    return prompts, responses, logps
 
 
 def _kept(values, mask) -> list[list]:

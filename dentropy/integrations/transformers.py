@@ -18,13 +18,16 @@ from dentropy.experiment.run_folder import ViewsFailedError
 from dentropy.experiment.step_watch import VERDICTS, OtherChange, StepWatch
 from dentropy.experiment.watched_policy import WatchedPolicy
 from dentropy.integrations import next_rollouts
+from dentropy.integrations.drawn_by_ranks import drawn_by_ranks
 from dentropy.integrations.prompts import PromptSource
 from dentropy.integrations.trainer_rewards import TrainerRewards, not_here
+from dentropy.passes import ranks
 from dentropy.passes.microbatches import AUTO
 from dentropy.rollouts.batch import PackedBatch
-from dentropy.rollouts.sampling import end_tokens, sample
+from dentropy.rollouts.sampling import end_tokens
 
 PREFIX = "dentropy/"
+WHOLE_MODELS = ("MULTI_GPU", "MULTI_CPU")  # in every process, as accelerate names it
 TOTALS = {"predicted_total": "predicted_delta", "measured_total": "measured_delta"}
 
 
@@ -77,6 +80,9 @@ class EntropyForecast(TrainerCallback):
     rewards=False spares it. A warning says where there is no such forecast: with models or async functions as rewards,
     tools, rollout_func and `prompts`.
 
+    Under DistributedDataParallel each process draws its part of the rollouts and runs its part of the passes; all of
+    them log the same numbers. The first one calls the reward functions, for all rollouts, and writes the run folders.
+
     Args:
         every: steps from one record to the next; the first step is always recorded.
         prompts: what rollouts answer: texts, chat messages or lists of token ids. None means the column "prompt" of the
@@ -92,10 +98,11 @@ class EntropyForecast(TrainerCallback):
         token_budget: as in `measure`.
 
     Raises:
-        ValueError: counts below 1. When training begins: under several processes, without prompts or max_new_tokens,
-            and in float16 without clipping, where gradients still carry the scaler's factor. At the first record:
-            what `Policy`, `measure` and `Direction.from_optimizer_step` refuse. Later records that fail are warned of
-            and counted, and training goes on.
+        ValueError: counts below 1. When training begins: under several processes that share the model out among them
+            (FSDP, DeepSpeed, tensor parallel), without prompts or max_new_tokens, and in float16 without clipping,
+            where gradients still carry the scaler's factor. At the first record: what `Policy`, `measure` and
+            `Direction.from_optimizer_step` refuse. Later records that fail are warned of and counted, and training goes
+            on.
 
     Example:
         >>> EntropyForecast(every=5).every
@@ -154,10 +161,13 @@ class EntropyForecast(TrainerCallback):
         self._log_now = self._judges = False
 
     def on_train_begin(self, args, state, control, *, processing_class=None, train_dataloader=None, **_):
+        from accelerate.state import AcceleratorState  # every Trainer brings it, the class alone does not
+
         self._forget()
-        if args.world_size > 1:
+        if args.world_size > 1 and (kind := AcceleratorState().distributed_type.value) not in WHOLE_MODELS:
             raise ValueError(
-                f"EntropyForecast: {args.world_size} processes, each with rollouts of its own, expected one process"
+                f"EntropyForecast: {args.world_size} processes as {kind}, expected one process, or several with "
+                "the whole model each (DistributedDataParallel)"
             )
         if args.fp16 and not args.max_grad_norm:
             raise ValueError(
@@ -239,15 +249,14 @@ class EntropyForecast(TrainerCallback):
         tokenizer = getattr(processing_class, "tokenizer", processing_class)
         with self._watched.policy() as policy:
             ends = {*end_tokens(policy), getattr(tokenizer, "eos_token_id", None)} - {None}
-            batch = sample(
-                policy,
-                prompts,
+            settings = dict(
                 per_prompt=self.per_prompt,
                 max_new_tokens=self._max_new_tokens or args.max_completion_length,
                 temperature=self._temperature_of(args),
                 seed=int(generator.integers(2**31)),
                 eos_token_id=sorted(ends),
             )
+            batch = drawn_by_ranks(policy, prompts, **settings)
             return batch if self._rewards is None else self._with_rewards(batch, rows)
 
     def _trainer_rewards(self) -> TrainerRewards | None:
@@ -260,7 +269,7 @@ class EntropyForecast(TrainerCallback):
         warnings.warn(f"EntropyForecast: no forecast of the reward: {why_not}", stacklevel=4)
 
     def _with_rewards(self, batch: PackedBatch, rows: list[dict]) -> PackedBatch:
-        reward = self._rewards.of(batch, rows)
+        reward = ranks.exchange(self._rewards.of(batch, rows) if ranks.rank() == 0 else None)[0]
         if np.isnan(reward).any():
             self._no_rewards(f"its functions give None for {np.isnan(reward).sum()} of {len(batch)} rollouts")
             return batch
@@ -293,7 +302,7 @@ class EntropyForecast(TrainerCallback):
     def _save(self, step: StepWatch, number: int, folder: Path, processing_class) -> None:
         """The run folder of this step; a number is put behind a name that is taken."""
         result = step.report()
-        if result is None:
+        if result is None or ranks.rank() > 0:
             return
         result = replace(result, seeds={"rollouts": self.seed}, source={"update": f"step {number} of a training run"})
         names = (f"step-{number:06d}{tail}" for tail in ("", *(f"-{again}" for again in range(2, 10000))))
@@ -302,9 +311,11 @@ class EntropyForecast(TrainerCallback):
 
     @contextmanager
     def _going_on(self, number: int) -> Iterator[None]:
-        """Training outlives a record that fails, with a warning, but for the first one: then the set-up is wrong."""
+        """Training outlives a record that fails, with a warning, but for the first one: then the set-up is wrong. What
+        fails on one rank fails on all."""
         try:
-            yield
+            with ranks.in_step():
+                yield
         except (ValueError, MemoryError, OSError, ViewsFailedError, _NotFinite) as error:
             if not self._recorded and not isinstance(error, _NotFinite):
                 raise

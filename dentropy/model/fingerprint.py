@@ -1,7 +1,9 @@
 """What tensors hold, in 64 digits: whether weights are those of before, or those of another process."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 from dentropy.model.shards import own_part, whole
 
 CHUNK = 2**24  # elements that are in host memory at a time
+_under_watch: ContextVar[tuple[nn.Module, ...]] = ContextVar("models that `unchanged` looks at", default=())
 
 
 class WeightsChangedError(ValueError):
@@ -32,8 +35,22 @@ def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
     return digest.hexdigest()
 
 
-def check_unchanged(model: nn.Module, before: dict[str, str]) -> None:
-    """ValueError naming a parameter that is no longer what it was in `before`, of `parameter_fingerprints`."""
+@contextmanager
+def unchanged(model: nn.Module, before: dict[str, str] | None = None) -> Iterator[None]:
+    """Raises WeightsChangedError, at the end, where a parameter is no longer what it was at the beginning, naming it.
+
+    A model is hashed once at the beginning, unless `before` has its `parameter_fingerprints` already, and once at the
+    end: inside of another of the same model this one does nothing.
+    """
+    if model in _under_watch.get():
+        yield
+        return
+    before = parameter_fingerprints(model) if before is None else before
+    token = _under_watch.set((*_under_watch.get(), model))
+    try:
+        yield
+    finally:
+        _under_watch.reset(token)
     now = parameter_fingerprints(model)
     changed = [name for name in before if now.get(name) != before[name]]
     if changed:
@@ -49,6 +66,7 @@ def parameter_fingerprints(model: nn.Module) -> dict[str, str]:
     return {name: fingerprint([(name, own_part(p.detach()))]) for name, p in model.named_parameters()}
 
 
-def weights_fingerprint(model: nn.Module) -> str:
-    """That of a model's parameters and buffers."""
-    return fingerprint([*model.named_parameters(), *model.named_buffers()])
+def weights_fingerprint(model: nn.Module, parameters: dict[str, str] | None = None) -> str:
+    """That of a model's parameters, or of these `parameter_fingerprints` of it, and of its buffers."""
+    parameters = parameter_fingerprints(model) if parameters is None else parameters
+    return hashlib.sha256(f"{parameters} {fingerprint(model.named_buffers())}".encode()).hexdigest()

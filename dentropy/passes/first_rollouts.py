@@ -18,7 +18,7 @@ def check_on_first(policy: Policy, batch: PackedBatch) -> None:
     ranks all must have the same weights, or their shards of them."""
     if ranks.count() > 1 and not all(ranks.exchange(policy.seen_rollouts)) and not policy.is_sharded:
         ranks.agree("policy", weights_fingerprint(policy.model))
-    with ranks.in_step() if policy.is_sharded else nullcontext():
+    with ranks.lockstep() if policy.is_sharded else nullcontext():
         policy.check_on(lambda: _some(batch))
 
 

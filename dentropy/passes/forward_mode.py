@@ -39,7 +39,8 @@ def response_stats(
 
     with policy.ready(), moved_weights(policy, direction, eta, tangent=tangent), torch.no_grad():
         idle = score if policy.is_sharded else None
-        stats = in_rollout_order(walk(batch, budget, score, shared=True, idle=idle), progress)
+        walked = walk(batch, budget, score, shared=True, idle=idle)
+        stats = in_rollout_order(walked, batch.n_tokens, progress)
         return blame_rollouts(stats, batch, budget, score)
 
 

@@ -21,6 +21,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import torch
 
+from dentropy import large
 from dentropy.model.memory import free_memory, is_out_of_memory
 from dentropy.model.packed_row import PackedRow, to_device
 from dentropy.passes import ranks
@@ -191,7 +192,7 @@ def _run_on_ranks(
     if idle is not None:
         at = min(mine, len(taken) - 1)
         counts = ranks.rank() == mine if measures else at == mine
-        found = _in_step(budget, taken[at].size, run if counts else idle, microbatches[at])
+        found = _in_lockstep(budget, taken[at].size, run if counts else idle, microbatches[at])
         results += [found] if counts else []
     elif mine < len(taken):
         shortage = _attempt(budget, taken[mine].size, run, microbatches[mine], results)
@@ -306,9 +307,9 @@ def _attempt(budget: TokenBudget, size: int, run, microbatch: Microbatch, result
     return message
 
 
-def _in_step(budget: TokenBudget, size: int, run, microbatch: Microbatch):
+def _in_lockstep(budget: TokenBudget, size: int, run, microbatch: Microbatch):
     """`run` where the other ranks run too, and none can go on without this one."""
-    with ranks.in_step():
+    with ranks.lockstep():
         try:
             with budget.trial(size):
                 return run(microbatch)
@@ -324,17 +325,27 @@ def _in_step(budget: TokenBudget, size: int, run, microbatch: Microbatch):
 
 
 def in_rollout_order(
-    walked: Iterable[tuple[Microbatch, TokenStats]], progress: Callable[[int], None] | None
+    walked: Iterable[tuple[Microbatch, TokenStats]], n_tokens: int, progress: Callable[[int], None] | None
 ) -> TokenStats:
-    """The token statistics of all microbatches of a walk, put in the order of the batch."""
-    parts, places = [], []
+    """The token statistics of all microbatches of a walk over so many generated tokens, in the order of the batch."""
+    columns: list[torch.Tensor | None] | None = None
     for microbatch, stats in walked:
-        parts.append(stats)
-        places.append(microbatch.places)
+        if columns is None:
+            columns = [None if x is None else _column(n_tokens, x) for x in stats]
+        places = to_device(microbatch.places, stats.logp.device)
+        for column, values in zip(columns, stats, strict=True):
+            if column is not None:
+                column[places] = values
         if progress is not None:
             progress(len(microbatch.places))
-    back = to_device(np.argsort(np.concatenate(places)), parts[0].logp.device)
-    return TokenStats(*(None if column[0] is None else torch.cat(column)[back] for column in zip(*parts, strict=True)))
+    return TokenStats(*columns)
+
+
+def _column(n: int, like: torch.Tensor) -> torch.Tensor:
+    """[n], to be filled; on the CPU it may be larger than memory."""
+    if like.device.type != "cpu":
+        return like.new_empty(n)
+    return torch.from_numpy(large.empty(n, like.numpy().dtype))
 
 
 def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:

@@ -27,7 +27,7 @@ def nested_response_stats(policy, batch, direction, eta, *, budget, progress) ->
 
     # Some derivatives (silu's) are differentiable again only while gradients are enabled; no weight asks for one.
     with policy.ready(attention.NESTABLE), torch.enable_grad(), _NestableLayerNorm():
-        stats = in_rollout_order(walk(batch, budget, score, shared=True), progress)
+        stats = in_rollout_order(walk(batch, budget, score, shared=True), batch.n_tokens, progress)
         return blame_rollouts(stats, batch, budget, score)
 
 

@@ -77,9 +77,20 @@ def together(function: Callable) -> Callable:
     return called
 
 
+@contextmanager
+def in_step() -> Iterator[None]:
+    """What is inside ends on all ranks before any goes on; what one of them fails with, all of them get."""
+    try:
+        yield
+        exchange(None)
+    except Exception as error:
+        tell(error)
+        raise
+
+
 def tell(error: Exception) -> None:
     """The other ranks what this one fails with, unless they know."""
-    if count() == 1 or knows(error) or hasattr(error, "dentropy_in_step"):
+    if count() == 1 or knows(error) or hasattr(error, "dentropy_in_lockstep"):
         return
     kind = next((name for name, kind in KINDS.items() if isinstance(error, kind)), "")
     if kind == "ValueError" and not is_refusal(error):
@@ -95,13 +106,13 @@ def tell(error: Exception) -> None:
 
 
 @contextmanager
-def in_step() -> Iterator[None]:
+def lockstep() -> Iterator[None]:
     """Around work in the middle of which ranks wait for each other (sharded weights). One that fails there cannot tell
     the others, who would take it for their next exchange, and leaves: what started the ranks then ends all of them."""
     try:
         yield
     except Exception as error:
-        error.dentropy_in_step, error.dentropy_told = True, False
+        error.dentropy_in_lockstep, error.dentropy_told = True, False
         raise
 
 

@@ -3,8 +3,13 @@
 Passes without tangents are all they take, and where one measures at ±η anyway, none at all.
 """
 
-import torch
+from collections.abc import Iterator
 
+import torch
+from torch import Tensor
+
+from dentropy import large
+from dentropy.stats.segments import PIECE
 from dentropy.stats.tables import TokenStats
 
 # The largest bend within a step, relative to the first derivatives, that passes for smooth.
@@ -22,7 +27,7 @@ def difference_step(at: TokenStats, dtype: torch.dtype) -> float:
     Raises:
         ValueError: where the direction moves nothing, so that there is no scale.
     """
-    speed = max(float(x.double().square().mean().sqrt()) for x in (at.dlogp, at.dentropy))
+    speed = max((_square(x) / len(x)) ** 0.5 for x in (at.dlogp, at.dentropy))
     if speed == 0:
         raise ValueError(
             "direction: moves no log-probability and no entropy of this batch, so the step of the second "
@@ -38,9 +43,9 @@ def bend(at: TokenStats, plus: TokenStats, minus: TokenStats, step: float) -> fl
     jump between the two sides (an expert chosen by rank, re-chosen) stands out.
     """
     off, size = 0.0, 0.0
-    for p, m, first in ((plus.logp, minus.logp, at.dlogp), (plus.entropy, minus.entropy, at.dentropy)):
-        off += float(((p.double() - m.double()) / (2 * step) - first.double()).square().sum())
-        size += float(first.double().square().sum())
+    for columns in ((plus.logp, minus.logp, at.dlogp), (plus.entropy, minus.entropy, at.dentropy)):
+        off += sum(float(((p - m) / (2 * step) - first).square().sum()) for p, m, first in _in_float64(*columns))
+        size += _square(columns[2])
     return (off / size) ** 0.5
 
 
@@ -73,7 +78,27 @@ def with_second_order(at: TokenStats, plus: TokenStats, minus: TokenStats, step:
         2.0
     """
     d2logp, d2entropy = (
-        ((p.double() - x.double() + (m.double() - x.double())) / step**2).to(x.dtype)
-        for p, x, m in ((plus.logp, at.logp, minus.logp), (plus.entropy, at.entropy, minus.entropy))
+        _second_difference(*columns, step)
+        for columns in ((plus.logp, at.logp, minus.logp), (plus.entropy, at.entropy, minus.entropy))
     )
     return at._replace(d2logp=d2logp, d2entropy=d2entropy)
+
+
+def _second_difference(plus: Tensor, at: Tensor, minus: Tensor, step: float) -> Tensor:
+    found = torch.empty_like(at)
+    if not at.is_cuda:
+        found = torch.from_numpy(large.empty(len(at), at.numpy().dtype))
+    for part, (p, x, m) in zip(found.split(PIECE), _in_float64(plus, at, minus), strict=True):
+        part.copy_((p - x + (m - x)) / step**2)
+    return found
+
+
+def _square(column: Tensor) -> float:
+    """Σ x²."""
+    return sum(float(x.square().sum()) for (x,) in _in_float64(column))
+
+
+def _in_float64(*columns: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """A piece at a time."""
+    for parts in zip(*(column.split(PIECE) for column in columns), strict=True):
+        yield tuple(part.double() for part in parts)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dentropy.rollouts import columns
+from dentropy.rollouts.compact import Compact
 from dentropy.rollouts.readers import (
     advantages_of,
     check_label,
@@ -229,10 +230,12 @@ class PackedBatch:
     def _of(cls, rows, masks, *, group, reward, advantage, temperature, sampler_logp) -> "PackedBatch":
         """From checked rows and masks; the other columns are checked here."""
         n, lengths = len(rows), np.array([np.count_nonzero(mask) for mask in masks], dtype=np.int64)
+        row_lens = np.array([len(ids) for ids in rows], dtype=np.int64)
+        total = int(row_lens.sum())
         return cls(
-            tokens=torch.from_numpy(np.concatenate(rows)),
-            generated=np.concatenate(masks),
-            row_lens=np.array([len(ids) for ids in rows], dtype=np.int64),
+            tokens=torch.from_numpy(columns.end_to_end(rows, total, np.int64)),
+            generated=columns.end_to_end(masks, total, bool),
+            row_lens=row_lens,
             group=np.arange(n) if group is None else columns.groups(group, n),
             temperature=columns.temperatures(temperature, n),
             reward=None if reward is None else columns.numbers("reward", reward, n, "rollout"),
@@ -341,7 +344,8 @@ class PackedBatch:
             ...     PackedBatch.from_jsonl(path, end_tokens=[2]).reward
             array([1.])
         """
-        rows = list(json_lines(Path(path)))
+        compact = Compact()
+        rows = [(where, compact.row(row)) for where, row in json_lines(Path(path))]
         if not rows:
             raise ValueError(f"{path}: no rollouts, expected one JSON object per line")
         return cls.of_lines(path, rows, tokenizer, append_eos, end_tokens, max_new_tokens)
@@ -361,7 +365,7 @@ class PackedBatch:
             batch = cls.from_rows(
                 found.ids,
                 found.masks,
-                group=[tuple(prompt) for prompt in found.prompts] if group is None else group,
+                group=found.prompts if group is None else group,
                 reward=None if reward is None else [float(value) for value in reward],
                 advantage=advantage,
                 temperature=[row.get("temperature", 1.0) for _, row in rows],

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 
 import numpy as np
 from torch import Tensor
 
+from dentropy import large
 from dentropy.doors import third_party
 from dentropy.rollouts.readers import LARGEST_ID, is_number
 
@@ -22,14 +23,23 @@ def array(values, argument: str) -> np.ndarray:
 
 
 def token_ids(ids, name: str, i: int) -> np.ndarray:
-    """int64 [n]; ValueError naming `name[i]` for what is no flat sequence of token ids."""
+    """Integers [n]; ValueError naming `name[i]` for what is no flat sequence of token ids."""
     ids = array(ids, f"{name}[{i}]")
     if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
         raise ValueError(f"{name}[{i}]: {ids.dtype} of shape {ids.shape}, expected a flat sequence of token ids")
     if ids.size and (ids.min() < 0 or ids.max() > LARGEST_ID):
         outside = ids.min() if ids.min() < 0 else ids.max()
         raise ValueError(f"{name}[{i}]: token id {outside} is outside the vocabulary, expected ids from 0")
-    return ids.astype(np.int64)
+    return ids if ids.dtype == np.int32 else ids.astype(np.int64, copy=False)
+
+
+def end_to_end(rows: Iterable[np.ndarray], n: int, dtype) -> np.ndarray:
+    """All of them in one array, [n]."""
+    found, place = large.empty(n, dtype), 0
+    for row in rows:
+        found[place : place + len(row)] = row
+        place += len(row)
+    return found
 
 
 def loss_mask(mask, i: int, n: int) -> np.ndarray:
@@ -37,14 +47,14 @@ def loss_mask(mask, i: int, n: int) -> np.ndarray:
     mask = array(mask, f"loss_mask[{i}]")
     if mask.shape != (n,):
         raise ValueError(f"loss_mask[{i}]: shape {mask.shape}, expected one flag for each of the row's {n} tokens")
-    if mask.size and (mask.dtype.kind not in "biuf" or not np.isin(mask, (0, 1)).all()):
+    if mask.size and mask.dtype != bool and (mask.dtype.kind not in "iuf" or not np.isin(mask, (0, 1)).all()):
         raise ValueError(f"loss_mask[{i}]: {mask.dtype} values other than 0 and 1, expected 1 where a token counts")
     if mask[:1].any():
         raise ValueError(
             f"loss_mask[{i}]: 1 at the row's first token, which nothing predicts, expected a given token before "
             "the first generated one (a start token will do)"
         )
-    return mask.astype(bool)
+    return mask.astype(bool, copy=False)
 
 
 def groups(group: Sequence, n: int) -> np.ndarray:
@@ -79,8 +89,8 @@ def per_token(name: str, values, lengths: np.ndarray) -> np.ndarray:
         return numbers(name, values, int(lengths.sum()), "generated token")
     if len(values) != len(lengths):
         raise ValueError(f"{name}: {len(values)} lists of numbers, expected one per rollout, {len(lengths)}")
-    rows = [numbers(f"{name}[{i}]", row, int(lengths[i]), "generated token") for i, row in enumerate(values)]
-    return np.concatenate(rows)
+    rows = (numbers(f"{name}[{i}]", row, int(lengths[i]), "generated token") for i, row in enumerate(values))
+    return end_to_end(rows, int(lengths.sum()), np.float64)
 
 
 def advantages(values, lengths: np.ndarray) -> np.ndarray:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from dentropy.rollouts.text import WORD, rendered, special_tokens
 
 
@@ -80,19 +82,19 @@ def close(
     ]
 
 
-def losses(responses: list[list[int]], ends: tuple[int, ...], from_text: bool) -> list[str]:
+def losses(responses: Sequence[np.ndarray], ends: tuple[int, ...], from_text: bool) -> list[str]:
     """What the end tokens of responses, or their absence, say against a file."""
     if not ends:
         return []
     found = []
     named = f"the end token {ends[0]}" if len(ends) == 1 else f"one of the end tokens {', '.join(map(str, ends))}"
-    if not any(ids and ids[-1] in ends for ids in responses):
+    if not any(len(ids) and ids[-1] in ends for ids in responses):
         found.append(
             f"no response ends with {named}"
             + (", which text dumps leave out (append_eos, --append-eos puts it back)" if from_text else "")
             + ": entropy and slope then miss every decision to stop"
         )
-    n = sum(any(token in ends for token in ids[:-1]) for ids in responses)
+    n = sum(any((ids[:-1] == token).any() for token in ends) for ids in responses)
     if n:
         found.append(f"{n} of {len(responses)} responses go on after an end token: padding, or several turns")
     return found

@@ -6,11 +6,13 @@ A row comes with where it stands, for errors: file and line, item or row.
 from pathlib import Path
 
 from dentropy.doors import json_value, regular_file, saved_by_torch, third_party
+from dentropy.rollouts.compact import Compact
 from dentropy.rollouts.readers import PARQUET, json_lines
 
 Rows = list[tuple[str, dict]]
 SUFFIXES = (".jsonl", ".json", ".parquet", ".pt")
 ZIP = b"PK"
+READ_AT_ONCE = 1024  # rows of Parquet
 
 
 def rows_in(path: Path) -> Rows:
@@ -21,14 +23,15 @@ def rows_in(path: Path) -> Rows:
     """
     with open(regular_file(path, "a file of rollouts"), "rb") as file:
         start = file.read(64)
+    compact = Compact()
     if start.startswith(PARQUET):
-        rows = _parquet(path)
+        rows = _parquet(path, compact)
     elif start.startswith(ZIP):
         rows = _samples(path)
     elif start.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
         rows = _array(path)
     else:
-        rows = list(json_lines(path))
+        rows = [(where, compact.row(row)) for where, row in json_lines(path)]
     if not rows:
         raise ValueError(f"{path}: no rollouts, expected one JSON object per line")
     return rows
@@ -39,13 +42,15 @@ def _array(path: Path) -> Rows:
     return _objects(items, f"{path}: item")
 
 
-def _parquet(path: Path) -> Rows:
+def _parquet(path: Path, compact: Compact) -> Rows:
     try:
         import pyarrow.parquet
     except ImportError as error:
         raise ValueError(f"{path}: reading Parquet needs pyarrow; pip install 'dentropy[probe]' brings it") from error
-    with third_party(f"{path}: cannot be read", "a Parquet file"):
-        items = pyarrow.parquet.read_table(path, partitioning=None).to_pylist()
+    items = []
+    with third_party(f"{path}: cannot be read", "a Parquet file"), pyarrow.parquet.ParquetFile(path) as file:
+        for batch in file.iter_batches(READ_AT_ONCE):
+            items += map(compact.row, batch.to_pylist())
     return _objects(items, f"{path}: row")
 
 

@@ -7,7 +7,10 @@ from numbers import Real
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from dentropy.doors import json_value, regular_file
+from dentropy.large import Tape
 from dentropy.rollouts import ends
 from dentropy.rollouts.masks import cut_masked, is_masked_row, loss_mask
 from dentropy.rollouts.text import TextReader
@@ -15,6 +18,8 @@ from dentropy.rollouts.text import TextReader
 PROMPT = ("prompt_ids",), ("prompt", "input")  # columns of token ids, columns of text
 RESPONSE = ("response_ids", "completion_ids"), ("response", "completion", "output")
 LARGEST_ID = 2**63 - 1
+LISTS = (list, np.ndarray)
+Ids = Sequence[int] | np.ndarray
 PARQUET = b"PAR1"  # what such a file begins with
 # By what a file begins with; the marks of UTF-32 begin with those of UTF-16.
 OTHER_ENCODINGS = {
@@ -63,15 +68,17 @@ class TokenRows(NamedTuple):
     written: how many response tokens each line holds, where the end was then cut off or put back.
     """
 
-    ids: list[list[int]]
-    masks: list[list[bool]]
+    ids: list[np.ndarray]
+    masks: list[np.ndarray]
     written: list[int]
     lost: list[str]
 
     @property
-    def prompts(self) -> list[list[int]]:
-        """What comes before the first generated token of each."""
-        return [ids[: mask.index(True)] if any(mask) else ids for ids, mask in zip(self.ids, self.masks, strict=True)]
+    def prompts(self) -> list[int]:
+        """A number for each line, equal where what comes before the first generated token is."""
+        number: dict[bytes, int] = {}
+        prompts = (ids[: np.argmax(mask) or len(ids)] for ids, mask in zip(self.ids, self.masks, strict=True))
+        return [number.setdefault(ids.astype(np.int64).tobytes(), len(number)) for ids in prompts]
 
 
 def token_rows(
@@ -103,34 +110,48 @@ def token_rows(
     elif any(from_text) and not known and tokenizer.eos_token_id is not None:
         known = (tokenizer.eos_token_id,)
     of_plain = zip(plain, prompts, responses, map(len, read), strict=True)
-    found = [_masked_row(*line) if is_masked_row(line[1]) else _plain_row(*next(of_plain)) for line in rows]
+    whole = Whole()
+    found = [_masked_row(*line) if is_masked_row(line[1]) else whole.row(*next(of_plain)) for line in rows]
     ids, masks, written = (list(column) for column in zip(*found, strict=True))
-    last_turns = [_last_turn(*pair) for pair in zip(ids, masks, strict=True)]
+    last_turns = [_last_turn(*pair) for pair in zip(ids, masks, strict=True)] if known else []
     lost = [*text.losses(), *ends.losses(last_turns, known, any(from_text)), *unknown]
     lost += [f"{masked} masked tokens behind responses were cut off"] if masked else []
     return TokenRows(ids, masks, written, lost)
 
 
-def _plain_row(
-    line: tuple[str, dict], prompt: list[int], response: list[int], written: int
-) -> tuple[list[int], list[bool], int]:
-    if not prompt:
-        raise ValueError(f"{line[0]}: the prompt is empty, expected at least one token (a start token will do)")
-    return [*prompt, *response], [False] * len(prompt) + [True] * len(response), written
+class Whole:
+    """Prompts and responses as one row each, with the mask that tells them apart: a part of one that serves all."""
+
+    def __init__(self):
+        self._ids, self._longest = Tape(np.int32), 0
+        self._mask = np.zeros(0, bool)
+
+    def row(
+        self, line: tuple[str, dict], prompt: Ids, response: Ids, written: int
+    ) -> tuple[np.ndarray, np.ndarray, int]:
+        if not len(prompt):
+            raise ValueError(f"{line[0]}: the prompt is empty, expected at least one token (a start token will do)")
+        if max(len(prompt), len(response)) > self._longest:
+            self._longest = 2 * max(len(prompt), len(response))
+            self._mask = np.arange(2 * self._longest) >= self._longest
+        mask = self._mask[self._longest - len(prompt) : self._longest + len(response)]
+        parts = [np.asarray(part) if len(part) else np.empty(0, np.int32) for part in (prompt, response)]
+        ids = np.concatenate(parts)
+        return self._ids.add(ids) if ids.dtype == np.int32 else ids, mask, written
 
 
-def _masked_row(where: str, row: dict) -> tuple[list[int], list[bool], int]:
+def _masked_row(where: str, row: dict) -> tuple[np.ndarray, np.ndarray, int]:
     ids = tokens_of(where, row, ("token_ids",), (), None)
-    if not ids:
+    if not len(ids):
         raise ValueError(f"{where}: token_ids: empty, expected at least one token (a start token will do)")
-    mask = loss_mask(where, row, ids)
-    return ids, mask, sum(mask)
+    mask = np.array(loss_mask(where, row, ids), dtype=bool)
+    return np.asarray(ids), mask, int(np.count_nonzero(mask))
 
 
-def _last_turn(ids: list[int], mask: list[bool]) -> list[int]:
+def _last_turn(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """The generated tokens behind which no given one stands before another: a response, where there is one turn."""
-    stop = len(mask) - mask[::-1].index(True) if any(mask) else 0
-    start = stop - (mask[:stop][::-1].index(False) if stop else 0)
+    stop = len(mask) - int(np.argmax(mask[::-1])) if mask.any() else 0
+    start = stop - (int(np.argmin(mask[:stop][::-1])) if stop else 0)
     return ids[start:stop]
 
 
@@ -139,9 +160,9 @@ def advantages_of(path, rows: list[tuple[str, dict]], found: TokenRows) -> list 
     values = column_of(path, rows, ("advantage",), _check_number_or_numbers)
     if values is None:
         return None
-    several = isinstance(values[0], list)
+    several = isinstance(values[0], LISTS)
     for (where, _), value in zip(rows, values, strict=True):
-        if isinstance(value, list) != several:
+        if isinstance(value, LISTS) != several:
             said, expected = ("a number", "a list") if several else ("a list", "a number")
             raise ValueError(f"{where}: advantage: {said}, expected {expected} as in the first line")
     return _per_token("advantage", rows, values, found) if several else values
@@ -157,7 +178,7 @@ def _per_token(name: str, rows: list[tuple[str, dict]], values: list, found: Tok
     """Each line's values, those of a cut end left out."""
     kept = []
     for (where, _), value, mask, written in zip(rows, values, found.masks, found.written, strict=True):
-        n = sum(mask)
+        n = int(np.count_nonzero(mask))
         if len(value) != n and not len(value) == written > n:
             raise ValueError(f"{where}: {name}: {len(value)} values for {n} generated tokens, expected one for each")
         kept.append(value[:n])
@@ -179,6 +200,8 @@ def tokens_of(
     for name in id_names:
         if name in row:
             ids = row[name]
+            if isinstance(ids, np.ndarray):  # of `compact`, which looked at them
+                return ids
             if not isinstance(ids, list) or not all(type(t) is int for t in ids):
                 raise ValueError(f"{where}: {name}: {ids!r:.40}, expected a list of token ids")
             if ids and not 0 <= min(ids) <= max(ids) <= LARGEST_ID:
@@ -211,6 +234,8 @@ def check_number(where: str, value) -> None:
 
 
 def check_numbers(where: str, value) -> None:
+    if isinstance(value, np.ndarray):  # of `compact`, which looked at them
+        return
     if not isinstance(value, list):
         raise ValueError(f"{where}: {value!r:.40}, expected a list of numbers")
     for number in value:
@@ -218,7 +243,7 @@ def check_numbers(where: str, value) -> None:
 
 
 def _check_number_or_numbers(where: str, value) -> None:
-    (check_numbers if isinstance(value, list) else check_number)(where, value)
+    (check_numbers if isinstance(value, LISTS) else check_number)(where, value)
 
 
 def check_reward(where: str, value) -> None:

@@ -48,8 +48,9 @@ class TextReader:
         self._check_tokenizer(where)
         return self._plain(where, _only_message(where, text) if isinstance(text, list) else text)
 
-    def compare(self, ids: list[int]) -> None:
+    def compare(self, ids: Sequence[int]) -> None:
         """Count token ids that have text beside them: they tell how other text of the file fares."""
+        ids = list(map(int, ids))
         self.pairs += 1
         self.differing += self._tokenizer.encode(self._decode(ids), add_special_tokens=False) != ids
 

@@ -1,6 +1,22 @@
 """Sums over the sequences of packed per-token values, in NumPy: sequence i has the elements ends[i]:ends[i + 1]."""
 
+from collections.abc import Iterator
+
 import numpy as np
+
+# Elements that are worked on at a time: what is computed from them on the way is several times as large.
+PIECE = 2**20
+
+
+def pieces(ends: np.ndarray) -> Iterator[slice]:
+    """All sequences in turn, as many at a time as have PIECE elements together, or one that has more."""
+    start, last = 0, len(ends) - 1
+    while start < last:
+        stop = max(start + 1, int(np.searchsorted(ends, ends[start] + PIECE, side="right")) - 1)
+        yield slice(start, stop)
+        start = stop
+    if not last:
+        yield slice(0, 0)
 
 
 def segment_sum(values: np.ndarray, ends: np.ndarray) -> np.ndarray:
@@ -9,6 +25,15 @@ def segment_sum(values: np.ndarray, ends: np.ndarray) -> np.ndarray:
     filled = ends[1:] > ends[:-1]
     if filled.any():
         out[filled] = np.add.reduceat(values, ends[:-1][filled])
+    return out
+
+
+def segment_max(values: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """[S] the largest of `values` [N] of each sequence, or 0 where that is larger or there is none."""
+    out = np.zeros(len(ends) - 1)
+    filled = ends[1:] > ends[:-1]
+    if filled.any():
+        out[filled] = np.maximum(np.maximum.reduceat(values, ends[:-1][filled]), 0.0)
     return out
 
 

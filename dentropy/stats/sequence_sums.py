@@ -9,7 +9,7 @@ import torch
 
 from dentropy.stats.checks import check_stats, check_sums, checked_cu_seqlens, checked_group
 from dentropy.stats.dispatch import kernels_serve
-from dentropy.stats.segments import segment_sum, sum_before
+from dentropy.stats.segments import pieces, segment_sum, sum_before
 from dentropy.stats.tables import SequenceSums, TokenStats
 
 
@@ -69,6 +69,15 @@ def _kernel_columns(stats: TokenStats, ends: np.ndarray) -> dict[str, np.ndarray
 
 def plain_columns(stats: TokenStats, ends: np.ndarray) -> dict[str, np.ndarray]:
     """The columns in NumPy, whatever the device."""
+    parts = []
+    for rows in pieces(ends):
+        first, last = ends[rows.start], ends[rows.stop]
+        part = TokenStats(*(None if x is None else x[first:last] for x in stats))
+        parts.append(_columns_of_piece(part, ends[rows.start : rows.stop + 1] - first))
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _columns_of_piece(stats: TokenStats, ends: np.ndarray) -> dict[str, np.ndarray]:
     tokens = {name: v.detach().cpu().double().numpy() for name, v in stats._asdict().items() if v is not None}
     columns = {"n_tokens": np.diff(ends)}
     columns |= {name: segment_sum(values, ends) for name, values in tokens.items()}

@@ -166,8 +166,8 @@ class SequenceSums:
         rows, kept = np.asarray(rows, dtype=np.int64), {}
         if self.tokens is not None:
             lengths = self.n_tokens.astype(np.int64)
-            starts = np.cumsum(lengths) - lengths
-            index = np.concatenate([np.arange(starts[i], starts[i] + lengths[i]) for i in rows])
+            starts, taken = (np.cumsum(lengths) - lengths)[rows], lengths[rows]
+            index = np.repeat(starts - np.cumsum(taken) + taken, taken) + np.arange(taken.sum())
             in_torch = torch.from_numpy(index)
             kept["tokens"] = TokenStats(*(None if x is None else x[in_torch] for x in self.tokens))
             kept["sampler_tokens"] = None if self.sampler_tokens is None else self.sampler_tokens[index]

@@ -16,6 +16,7 @@ from dentropy.cli import main
 from dentropy.experiment import probe, run_folder
 from dentropy.experiment.report import page
 from dentropy.experiment.unfinished import HOST
+from dentropy.model import fingerprint
 from dentropy.rollouts import sampling
 
 FILES = [
@@ -69,6 +70,13 @@ def test_every_place_that_can_hold_a_run_gets_it(out, run_probe, capsys):
     assert names(out) == FILES
     printed = capsys.readouterr().out
     assert "measured ± SE" in printed and f"Files in {out}: ".encode("utf-8", "backslashreplace").decode() in printed
+
+
+def test_the_policy_is_hashed_twice_in_all(run_probe, monkeypatch):
+    small_run()  # by passes over a policy of its own
+    hashed, counted = fingerprint.parameter_fingerprints, []
+    monkeypatch.setattr(fingerprint, "parameter_fingerprints", lambda model: (counted.append(1), hashed(model))[1])
+    assert run_probe("run") == 0 and len(counted) == 2
 
 
 def test_a_name_that_is_too_long_is_refused_before_the_passes(run_probe, capsys, monkeypatch):

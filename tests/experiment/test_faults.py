@@ -7,6 +7,7 @@ from models import random_batch, random_direction, random_model
 
 from dentropy import PackedBatch, Policy, probe
 from dentropy.experiment.summary import summary
+from dentropy.model import fingerprint
 
 BROKEN = 39  # a token id
 ETAS = [1e-3]
@@ -84,3 +85,18 @@ def test_weights_that_change_between_microbatches():
     policy.hidden = training
     with torch.no_grad(), pytest.raises(ValueError, match="^policy: model.norm.weight changed while the passes ran"):
         probe(policy, batch, direction, ETAS, token_budget=40)
+
+
+def test_weights_are_hashed_once_before_and_once_behind_all_passes(monkeypatch):
+    policy, counted, hashed = Policy(random_model("llama")), [], fingerprint.parameter_fingerprints
+    monkeypatch.setattr(fingerprint, "parameter_fingerprints", lambda model: (counted.append(1), hashed(model))[1])
+    with fingerprint.unchanged(policy.model):
+        with fingerprint.unchanged(policy.model):  # a probe inside of a command
+            pass
+        assert len(counted) == 1
+    assert len(counted) == 2
+    before = hashed(policy.model)
+    policy.model.model.norm.weight.data[0] += 1
+    refused = pytest.raises(fingerprint.WeightsChangedError, match="^policy: model.norm.weight changed while")
+    with refused, fingerprint.unchanged(policy.model, before):
+        assert len(counted) == 2

@@ -214,14 +214,6 @@ def test_without_room_for_copies_passes_run_as_they_are(monkeypatch):
     assert step.curvature is None and step.measured is not None and 0 < step.realized_fraction < 1
 
 
-def test_several_processes_are_refused(monkeypatch):
-    model, optimizer = model_and_optimizer()
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
-    with pytest.raises(ValueError, match="trained by 4 processes"), watch_step(model, optimizer, random_batch()):
-        pass
-
-
 def test_a_policy_spares_the_self_check(monkeypatch):
     model, optimizer = model_and_optimizer()
     policy = Policy(model)

@@ -358,7 +358,9 @@ def test_chat_prompts_are_encoded_as_the_trainer_does(tmp_path, monkeypatch):
     trainer.processing_class.chat_template = template
     found = []
     monkeypatch.setattr(
-        dentropy.integrations.transformers, "sample", lambda policy, prompts, **_: found.extend(prompts) or 1 / 0
+        dentropy.integrations.transformers,
+        "drawn_by_ranks",
+        lambda policy, prompts, **_: found.extend(prompts) or 1 / 0,
     )
     EntropyForecast.attach(trainer, **SMALL)
     trainer.reward_funcs = [lambda prompts, completions, **_: [float(len(prompts))] * len(completions)]

@@ -155,6 +155,11 @@ def errors_of(case, rank):
         eta = float("nan") if rank == last else 0.0
         return measure(case.policy, case.batch, case.direction, eta=eta)
 
+    def short_of_room():
+        with ranks.in_step():
+            if rank == last:
+                raise OSError("no room")
+
     other = random_batch(rollouts=24, seed=rank)
     moved = Direction({name: v + rank for name, v in case.direction.tensors.items()}, STEP)
     changed = Policy(random_model("llama", rank))
@@ -162,6 +167,7 @@ def errors_of(case, rank):
         "bug": said_by(lambda: failing(KeyError("a bug"))),
         "memory": said_by(lambda: failing(torch.OutOfMemoryError("too much"))),
         "refused alone": said_by(refused_alone),
+        "in a step": said_by(short_of_room),
         "other rollouts": said_by(lambda: measure(case.policy, other)),
         "other budget": said_by(lambda: measure(case.policy, case.batch, token_budget=40 + rank)),
         "other direction": said_by(lambda: measure(case.policy, case.batch, moved)),
@@ -288,6 +294,7 @@ def test_what_one_rank_fails_with_ends_all(results):
         kind, text = said["memory"]
         assert kind == "MemoryError" and "do not fit into memory even alone" in text
         assert said["refused alone"] == ("ValueError", "eta: nan, expected a finite number")
+        assert said["in a step"] == ("OSError", "no room")
         same = f"on the {len(results)} ranks, expected the same"
         assert said["other direction"][1].startswith(f"direction: not the same {same}")
         assert said["other policy"][1].startswith(f"policy: not the same {same}")
