@@ -3,7 +3,7 @@
 A test is one case, and times all its providers: in a round each of them runs, one after the other, and there
 are ROUNDS rounds. A provider's time in a round is the median of a few calls in a row; what is reported is the
 median over the rounds. Whatever slows the machine for a while slows them all, so ratios are taken within
-rounds.
+rounds. On a CPU with one thread it is the process's own time, in which nobody else's work counts.
 
 A peer that cannot be imported, raises or misses its tolerance is a row that says so. Of dentropy's own ways the same is
 recorded, and then the case fails.
@@ -184,11 +184,12 @@ def _check_gpu(name: str, why: str, device: str) -> None:
 def seconds_of(call: Callable, device: str, repeats: int) -> float:
     """The median time of `repeats` calls in a row."""
     if device == "cpu":
+        clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
         times = []
         for _ in range(repeats):
-            start = time.perf_counter()
+            start = clock()
             call()
-            times.append(time.perf_counter() - start)
+            times.append(clock() - start)
         return statistics.median(times)
     flush = torch.empty(256 * MIB, dtype=torch.uint8, device=device)
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]

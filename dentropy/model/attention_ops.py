@@ -222,7 +222,9 @@ def _causal_attention(q, k, v, *, tangents, scaling, window, softcap, sinks, dsi
     q, k, v = by_group(q), by_group(k), by_group(v)
     dq, dk, dv = (None, None, None) if tangents is None else (by_group(t) for t in tangents)
     outs, douts = [], []
-    for first in range(0, length, QUERY_BLOCK):
+    # From the last to the first: what a block leaves free then holds all of the next one. Scores that grow find no room
+    # in what smaller ones left, and an allocator would hold the square of the length.
+    for first in reversed(range(0, length, QUERY_BLOCK)):
         last = min(first + QUERY_BLOCK, length)
         low = 0 if window is None else max(0, first - window + 1)
         rows, keys = slice(first, last), slice(low, last)
@@ -247,7 +249,7 @@ def _causal_attention(q, k, v, *, tangents, scaling, window, softcap, sinks, dsi
         douts.append(dout if dv is None else dout + p @ dv[..., keys, :])
 
     def packed(blocks):  # [M, Hkv, heads / Hkv, T, D] -> [M · T, heads, D]
-        return torch.cat(blocks, dim=-2).flatten(1, 2).transpose(1, 2).flatten(0, 1).to(dtype)
+        return torch.cat(blocks[::-1], dim=-2).flatten(1, 2).transpose(1, 2).flatten(0, 1).to(dtype)
 
     return packed(outs), packed(douts) if douts else None
 

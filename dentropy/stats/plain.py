@@ -20,11 +20,12 @@ from dentropy.stats.vocabulary_parallel import checked_linear
 
 # Elements of one chunk buffer. On a CPU the three to five buffers of a chunk should stay in its caches;
 # elsewhere a chunk must be large enough to be worth its kernel launches.
-CPU_CHUNK = 2**19
+CPU_CHUNK = 2**18
 DEVICE_CHUNK = 2**24
 # Elements of one chunk of logits made from hidden states: enough rows to run the product at full speed.
-LOGITS_CHUNK = 2**26
+LOGITS_CHUNK = 2**25
 PRODUCT_BLOCK = 2**14
+LOG_2 = math.log(2)
 
 
 def token_stats(
@@ -107,92 +108,108 @@ def _state_of_logits(
     n_rows, vocabulary = logits.shape
     chunk = max(1, min(n_rows, (CPU_CHUNK if logits.is_cpu else DEVICE_CHUNK) // vocabulary))
     buffers = torch.empty(len(given) + 2, chunk, vocabulary, dtype=dtype, device=logits.device)
-    state = torch.empty(STATE_FIELDS[len(given) - 1], n_rows, dtype=dtype, device=logits.device)
-    # A target outside is read at a valid place, and not counted as found.
-    found = (targets >= 0) & (targets < vocabulary)
-    columns = targets.long().clamp(0, vocabulary - 1).unsqueeze(1)
+    moments = torch.empty(MOMENTS[len(given) - 1], n_rows, 1, dtype=dtype, device=logits.device)
     for start in range(0, n_rows, chunk):
         part = slice(start, min(start + chunk, n_rows))
         views = buffers[:, : part.stop - start]
-        for view, tensor in zip(views, given):
-            view.copy_(tensor[part])
-        fields = _chunk_state(
-            *views[: len(given)],
-            scratch=views[len(given) :],
-            columns=columns[part],
-            found=found[part].unsqueeze(1),
-            scale=scale,
-            softcap=softcap,
-        )
-        for row, field in zip(state, fields):
-            row[part] = field.squeeze(1)
-    return state
+        rows = [_readable(tensor[part], view, softcap) for tensor, view in zip(given, views)]
+        if softcap is not None:
+            _apply_softcap(*rows, softcap=softcap, scratch=views[-1])
+        _write_moments(moments[:, part], *rows, buffers=views, scale=scale)
+    # A target outside is read at a valid place, and not counted as found.
+    found = ((targets >= 0) & (targets < vocabulary)).unsqueeze(1)
+    columns = targets.long().clamp(0, vocabulary - 1).unsqueeze(1)
+    at_target = [tensor.gather(1, columns).to(dtype) for tensor in given]
+    if softcap is not None:
+        _apply_softcap(*at_target, softcap=softcap, scratch=torch.empty_like(at_target[0]))
+    return _state_of_moments(moments, found, at_target, scale).squeeze(2)
 
 
-def _chunk_state(
-    u: Tensor,
-    du: Tensor | None = None,
-    ddu: Tensor | None = None,
-    *,
-    scratch: Tensor,
-    columns: Tensor,
-    found: Tensor,
-    scale: float,
-    softcap: float | None,
-) -> list[Tensor]:
-    """The fields of the state, each [n, 1], for n rows of logits and tangents [n, V], all of which are overwritten.
+def _readable(rows: Tensor, buffer: Tensor, softcap: float | None) -> Tensor:
+    """The rows as they are where they can be read again and again; a copy of what is converted, or capped in place."""
+    as_they_are = rows.dtype == buffer.dtype and rows.stride(1) == 1 and softcap is None
+    return rows if as_they_are else buffer.copy_(rows)
+
+
+# What passes over the vocabulary give, at orders 0, 1 and 2. With x = (z − max z) / log 2 and masses 2ˣ: max u, Σ 2ˣ,
+# E x; then E u̇ in two parts, Σ 2ˣ (x − E x) u̇' and Σ 2ˣ u̇'², where u̇' is u̇ minus the first part; then E ü in two parts,
+# Σ 2ˣ (x − E x) ü' and Σ 2ˣ (x − E x) u̇'². A second part is what rounding left of a first one that is large beside the
+# spread; `_state_of_moments` takes it from the sums, which costs less than to take it from every u̇'.
+MOMENTS = (3, 7, 11)
+
+
+def _write_moments(out: Tensor, u: Tensor, *tangents: Tensor, buffers: Tensor, scale: float) -> None:
+    """The moments [fields, n, 1] of n rows of logits and tangents [n, V]. `buffers` are overwritten: one for each of
+    these, which may be its place, and two more.
 
     Works in units in which z = scale · u, so that temperature and softcap cost no pass of their own. Only u
     minus its maximum is ever scaled: that keeps it at or below 0, and with it logp, whatever the rounding.
     """
-    mass, product = scratch
-    tangents = [tangent for tangent in (du, ddu) if tangent is not None]
-    if softcap is not None:
-        _apply_softcap(u, du, ddu, softcap, mass)
-    at_target = [torch.where(found, tensor.gather(1, columns), 0.0) for tensor in (u, *tangents)]
-    top = u.amax(1, keepdim=True)
-    u.sub_(top).mul_(scale / math.log(2))  # PyTorch's exp2 is several times faster than its exp on a CPU
-    # Boolean passes cost as much as exponentials on a CPU, so they run only where a −inf is there; on other
-    # devices asking would synchronize.
-    masked = torch.isneginf(u) if not u.is_cpu or not u.amin(1).gt(-math.inf).all() else None
-    if masked is not None:
-        masked |= torch.isneginf(top)  # a row of −inf alone: −inf − (−inf) is NaN
-        u.masked_fill_(masked, -math.inf)
-    torch.exp2(u, out=mass)
-    if masked is not None:
-        for tensor in (u, *tangents):
+    x, *centred, mass, product = buffers
+    top, total, mean_x, *of_tangents = out
+    torch.amax(u, 1, keepdim=True, out=top)
+    torch.sub(u, top, out=x).mul_(scale / LOG_2)  # PyTorch's exp2 is several times faster than its exp on a CPU
+    torch.exp2(x, out=mass)
+
+    def moment(factor: Tensor, out: Tensor) -> Tensor:
+        """Σ mass · factor, whose terms stay in `product`."""
+        return torch.sum(torch.mul(mass, factor, out=product), 1, keepdim=True, out=out)
+
+    torch.sum(mass, 1, keepdim=True, out=total)
+    moment(x, mean_x)
+    # A logit of −inf makes this sum NaN, by 0 · −inf. Boolean passes cost as much as exponentials on a CPU, so they run
+    # only then; on other devices asking would synchronize.
+    if not x.is_cpu or mean_x.isnan().any():
+        masked = torch.isneginf(x) | torch.isneginf(top)  # a row of −inf alone: −inf − (−inf) is NaN
+        for tensor in (x, mass):
             tensor.masked_fill_(masked, 0.0)
-    total = mass.sum(1, keepdim=True)
+        zero = x.new_zeros(())
+        tangents = [torch.where(masked, zero, tensor, out=own) for tensor, own in zip(tangents, centred)]
+        torch.sum(mass, 1, keepdim=True, out=total)
+        moment(x, mean_x)
     inverse = total.masked_fill(total == 0.0, 1.0).reciprocal_()
+    mean_x.mul_(inverse)
+    if tangents:
+        x.sub_(mean_x)
 
-    def moment(first: Tensor, *others: Tensor) -> Tensor:
-        torch.mul(mass, first, out=product)
-        for factor in others:
-            product.mul_(factor)
-        return product.sum(1, keepdim=True)
+    def centre(tangent: Tensor, own: Tensor, base: Tensor, rest: Tensor) -> None:
+        """own = tangent − its mean; `product` has mass · own."""
+        moment(tangent, base).mul_(inverse)
+        moment(torch.sub(tangent, base, out=own), rest).mul_(inverse)
 
-    mean_u = moment(u) * inverse
-    state = [found.to(u.dtype), at_target[0], top, total, mean_u * math.log(2)]
-    u.sub_(mean_u).mul_(math.log(2))  # from here on z − E z
-    means = []
-    for tangent in tangents:
-        base = moment(tangent) * inverse
-        tangent.sub_(base)
-        # The second mean is what rounding left of a first one that is large beside the spread of ż.
-        means.append((base, moment(tangent) * inverse))
-    if du is None:
-        return state
-    du.sub_(means[0][1])
-    others = None if ddu is None else scale * moment(ddu, u) + scale**2 * moment(du, du, u)
-    torch.mul(mass, du, out=product)
-    covariance, spread = (factor.mul_(product).sum(1, keepdim=True) for factor in (u, du))
-    state += [at_target[1], *means[0], covariance, spread]
-    if ddu is not None:
-        base, rest = means[1]
+    if len(tangents) == 2:
+        *of_tangents, base, rest, cross, third = of_tangents
+        centre(tangents[1], centred[1], base, rest)
+        torch.sum(product.mul_(x), 1, keepdim=True, out=cross)
+    if tangents:
+        base, rest, covariance, spread = of_tangents
+        du = centred[0]
+        centre(tangents[0], du, base, rest)
+        torch.sum(x.mul_(product), 1, keepdim=True, out=covariance)
+        torch.sum(product.mul_(du), 1, keepdim=True, out=spread)
+    if len(tangents) == 2:
+        torch.sum(x.mul_(du), 1, keepdim=True, out=third)
+
+
+def _state_of_moments(moments: Tensor, found: Tensor, at_target: list[Tensor], scale: float) -> Tensor:
+    """[fields, N, 1], from `moments`; found [N, 1] says where `at_target`, u, u̇ and ü [N, 1], are to be believed."""
+    top, total, mean_x, *of_tangents = moments
+    u, *derivatives = (torch.where(found, value, 0.0) for value in at_target)
+    state = [found.to(top.dtype), u, top, total, LOG_2 * mean_x]
+    if derivatives:
+        base, rest, covariance, spread, *of_second = of_tangents
+        spread = (spread - total * rest.square()).clamp(min=0.0)
+        state += [derivatives[0], base, rest, LOG_2 * covariance, spread]
+    if len(derivatives) == 2:
+        base, rest_of_second, cross, third = of_second
+        third = third - 2.0 * rest * covariance
         everything = _everything(total, found)
         variance = scale**2 * spread / everything
-        state += [scale * (at_target[2] - base - rest) - variance, -(variance + others / everything)]
-    return state
+        state += [
+            scale * (derivatives[1] - base - rest_of_second) - variance,
+            -(variance + scale * LOG_2 * (cross + scale * third) / everything),
+        ]
+    return torch.stack(state)
 
 
 def _everything(total: Tensor, found: Tensor) -> Tensor:
@@ -228,7 +245,9 @@ def _stats_of_states(states: Tensor, scale: float) -> TokenStats:
     return TokenStats(*values, **first, **second)
 
 
-def _apply_softcap(u: Tensor, du: Tensor | None, ddu: Tensor | None, softcap: float, scratch: Tensor) -> None:
+def _apply_softcap(
+    u: Tensor, du: Tensor | None = None, ddu: Tensor | None = None, *, softcap: float, scratch: Tensor
+) -> None:
     """In place: raw logits to t = tanh(raw / softcap), and their tangents to those of t."""
     masked = torch.isneginf(u)
     u.div_(softcap).tanh_()
@@ -268,40 +287,37 @@ def stats_of_hidden(
         hidden, weight, dhidden, dweight = (t if t is None else t.to(dtype) for t in factors)
     n_rows, vocabulary = len(hidden), len(weight)
     scale = _scale(temperature, softcap)
-    chunk = max(1, min(n_rows, LOGITS_CHUNK // vocabulary))
+    chunk = max(1, LOGITS_CHUNK // vocabulary)
+    chunk = math.ceil(n_rows / max(1, math.ceil(n_rows / chunk)))  # as many chunks, of one size
     moving = any(tensor is not None for tensor in (dhidden, dweight, dbias))
-    buffers = torch.empty(1 + moving, chunk, vocabulary, dtype=dtype, device=hidden.device)
+    buffer = torch.empty((1 + moving) * chunk * vocabulary, dtype=dtype, device=hidden.device)
     parts = []
-    for start in range(0, max(n_rows, 1), chunk):  # no rows at all still make one, empty, part
+    for start in range(0, max(n_rows, 1), max(chunk, 1)):  # no rows at all still make one, empty, part
         part = slice(start, min(start + chunk, n_rows))
-        logits, *tangent = buffers[:, : part.stop - start]
-        _write_products(logits, bias, (hidden[part], weight))
-        if moving:
-            moved = None if dhidden is None else dhidden[part]
-            _write_products(tangent[0], dbias, (moved, weight), (hidden[part], dweight))
-        parts.append(_state_of_logits(logits, targets[part], *tangent, scale=scale, softcap=softcap))
+        rows = [tensor[part] for tensor in (hidden, dhidden) if tensor is not None]
+        made = buffer[: (1 + moving) * len(rows[0]) * vocabulary].view(1 + moving, len(rows[0]), vocabulary)
+        _write_product(made[: len(rows)].flatten(0, 1), torch.cat(rows), weight)  # at once: the weight is read once
+        if dweight is not None:
+            _write_product(made[1], hidden[part], dweight, add=dhidden is not None)
+        elif moving and dhidden is None:
+            made[1].zero_()
+        for of_bias, logits in zip((bias, dbias), made):
+            if of_bias is not None:
+                logits.add_(of_bias)
+        parts.append(_state_of_logits(made[0], targets[part], *made[1:], scale=scale, softcap=softcap))
     state = torch.cat(parts, 1)  # gathered whole: how many rows make a part depends on this shard's size
     return _stats_of_states(state.unsqueeze(0) if gather is None else gather(state), scale)
 
 
-def _write_products(out: Tensor, bias: Tensor | None, *products: tuple[Tensor | None, Tensor | None]) -> None:
-    """out [n, V] = bias + the sum of a bᵀ over the pairs a [n, D], b [V, D] without a None."""
-    written = bias is not None
-    if written:
-        out.copy_(bias)
-    for a, b in products:
-        if a is None or b is None:
-            continue
-        if a.dtype == out.dtype:
-            out.addmm_(a, b.T, beta=float(written))  # with beta = 0 what `out` held is not read
-        else:  # in blocks of the vocabulary, because this form of the product cannot accumulate in place
-            for start in range(0, len(b), PRODUCT_BLOCK):
-                block = slice(start, start + PRODUCT_BLOCK)
-                product = torch.mm(a, b[block].T, out_dtype=out.dtype)
-                out[:, block] = out[:, block].add_(product) if written else product
-        written = True
-    if not written:
-        out.zero_()
+def _write_product(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> None:
+    """out [n, V] = a bᵀ, for a [n, D] and b [V, D]; with `add` that is added to it."""
+    if a.dtype == out.dtype:
+        out.addmm_(a, b.T, beta=float(add))  # with beta = 0 what `out` held is not read
+        return
+    for start in range(0, len(b), PRODUCT_BLOCK):  # because this form of the product cannot accumulate in place
+        block = slice(start, start + PRODUCT_BLOCK)
+        product = torch.mm(a, b[block].T, out_dtype=out.dtype)
+        out[:, block] = out[:, block].add_(product) if add else product
 
 
 def _products_in_float32(*factors: Tensor | None) -> bool:

@@ -36,6 +36,14 @@ def test_long_rows_in_float32(dtype, transform):
     assert_as_accurate_as_plain_pytorch(plain.token_stats(*inputs, **transform), *inputs, **transform)
 
 
+def test_what_all_derivatives_of_a_row_have_in_common_costs_no_digits():
+    """Their mean is 1e7 times what tells them apart, so that its own rounding is of that size."""
+    logits, targets, dlogits, _ = logits_and_tangents(dtype=torch.float32)
+    dlogits = 1000 + 1e-4 * (logits + dlogits)
+    inputs = logits, targets, dlogits, 1e-8 * logits
+    assert_all_close(plain.token_stats(*inputs), reference_in_float64("token_stats", *inputs), rtol=2e-5)
+
+
 @pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
 def test_masked_tokens_empty_rows_and_unknown_targets(transform):
     """As the reference has them; what derivatives are at a masked token is nothing to either."""
