@@ -29,7 +29,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from machine import machine
+from machine import record
 
 MIB, GB = 2**20, 1e9
 SIZES = {  # of the models that are run: width, of the MLP, layers, vocabulary
@@ -209,7 +209,7 @@ def main() -> None:
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**16)  # of the ranks: what is freed is given back, and not counted
     rows = [row for name in options.sizes for row in measured(name, options.ranks, options.tokens)]
     if options.out is not None:
-        options.out.write_text(json.dumps(dict(machine=machine(), rows=rows), indent=2) + "\n")
+        options.out.write_text(json.dumps(dict(record(), rows=rows), indent=2) + "\n")
 
 
 if __name__ == "__main__":

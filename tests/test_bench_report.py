@@ -98,6 +98,7 @@ def test_recorded_runs_name_no_machine(path):
     assert named <= {
         "cpu",
         "cores",
+        "load",
         "threads",
         "gpu",
         "cuda",

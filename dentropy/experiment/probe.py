@@ -119,7 +119,7 @@ def probe(
     etas = check_etas(etas)
     if on_nonfinite not in ON_NONFINITE:
         raise ValueError(f"on_nonfinite: {on_nonfinite!r}, expected one of {ON_NONFINITE}")
-    groups = check_groups(groups, update)
+    groups = check_groups(groups, policy, update)
     settings = {"token_budget": token_budget, "progress": progress}
     given, used = batch, np.arange(len(batch))
     with unchanged(policy.model):

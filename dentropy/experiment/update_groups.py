@@ -14,13 +14,17 @@ from dentropy.rollouts.batch import PackedBatch
 from dentropy.stats.tables import SequenceSums
 
 
-def check_groups(names: Sequence[str], update: PolicyGradientStep | None) -> tuple[str, ...]:
-    """Each name once; ValueError for one that no group has, and without an update whose tokens they are."""
+def check_groups(names: Sequence[str], policy: Policy, update: PolicyGradientStep | None) -> tuple[str, ...]:
+    """Each name once; ValueError for one that no group has, and without an update of this policy."""
     names = tuple(dict.fromkeys(names))
     for name in names:
         check_group(name)
     if names and update is None:
         raise ValueError(f"groups: {names[0]!r} without an update, expected update rollouts whose tokens these are")
+    if names and update.policy is not policy:
+        raise ValueError(
+            "update: a step of another policy, expected one made with this Policy for groups of its tokens"
+        )
     return names
 
 
@@ -36,6 +40,8 @@ def grouped(
     **settings,
 ) -> dict[str, UpdateGroup | None]:
     """`update_groups` by name, None for a group without a token that has a weight in the loss."""
+    if not names:
+        return {}
     masks = token_groups(found, names)
     made = update_groups(policy, batch, update, sums, masks, progress=progress, **settings)
     if progress is not None:

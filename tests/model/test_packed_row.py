@@ -20,6 +20,7 @@ CPU = torch.device("cpu")
 READS = {Tensor.tolist, Tensor.item, Tensor.cpu, Tensor.nonzero, torch.nonzero, torch.equal}
 READS |= {Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__}
 LENGTH_UNKNOWN = {Tensor.repeat_interleave, torch.repeat_interleave}
+PASSES_ON = "/dentropy/model/one_sided.py"  # what the model calls
 # Where a CPU's own forms stand, which may read; and a mask's size, which is on the CPU wherever the model is.
 MAY_READ = ("stats/", "model/attention_ops.py", "model/attention.py")
 
@@ -33,7 +34,8 @@ class HostReads(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func in READS or (func in LENGTH_UNKNOWN and "output_size" not in (kwargs or {})):
-            frames = [frame for frame in traceback.extract_stack()[:-1] if "/torch/" not in frame.filename]
+            frames = [frame for frame in traceback.extract_stack()[:-1] if not frame.filename.endswith(PASSES_ON)]
+            frames = [frame for frame in frames if "/torch/" not in frame.filename]
             place = frames[-1].filename.rpartition("/dentropy/")[2]
             if "/dentropy/" in frames[-1].filename and not place.startswith(MAY_READ):
                 self.places.append(f"{place}: {frames[-1].line}")
