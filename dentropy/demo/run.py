@@ -27,7 +27,7 @@ from dentropy.rollouts.sampling import sample
 
 POLICY = Path(__file__).with_name("policy")
 STEP_SIZE = 5e-5
-STEPS = (-1.0, 1.0, 2.0, 4.0)
+STEPS = (1.0, 2.0, 4.0)
 PROMPTS, PER_PROMPT = 384, 8
 UPDATE_PROMPTS, UPDATE_PER_PROMPT = 512, 8
 BATCH_SIZE = 512
