@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Hashable, Iterable, Sequence
 
 import numpy as np
@@ -72,6 +73,8 @@ def groups(group: Sequence, n: int) -> np.ndarray:
 def numbers(name: str, values, n: int, each: str) -> np.ndarray:
     """float64 [n], finite; `each` says of what there are n."""
     values = array(values, name)
+    if values.dtype == object and all(type(x) in (int, float) and abs(x) <= sys.float_info.max for x in values.flat):
+        values = values.astype(np.float64)  # integers beyond 64 bits
     if values.dtype.kind not in "biuf":  # text would be read as the numbers it spells
         raise ValueError(f"{name}: {values.dtype} values, expected one number per {each}")
     values = values.astype(np.float64)

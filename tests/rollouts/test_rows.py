@@ -157,3 +157,12 @@ def test_an_end_token_between_turns_is_no_padding_and_one_within_a_turn_may_be(t
 def test_rollouts_that_differ_in_what_was_generated_are_not_equal():
     batch = PackedBatch.from_rows([[5, 6, 7, 8]] * 2, [[0, 1, 0, 1], [0, 1, 1, 1]])
     assert overlap(batch.take([0]), batch.take([1])).n_equal == 0 and overlap(batch, batch).n_equal == 2
+
+
+def test_numbers_may_be_integers_beyond_64_bits():
+    """As JSON has them; none that a float cannot hold."""
+    rows = dict(token_ids=[[3, 4, 5]], loss_mask=[[0, 1, 1]])
+    batch = PackedBatch.from_rows(**rows, sampler_logp=[[-0.5, -(2**63) - 1]])
+    assert batch.sampler_logp.tolist() == [-0.5, -(2.0**63)]
+    with pytest.raises(ValueError, match=r"sampler_logp\[0\]: object values, expected one number per generated token"):
+        PackedBatch.from_rows(**rows, sampler_logp=[[-0.5, -(10**400)]])
