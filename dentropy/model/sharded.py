@@ -111,6 +111,9 @@ def _metadata(data: bytes):
     for info in metadata.storage_data.values():
         if Path(info.relative_path).name != info.relative_path:
             raise ValueError(f"it names {info.relative_path}, outside of the folder")
+    places = [(info.relative_path, info.offset) for info in metadata.storage_data.values()]
+    if len(set(places)) < len(places):
+        raise ValueError("it has two parts at one place of a file")
     return metadata
 
 
@@ -125,7 +128,10 @@ def _tensors_of(metadata) -> dict:
 
 
 def _empty(entry) -> Tensor:
-    """A place for a tensor; ValueError where its parts leave some of it out, which nothing would fill, or overlap."""
+    """A place for a tensor; ValueError where its parts leave some of it out, which nothing would fill, or overlap, and
+    where nothing says its dtype, which would then be the default one."""
+    if not isinstance(entry.properties.dtype, torch.dtype):
+        raise ValueError(f"its dtype is {entry.properties.dtype!r}")
     if sum(math.prod(part.sizes) for part in entry.chunks) == math.prod(entry.size):
         filled = torch.zeros(entry.size, dtype=torch.bool)
         for part in entry.chunks:
