@@ -23,7 +23,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # the policies with exact answers
 
 from chains import tables_of_jets
-from machine import machine
+from machine import record
 from oracles import TinyPolicy
 
 from dentropy.estimators import curvature, importance, importance_diagnostics, predict, prediction_error, slope
@@ -108,7 +108,7 @@ def main(arguments: list[str] | None = None) -> None:
     lines += [line(BY_RARE, row) for row in by_rare]
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        content = {"machine": machine(), "rows": rows, "heavy_tailed_by_rare_answers": by_rare}
+        content = {"machine": record(), "rows": rows, "heavy_tailed_by_rare_answers": by_rare}
         options.out.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
         many = ", ".join(f"{name}: {options.batches * OFTEN.get(name, 1):,}" for name in POLICIES)
         title = f"Share of batches ({many}) whose 95% intervals cover the exact value, by bench/coverage.py."

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from machine import machine
+from machine import record
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # the policies with exact answers
 
@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> None:
             rows.append({"sampler": name, "groups": n_groups, **covered(name, n_groups, options.batches)})
             print(json.dumps(rows[-1], indent=1, ensure_ascii=False), flush=True)
     if options.out:
-        content = {"machine": machine(), "batches": options.batches, "per_group": 8, "rows": rows}
+        content = {"machine": record(), "batches": options.batches, "per_group": 8, "rows": rows}
         options.out.write_text(json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
 
 

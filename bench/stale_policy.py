@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from machine import machine
+from machine import record
 
 from dentropy import Direction, forecast, importance, measure, slope
 from dentropy.demo.run import draw_rollouts, load_policy
@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> None:
         optimizer.step()
     print(f"{time.perf_counter() - start:.0f} s")
     if options.out:
-        settings = {"machine": machine(), "rollouts": len(old), "step_size": options.step_size}
+        settings = {"machine": record(), "rollouts": len(old), "step_size": options.step_size}
         options.out.write_text(
             json.dumps({**settings, "rows": rows}, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
         )

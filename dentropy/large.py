@@ -6,6 +6,8 @@ import os
 import tempfile
 
 import numpy as np
+import torch
+from torch import Tensor
 
 IN_MEMORY = 2**28  # bytes; what is larger is mapped
 
@@ -29,6 +31,13 @@ def empty(n: int, dtype) -> np.ndarray:
     with tempfile.TemporaryFile(prefix="dentropy-") as file:
         _reserve(file.fileno(), size)
         return np.asarray(np.memmap(file, dtype, "r+", shape=(n,)))
+
+
+def column(n: int, like: Tensor) -> Tensor:
+    """[n], not initialized, of the dtype and on the device of `like`; on the CPU as `empty`."""
+    if like.device.type != "cpu":
+        return like.new_empty(n)
+    return torch.from_numpy(empty(n, like.numpy().dtype))
 
 
 def _reserve(file: int, size: int) -> None:

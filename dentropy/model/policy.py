@@ -189,7 +189,7 @@ class Policy:
         with (
             TURN,
             self._ready(attention.register(attention_name) if self.packs else "eager"),
-            nullcontext() if self._sharded is None else self._sharded.running(),
+            self._running(),
             nullcontext() if fused is None else fused.in_place(),
         ):
             yield
@@ -273,12 +273,8 @@ class Policy:
 
     def own_logits(self, row: PackedRow) -> Tensor:
         """The logits [total, V] of the model's own forward, one sequence at a time, in float32 or better."""
-        sharded = nullcontext() if self._sharded is None else self._sharded.running()
-        with (
-            TURN,
-            self._ready("eager"),
-            sharded,
-        ):  # the reference form; older SDPA paths drop gemma2's softcap without a word
+        # The reference form; older SDPA paths drop gemma2's softcap without a word.
+        with TURN, self._ready("eager"), self._running():
             logits = _run(self.model, row, packed=False)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
@@ -317,6 +313,10 @@ class Policy:
             return layer
         active = [] if layer.disable_adapters else [name for name in layer.active_adapters if name in copies]
         return copies[active[0]] if active else layer.original_module
+
+    def _running(self):
+        """Around forwards: sharded weights are gathered inside."""
+        return nullcontext() if self._sharded is None else self._sharded.running()
 
     @contextmanager
     def _ready(self, attn_implementation: str):

@@ -102,7 +102,8 @@ def _distributed(folder: Path, where: str) -> Iterator[tuple[str, Tensor]]:
 
 
 def _metadata(data: bytes):
-    """What `.metadata` holds; ValueError where that is no Metadata, or names files outside of its folder."""
+    """What `.metadata` holds; ValueError where that is no Metadata, names files outside of its folder, or has two parts
+    at one place."""
     from torch.distributed.checkpoint.metadata import Metadata
 
     metadata = _Restricted(io.BytesIO(data)).load()

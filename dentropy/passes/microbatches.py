@@ -331,7 +331,7 @@ def in_rollout_order(
     columns: list[torch.Tensor | None] | None = None
     for microbatch, stats in walked:
         if columns is None:
-            columns = [None if x is None else _column(n_tokens, x) for x in stats]
+            columns = [None if x is None else large.column(n_tokens, x) for x in stats]
         places = to_device(microbatch.places, stats.logp.device)
         for column, values in zip(columns, stats, strict=True):
             if column is not None:
@@ -339,13 +339,6 @@ def in_rollout_order(
         if progress is not None:
             progress(len(microbatch.places))
     return TokenStats(*columns)
-
-
-def _column(n: int, like: torch.Tensor) -> torch.Tensor:
-    """[n], to be filled; on the CPU it may be larger than memory."""
-    if like.device.type != "cpu":
-        return like.new_empty(n)
-    return torch.from_numpy(large.empty(n, like.numpy().dtype))
 
 
 def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:

@@ -178,8 +178,7 @@ def sampled_rollouts(batch: PackedBatch) -> np.ndarray:
     """The rollouts whose rounding is looked at, int64 [blocks, size]: in random order, none twice and never all.
 
     SHARE of those with a response in BLOCKS blocks; but LEAST to a block where they are so few, and of fewer than 17 as
-    many such blocks as leave one rollout out.
-    (Of two rollouts it is one, and of one that one.)
+    many such blocks as leave one rollout out. (Of two rollouts it is one, and of one that one.)
     """
     rollouts = np.random.default_rng(SEED).permutation(np.flatnonzero(batch.response_lens))
     most = max(1, len(rollouts) - 1)

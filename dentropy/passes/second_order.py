@@ -85,9 +85,7 @@ def with_second_order(at: TokenStats, plus: TokenStats, minus: TokenStats, step:
 
 
 def _second_difference(plus: Tensor, at: Tensor, minus: Tensor, step: float) -> Tensor:
-    found = torch.empty_like(at)
-    if not at.is_cuda:
-        found = torch.from_numpy(large.empty(len(at), at.numpy().dtype))
+    found = large.column(len(at), at)
     for part, (p, x, m) in zip(found.split(PIECE), _in_float64(plus, at, minus), strict=True):
         part.copy_((p - x + (m - x)) / step**2)
     return found

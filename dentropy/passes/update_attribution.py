@@ -200,9 +200,9 @@ def _dotted(update: PolicyGradientStep, moving: dict[str, Tensor], gradient: Slo
     momentum = decay = both = rebuilt = 0.0
     actual = sum(dot(v, v) for v in moving.values())
     for name, g in update.gradient.items():
-        parts, whole = update.parts(name), gradient.whole(name)
-        momentum -= dot(whole, parts.momentum)
-        decay -= dot(whole, parts.decay)
+        parts, of_slope = update.parts(name), gradient.whole(name)
+        momentum -= dot(of_slope, parts.momentum)
+        decay -= dot(of_slope, parts.decay)
         v = parts.step(g)
         rebuilt += dot(v, v)
         both += dot(v, moving[name]) if name in moving else 0.0
@@ -214,10 +214,8 @@ def _steepest(update: PolicyGradientStep, at: Callable[[str], Tensor]) -> dict[s
     found, rows = {}, _padding_rows(update.policy.model)
     for name in update.gradient:
         found[name] = update.parts(name).gain * at(name)
-        if name in rows:
-            found[name] = without_row(
-                found[name], rows[name]
-            )  # the step's gradient is 0 there, whatever the tokens are
+        if name in rows:  # the step's gradient is 0 there, whatever the tokens are
+            found[name] = without_row(found[name], rows[name])
     return found
 
 

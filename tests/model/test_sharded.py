@@ -91,6 +91,19 @@ def test_a_metadata_that_leads_out_of_the_folder_is_refused(written, tmp_path):
         sharded_tensors(folder, "after")
 
 
+def without_dtypes(entries):
+    for entry in entries.values():
+        if hasattr(entry, "properties"):
+            entry.properties.dtype = None
+    return entries
+
+
+def at_one_place(data):
+    for info in data.values():
+        info.offset = 0
+    return data
+
+
 @pytest.mark.parametrize(
     "damage, said",
     [
@@ -98,6 +111,8 @@ def test_a_metadata_that_leads_out_of_the_folder_is_refused(written, tmp_path):
         (lambda f: (f / ".metadata").write_bytes(pickle.dumps({})), r"it holds a dict"),
         (lambda f: (f / "__0_0.distcp").unlink(), r"cannot be read"),
         (lambda f: change(f, state_dict_metadata=lambda d: {}), r"no tensors of a model"),
+        (lambda f: change(f, state_dict_metadata=without_dtypes), r"its dtype is None"),
+        (lambda f: change(f, storage_data=at_one_place), r"it has two parts at one place of a file"),
     ],
 )
 def test_damaged_ones_are_refused_in_a_line(written, tmp_path, damage, said):

@@ -4,7 +4,6 @@ Each case runs in a set of processes of its own; the tests look at what the rank
 """
 
 import dataclasses
-import multiprocessing
 import os
 import pickle
 import warnings
@@ -14,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from models import SAVED_MODULES_LOAD, random_batch, random_direction, random_model, with_lora
+from on_ranks import on_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import distribute_tensor
@@ -229,18 +229,7 @@ def want(case):
 def results(case, tmp_path_factory):
     """What each rank got."""
     directory = tmp_path_factory.mktemp("sharded")
-    context = multiprocessing.get_context("fork")  # a forked process need not import everything again
-    processes = [context.Process(target=run_rank, args=(rank, directory, *case)) for rank in range(WORLD)]
-    try:
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(300)
-    finally:
-        for process in processes:
-            process.kill()
-    assert all(process.exitcode == 0 for process in processes)
-    return [pickle.loads((directory / f"{rank}.pickle").read_bytes()) for rank in range(WORLD)]
+    return on_ranks(run_rank, WORLD, directory, directory, *case)
 
 
 def test_numbers_are_those_of_the_whole_model(want, results):

@@ -4,7 +4,6 @@ All cases run in one set of processes; the tests look at what each rank got.
 """
 
 import dataclasses
-import multiprocessing
 import pickle
 import time
 import warnings
@@ -15,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from models import random_batch, random_direction, random_model
+from on_ranks import on_ranks
 
 from dentropy import Direction, Policy, mean_discriminant, measure, policy_gradient_step, probe
 from dentropy.passes import ranks
@@ -210,19 +210,7 @@ def alone(world):
 def results(world, tmp_path_factory):
     """What each rank got."""
     directory = tmp_path_factory.mktemp("ranks")
-    # A forked process need not import everything again; one with a card cannot be forked.
-    context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
-    processes = [context.Process(target=run_rank, args=(rank, world, directory)) for rank in range(world)]
-    try:
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(300)
-    finally:
-        for process in processes:
-            process.kill()
-    assert all(process.exitcode == 0 for process in processes)
-    return [pickle.loads((directory / f"{rank}.pickle").read_bytes()) for rank in range(world)]
+    return on_ranks(run_rank, world, directory, world, directory)
 
 
 def test_tables_are_those_of_one_process_bit_for_bit(alone, results):
