@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -73,20 +74,32 @@ class KeptTokens:
     def beyond(self, lag: int) -> tuple[np.ndarray, np.ndarray]:
         """(Σ_{j>k+lag} h_j in nats, Σ_{j>k+lag} 1) for every token k, its response from `lag` tokens after it on; with
         the weight of token j."""
-        return self._beyond(self.entropy, lag), self._beyond(self.weight, lag)
+        near = np.minimum(lag, self._behind)
+        last, count = np.arange(self.row.size) + near, self._behind - near
+        later, many = (after[last] + means * count for after, means in self._after)
+        return later, many
 
-    def _beyond(self, values: np.ndarray, lag: int) -> np.ndarray:
-        # The running sum of deviations from a response's mean returns to 0 at its end, so that one sum over the
-        # whole batch does not lose digits as it goes on.
-        means = self.per_rollout(values) / np.maximum(self.n_tokens, 1)
-        running = np.cumsum(values - means[self.row])
-        ends = np.cumsum(self.n_tokens)[self.row] - 1
-        last = np.minimum(np.arange(self.row.size) + lag, ends)
-        return running[ends] - running[last] + means[self.row] * self.count_beyond(lag)
+    @cached_property
+    def _behind(self) -> np.ndarray:
+        """How many tokens stand behind each in its response, int64 [N]."""
+        return self.n_tokens[self.row] - self.position
+
+    @cached_property
+    def _after(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Of entropy and weight, per token: the sum of what comes after it, less the mean of its response; that mean.
+
+        The running sum of deviations from a response's mean returns to 0 at its end, so that one sum over the whole
+        batch does not lose digits as it goes on."""
+        found, ends = [], np.arange(self.row.size) + self._behind
+        for values in (self.entropy, self.weight):
+            means = (self.per_rollout(values) / np.maximum(self.n_tokens, 1))[self.row]
+            running = np.cumsum(values - means)
+            found.append((running[ends] - running, means))
+        return found
 
     def count_beyond(self, lag: int) -> np.ndarray:
         """How many tokens stand more than `lag` behind each in its response, int64 [N]."""
-        return np.maximum(self.n_tokens[self.row] - self.position - lag, 0)
+        return np.maximum(self._behind - lag, 0)
 
     def between(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
         """`beyond` for first ≤ j − k ≤ last."""
