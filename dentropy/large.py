@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-IN_MEMORY = 2**28  # bytes; what is larger is mapped
+IN_MEMORY = 2**26  # bytes; what is larger is mapped
 
 
 def empty(n: int, dtype) -> np.ndarray:
-    """[n], not initialized, in memory up to 256 MiB and beyond in a file in the folder for temporary ones (TMPDIR).
+    """[n], not initialized, in memory up to 64 MiB and beyond in a file in the folder for temporary ones (TMPDIR).
 
     Pages of a file are memory only while there is some to spare.
 
