@@ -5,6 +5,7 @@ import socket
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from models import random_model
 from torch import nn
 
@@ -50,6 +51,7 @@ def test_quantized_weights_are_refused():
 
 
 def test_accelerates_mixed_precision_is_named():
+    AcceleratorState._reset_state(reset_partial_state=True)  # one for the process, which a trainer may have made
     accelerator = Accelerator(mixed_precision="bf16", cpu=True)
     model = accelerator.prepare(random_model("llama"))
     with pytest.raises(ValueError, match="accelerate's mixed precision.*, expected the model's own: .*unwrap_model"):
