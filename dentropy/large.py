@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import tempfile
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 IN_MEMORY = 2**26  # bytes; what is larger is mapped
 
@@ -37,6 +39,8 @@ def column(n: int, like: Tensor) -> Tensor:
     """[n], not initialized, of the dtype and on the device of `like`; on the CPU as `empty`."""
     if like.device.type != "cpu":
         return like.new_empty(n)
+    import torch
+
     return torch.from_numpy(empty(n, like.numpy().dtype))
 
 

@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "reference": {"stats"},
     "rollouts": {"doors", "large", "shown"},
     "model": {"doors", "shown", "stats", "kernels"},
-    "estimators": {"shown", "stats"},
+    "estimators": {"large", "shown", "stats"},
     "passes": {"doors", "large", "shown", "model", "rollouts", "estimators", "stats"},
     "experiment": {"doors", "shown", "passes", "model", "rollouts", "estimators", "stats"},
     "integrations": {"doors", "experiment", "passes", "model", "rollouts", "estimators", "stats"},

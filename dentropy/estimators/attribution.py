@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dentropy import large
 from dentropy.estimators.columns import EntropyRatio, check_choice, column, entropy_ratio
 from dentropy.estimators.groups import Groups
 from dentropy.estimators.parts import token_ends
@@ -60,21 +61,23 @@ def token_attribution(sums: SequenceSums, *, estimator: str = "causal", per: str
         True
     """
     check_choice("estimator", estimator, ESTIMATORS)
-    ratio, found = entropy_ratio(sums, per, FORM[estimator]), []
+    ratio, ends = entropy_ratio(sums, per, FORM[estimator]), token_ends(sums)
+    found = large.empty(int(ends[-1]), np.float64)
     for rows, tokens in KeptTokens.pieces(sums, FORM[estimator]):
         score, _ = _score(tokens, ratio, rows, estimator, per)
-        found.append((tokens.dentropy + tokens.dlogp * score) / ratio.total)
-    return np.concatenate(found)
+        found[ends[rows.start] : ends[rows.stop]] = (tokens.dentropy + tokens.dlogp * score) / ratio.total
+    return found
 
 
 def token_coefficients(sums: SequenceSums, *, estimator: str, per: str) -> tuple[np.ndarray, np.ndarray]:
     """The factors of each token's dh_k and dlogp_k in `token_attribution`, float64 [total tokens] each."""
     check_choice("estimator", estimator, ESTIMATORS)
-    ratio, found = entropy_ratio(sums, per, FORM[estimator]), []
+    ratio, ends = entropy_ratio(sums, per, FORM[estimator]), token_ends(sums)
+    of_entropy, of_logp = (large.empty(int(ends[-1]), np.float64) for _ in range(2))
     for rows, tokens in KeptTokens.pieces(sums, FORM[estimator], tangents=False):
         score, _ = _score(tokens, ratio, rows, estimator, per)
-        found.append((tokens.weight / ratio.total, score / ratio.total))
-    of_entropy, of_logp = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        at = slice(ends[rows.start], ends[rows.stop])
+        of_entropy[at], of_logp[at] = tokens.weight / ratio.total, score / ratio.total
     return of_entropy, of_logp
 
 

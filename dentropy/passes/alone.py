@@ -11,6 +11,7 @@ import torch
 
 from dentropy.passes.microbatches import Microbatch, TokenBudget
 from dentropy.rollouts.batch import PackedBatch
+from dentropy.stats.segments import PIECE
 from dentropy.stats.tables import TokenStats
 
 # More than these are no single rollouts: the policy itself is broken.
@@ -26,9 +27,11 @@ def blame_rollouts(
     """
     present = [x for x in stats if x is not None]
     # A sum is not finite where one of its terms is not; one that only overflows is looked at token by token.
-    if all(torch.isfinite(x.sum(dtype=torch.float64)) for x in present):
+    if all(torch.isfinite(part.sum(dtype=torch.float64)) for x in present for part in x.split(PIECE)):
         return stats
-    finite = torch.stack([torch.isfinite(x) for x in present]).all(0)
+    finite = torch.ones_like(stats.logp, dtype=torch.bool)
+    for x in present:
+        finite &= torch.isfinite(x)
     if finite.all():
         return stats
     stats = TokenStats(*(None if x is None else x.clone() for x in stats))

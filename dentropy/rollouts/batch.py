@@ -7,9 +7,10 @@ prompt and its response are the simplest case; with several turns, or tools, giv
 
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -100,20 +101,22 @@ class PackedBatch:
     def response_offsets(self) -> np.ndarray:
         """int64 [S + 1]: the generated tokens of rollout i are [response_offsets[i], response_offsets[i + 1]) of all
         generated tokens, end to end."""
-        return np.concatenate([[0], np.cumsum(self.generated)])[self.offsets]
+        return np.concatenate([[0], np.cumsum(self.response_lens)])
 
     @cached_property
     def response_lens(self) -> np.ndarray:
         """int64 [S]: T_i, the generated tokens of each rollout."""
-        return np.diff(self.response_offsets)
+        # Row by row: a running sum over all tokens would take eight bytes for each.
+        return np.fromiter((np.count_nonzero(row) for row in self._rows_generated()), np.int64, len(self))
 
     @cached_property
     def prompt_lens(self) -> np.ndarray:
         """int64 [S]: the tokens before the first generated one."""
-        before = self.row_lens.copy()
-        first = np.flatnonzero(self.generated)[self.response_offsets[:-1][self.response_lens > 0]]
-        before[self.response_lens > 0] = first - self.offsets[:-1][self.response_lens > 0]
-        return before
+        first = (row.argmax() if row.any() else len(row) for row in self._rows_generated())
+        return np.fromiter(first, np.int64, len(self))
+
+    def _rows_generated(self) -> Iterator[np.ndarray]:
+        return (self.generated[a:b] for a, b in pairwise(self.offsets.tolist()))
 
     @property
     def temperatures(self) -> np.ndarray:
