@@ -30,6 +30,8 @@ from dentropy import (
 )
 from dentropy.estimators.attribution import token_coefficients
 from dentropy.experiment.probe import probe
+from dentropy.passes.forward_mode import moved_weights
+from dentropy.passes.microbatches import TokenBudget, in_rollout_order, walk
 from dentropy.passes.reverse_mode import gradient
 from dentropy.stats.sequence_sums import plain_columns
 
@@ -151,6 +153,30 @@ def test_compiled_layers(device, name, dtype, monkeypatch):
         for _ in range(2):  # what the first pass makes the second uses
             sums = measure(policy, found.batch, found.direction, keep_tokens=True)
     assert_tokens_as_near(sums.tokens, truth, plain)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("device", DEVICES[1:])
+def test_no_microbatch_waits_for_the_device(device, name):
+    """PyTorch raises where the host would wait. Of a pass on a CPU tests/model/test_packed_row.py counts the places."""
+    found = case(name, device, torch.float32)
+    policy, n_tokens = found.policy, found.batch.n_tokens
+
+    def run():
+        walked = walk(found.batch, TokenBudget(LONGEST[device], policy.device), score)
+        return in_rollout_order(walked, n_tokens, None)
+
+    def score(microbatch):
+        return policy.score(microbatch.row, microbatch.temperature, tangent=True)
+
+    with policy.ready(), moved_weights(policy, found.direction, ETA, tangent=True), torch.no_grad():
+        compiled = run()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            again = run()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(compiled.dlogp, again.dlogp)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -16,7 +16,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from dentropy.model.attention_ops import attention, attention_with_tangent, plain_attention
 
-NAME, NESTABLE = "dentropy", "dentropy_nestable"
+NAME, CHECKED, NESTABLE = "dentropy", "dentropy_checked", "dentropy_nestable"
 
 
 @cache
@@ -24,13 +24,16 @@ def register(name: str = NAME) -> str:
     """Makes a function known to transformers; returns the name to give as `attn_implementation`.
 
     "dentropy" carries the tangents of dual tensors; "dentropy_nestable" is plain PyTorch arithmetic, for torch.func's
-    transforms, which wrap tensors their own way and nest. Causality and sliding windows are built here; of the mask a
-    model would make only its local size is asked, to refuse those that mean more (see `_check_mask`).
+    transforms, which wrap tensors their own way and nest. Causality and sliding windows are built here, and where no
+    function for masks is registered transformers makes none: to make one it reads positions back from the device.
+    "dentropy_checked", for a policy's first rows, is "dentropy" that asks for the local size of the mask a model would
+    make, to refuse those that mean more (see `_check_mask`).
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    AttentionInterface.register(name, {NAME: attention_forward, NESTABLE: nestable_attention_forward}[name])
-    AttentionMaskInterface.register(name, _local_size)
+    AttentionInterface.register(name, nestable_attention_forward if name == NESTABLE else attention_forward)
+    if name == CHECKED:
+        AttentionMaskInterface.register(name, _local_size)
     return name
 
 

@@ -33,7 +33,7 @@ from dentropy.stats.dispatch import kernels_serve
 # The plain form takes a sequence's queries this many at a time, so that scores need memory linear in its length and few
 # are computed to be masked; short neighbours of one length share their operations, up to so many tokens. A microbatch
 # has its sequences by length (passes/microbatches.py), so there all of one length are neighbours.
-QUERY_BLOCK = 128
+QUERY_BLOCK = 64
 TOGETHER = 1024
 
 
@@ -211,60 +211,70 @@ def _pieces_of_one_length(lengths: list[int]) -> Iterator[tuple[int, int]]:
 
 
 def _causal_attention(q, k, v, *, tangents, scaling, window, softcap, sinks, dsinks):
-    """M sequences of T tokens: q [M, H, T, D], k and v [M, Hkv, T, D] to o [M·T, H, D] and ȯ, or None."""
-    heads, length = q.shape[1:3]
-    dtype, work = q.dtype, torch.promote_types(q.dtype, torch.float32)
-    grouped = (k.shape[1], heads // k.shape[1])
+    """M sequences of T tokens: q [M, H, T, D], k and v [M, Hkv, T, D] to o [M·T, H, D] and ȯ, or None.
 
-    def by_group(x):  # [M, heads, T, D] -> [M, Hkv, heads / Hkv, T, D], in the working precision
-        return None if x is None else x.to(work).unflatten(1, (grouped[0], -1))
+    A batch of products is one sequence's key head, and the query heads that use it are more rows of them.
+    """
+    (n_sequences, heads, length, _), key_heads = q.shape, k.shape[1]
+    dtype, work, group = q.dtype, torch.promote_types(q.dtype, torch.float32), heads // key_heads
 
-    q, k, v = by_group(q), by_group(k), by_group(v)
-    dq, dk, dv = (None, None, None) if tangents is None else (by_group(t) for t in tangents)
+    def by_key_head(x):  # [M, heads, T, D] -> [M · Hkv, T · heads / Hkv, D], in the working precision
+        return x.to(work).unflatten(1, (key_heads, -1)).transpose(2, 3).flatten(2, 3).flatten(0, 1)
+
+    def of_rows(x):  # [H] -> [M · Hkv, QUERY_BLOCK · heads / Hkv, 1]
+        rows = x.to(work).view(key_heads, 1, group).expand(n_sequences, -1, min(QUERY_BLOCK, length), -1)
+        return rows.flatten(2, 3).flatten(0, 1).unsqueeze(-1)
+
+    dq, dk, dv = (None, None, None) if tangents is None else (x if x is None else by_key_head(x) for x in tangents)
+    q, k, v = by_key_head(q) * scaling, by_key_head(k), by_key_head(v)
+    sinks, dsinks = (x if x is None else of_rows(x) for x in (sinks, dsinks))
+    # q̇ kᵀ + q k̇ᵀ is one product, and so are p v and p v̇: narrow ones are slow.
+    sides = [(x, y) for x, y in ((dq if dq is None else dq * scaling, k), (q, dk)) if x is not None and y is not None]
+    left, right = (torch.cat(x, -1) for x in zip(*sides, strict=True)) if sides else (None, None)
+    values = v if dv is None else torch.cat([v, dv], -1)
     outs, douts = [], []
     # From the last to the first: what a block leaves free then holds all of the next one. Scores that grow find no room
     # in what smaller ones left, and an allocator would hold the square of the length.
     for first in reversed(range(0, length, QUERY_BLOCK)):
         last = min(first + QUERY_BLOCK, length)
         low = 0 if window is None else max(0, first - window + 1)
-        rows, keys = slice(first, last), slice(low, last)
-        kt = k[..., keys, :].transpose(-1, -2)
-        s = q[..., rows, :] @ kt * scaling
-        slope = scaling
+        rows, keys = slice(first * group, last * group), slice(low, last)
+        s = q[:, rows] @ k[:, keys].transpose(1, 2)
         if softcap is not None:
             t = torch.tanh(s / softcap)
-            s, slope = softcap * t, scaling * (1 - t * t)
-        s = s.masked_fill(_hidden_keys(first, last, low, window, s.device), -torch.inf)
-        p, p_sink = _softmax(s, sinks, grouped)
-        outs.append(p @ v[..., keys, :])
+            s = softcap * t
+        of_some = first if window is None else low  # keys before it are seen by every query of the block
+        hidden = _hidden_keys(first, last, of_some, window, group, s.device)
+        s[..., of_some - low :].masked_fill_(hidden, -torch.inf)
+        if sinks is not None:  # a key without a value
+            s = torch.cat([s, sinks[:, : s.shape[1]]], -1)
+        p = torch.softmax(s, -1)
+        out, *of_values = (p[..., : last - low] @ values[:, keys]).split(v.shape[-1], -1)
+        outs.append(out)
         if tangents is None:
             continue
-        terms = [] if dq is None else [dq[..., rows, :] @ kt]
-        terms += [] if dk is None else [q[..., rows, :] @ dk[..., keys, :].transpose(-1, -2)]
-        ds = sum(terms) * slope
-        mean = (p * ds).sum(-1, keepdim=True)
-        if dsinks is not None:
-            mean = mean + p_sink * dsinks.to(work).view(*grouped, 1, 1)
-        dout = (p * (ds - mean)) @ v[..., keys, :]
-        douts.append(dout if dv is None else dout + p @ dv[..., keys, :])
+        if sides or dsinks is not None:
+            ds = left[:, rows] @ right[:, keys].transpose(1, 2) if sides else torch.zeros_like(p[..., : last - low])
+            if softcap is not None:
+                ds = ds * (1 - t * t)
+            if sinks is not None:
+                dsink = torch.zeros_like(s[..., -1:]) if dsinks is None else dsinks[:, : s.shape[1]]
+                ds = torch.cat([ds, dsink], -1)
+            x = torch.ops.aten._softmax_backward_data(ds, p, -1, work)  # p (ṡ − Σ p ṡ): its matrix is symmetric
+            of_values.append(x[..., : last - low] @ v[:, keys])
+        douts.append(sum(of_values))
 
-    def packed(blocks):  # [M, Hkv, heads / Hkv, T, D] -> [M · T, heads, D]
-        return torch.cat(blocks[::-1], dim=-2).flatten(1, 2).transpose(1, 2).flatten(0, 1).to(dtype)
+    def packed(blocks):  # [M · Hkv, T · heads / Hkv, D] in blocks, the last first -> [M · T, heads, D]
+        x = torch.cat(blocks[::-1], dim=1).unflatten(0, (n_sequences, key_heads)).unflatten(2, (length, group))
+        return x.transpose(1, 2).flatten(2, 3).flatten(0, 1).to(dtype)
 
     return packed(outs), packed(douts) if douts else None
 
 
-def _hidden_keys(first: int, last: int, low: int, window: int | None, device) -> Tensor:
-    """True where query `first`..`last` must not see key `low`..`last`: later keys, and those before the window."""
-    distance = torch.arange(first, last, device=device)[:, None] - torch.arange(low, last, device=device)
+def _hidden_keys(first: int, last: int, low: int, window: int | None, group: int, device) -> Tensor:
+    """[(last - first) · group, last - low], True where query `first`..`last`, in `group` rows each, must not see key
+    `low`..`last`: later keys, and those before the window."""
+    queries = torch.arange(first * group, last * group, device=device) // group
+    distance = queries[:, None] - torch.arange(low, last, device=device)
     hidden = distance < 0
     return hidden if window is None else hidden | (distance >= window)
-
-
-def _softmax(s: Tensor, sinks: Tensor | None, grouped: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
-    """Probabilities of the keys [..., Q, K] and of the sink [..., Q, 1] (None without sinks)."""
-    if sinks is None:
-        return torch.softmax(s, -1), None
-    column = sinks.to(s.dtype).view(*grouped, 1, 1).expand(*s.shape[:-1], 1)
-    p = torch.softmax(torch.cat([s, column], -1), -1)
-    return p[..., :-1], p[..., -1:]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dentropy.doors import third_party
 from dentropy.model.adapter_layers import unusual_adapters
-from dentropy.model.attention import UnseenMask
+from dentropy.model.attention import CHECKED, UnseenMask
 from dentropy.model.packed_row import PackedRow
 from dentropy.model.shards import whole
 from dentropy.stats.tables import TokenStats
@@ -189,7 +189,7 @@ def _scales_rope_by_longest(config) -> bool:
 def _failure(policy, row: PackedRow, own: _Own) -> str | None:
     """What a pass differs by, or refuses; None where it reproduces `own`."""
     try:
-        with policy.ready():
+        with policy.ready(CHECKED):
             difference = own.difference(policy.score(row))
     except (UnseenMask, ValueError, TypeError) as error:
         if not policy.packs:

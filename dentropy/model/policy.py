@@ -28,9 +28,9 @@ from dentropy.model.fully_sharded import FullySharded, is_linear
 from dentropy.model.head import Head
 from dentropy.model.in_place import TURN, in_place_of_parameters, in_turn
 from dentropy.model.memory import is_out_of_memory
-from dentropy.model.one_sided import OneSidedTangents
 from dentropy.model.packed_row import PackedRow
 from dentropy.model.precision import full_float32
+from dentropy.model.short_tangents import ShortTangents
 from dentropy.model.usable import check_usable
 from dentropy.shown import count, line
 from dentropy.stats.tables import TokenStats
@@ -240,7 +240,7 @@ class Policy:
         tangent: whether the weights carry tangents; then the statistics have first derivatives.
         """
         # A compiled layer carries tangents of its own, and would be compiled anew inside a mode.
-        short = OneSidedTangents() if tangent and self._compiled_layers is None else nullcontext()
+        short = ShortTangents() if tangent and self._compiled_layers is None else nullcontext()
         try:
             with short:
                 outputs, head = self.outputs(row)

@@ -43,13 +43,28 @@ class Driver:
 
 def registers_and_stack(cubin: bytes) -> tuple[int, int]:
     """Of a thread: registers, and the bytes that found no place in them."""
+    said = cuobjdump("-res-usage", cubin)
+    return int(re.search(r"REG:(\d+)", said).group(1)), int(re.search(r"STACK:(\d+)", said).group(1))
+
+
+def spills_in_loops(cubin: bytes) -> int:
+    """Instructions inside a loop that write or read what found no place in registers."""
+    code = [
+        (int(place, 16), instruction)
+        for place, instruction in re.findall(r"/\*([0-9a-f]{4,})\*/ +(.*?);", cuobjdump("-sass", cubin))
+    ]
+    branches = [(at, re.search(r"\bBRA\b.* 0x([0-9a-f]+)", instruction)) for at, instruction in code]
+    loops = [(int(to.group(1), 16), at) for at, to in branches if to and int(to.group(1), 16) < at]
+    spills = [at for at, instruction in code if re.search(r"\b(LDL|STL)\b", instruction)]
+    return sum(any(first <= at <= last for first, last in loops) for at in spills)
+
+
+def cuobjdump(what: str, cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile("wb", suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        said = subprocess.run(
-            [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name], check=True, capture_output=True, text=True
-        ).stdout
-    return int(re.search(r"REG:(\d+)", said).group(1)), int(re.search(r"STACK:(\d+)", said).group(1))
+        command = [triton.knobs.nvidia.cuobjdump.path, what, file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def compile_calls(calls, architecture: int):
@@ -65,6 +80,7 @@ def compile_calls(calls, architecture: int):
             kernel=self.__name__,
             registers=registers,
             stack=stack,
+            spills_in_loops=spills_in_loops(kernel.asm["cubin"]) if stack else 0,
             shared=kernel.metadata.shared,
             most_shared=SHARED_MEMORY[architecture] * 1024,
             tensor_memory=getattr(kernel.metadata, "tmem_size", 0),

@@ -171,7 +171,11 @@ def test_key_heads_that_do_not_divide_the_queries_are_refused():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_is_linear_in_the_length_with_an_allocator_that_keeps_gaps(monkeypatch):
-    """All scores at once are 61 MiB, those of a block 0.5; walked from the first block on, glibc came to hold 61."""
+    """All scores at once are 61 MiB, those of a block 0.5; walked from the first block on, glibc came to hold 61.
+
+    At 24,000 tokens, 2 heads of size 64, the peak is 180 MiB above the inputs, 23 of them results, most of the rest
+    copies of the inputs; it was 2 GB. All scores at once are 4.6 GB.
+    """
     monkeypatch.setattr(attention_ops, "QUERY_BLOCK", 32)
     length = 4000
     x, cu_seqlens = torch.randn(length, 1, 4), torch.tensor([0, length], dtype=torch.int32)

@@ -1,45 +1,19 @@
 """What a pass asks of the host is in the row; nothing is read back from the device on the way."""
 
-import traceback
-
 import numpy as np
 import pytest
 import torch
-from models import random_batch, random_direction, random_model
-from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from host_reads import host_reads
+from models import quiet_fallback, random_batch, random_direction, random_model
 
 from dentropy import Policy
 from dentropy.model.packed_row import PackedRow
 from dentropy.passes.first_rollouts import check_on_first
 from dentropy.passes.forward_mode import moved_weights
-from dentropy.passes.microbatches import AUTO, Microbatch, TokenBudget, walk
+from dentropy.passes.microbatches import Microbatch, TokenBudget, in_rollout_order, walk
 from dentropy.passes.reverse_mode import gradient
 
 CPU = torch.device("cpu")
-READS = {Tensor.tolist, Tensor.item, Tensor.cpu, Tensor.nonzero, torch.nonzero, torch.equal}
-READS |= {Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__}
-LENGTH_UNKNOWN = {Tensor.repeat_interleave, torch.repeat_interleave}
-PASSES_ON = "/dentropy/model/one_sided.py"  # what the model calls
-# Where a CPU's own forms stand, which may read; and a mask's size, which is on the CPU wherever the model is.
-MAY_READ = ("stats/", "model/attention_ops.py", "model/attention.py")
-
-
-class HostReads(TorchFunctionMode):
-    """Collects the places in dentropy where values of a tensor become the host's: on a GPU it would wait there."""
-
-    def __init__(self):
-        super().__init__()
-        self.places = []
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func in READS or (func in LENGTH_UNKNOWN and "output_size" not in (kwargs or {})):
-            frames = [frame for frame in traceback.extract_stack()[:-1] if not frame.filename.endswith(PASSES_ON)]
-            frames = [frame for frame in frames if "/torch/" not in frame.filename]
-            place = frames[-1].filename.rpartition("/dentropy/")[2]
-            if "/dentropy/" in frames[-1].filename and not place.startswith(MAY_READ):
-                self.places.append(f"{place}: {frames[-1].line}")
-        return func(*args, **(kwargs or {}))
 
 
 def test_positions_count_every_sequence_from_0_and_bounds_are_the_hosts():
@@ -68,16 +42,32 @@ def test_a_microbatch_holds_what_predicts_its_responses():
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "mamba2"])
-@pytest.mark.filterwarnings("ignore:policy. packed rows do not reproduce")
+@quiet_fallback
 def test_a_pass_reads_nothing_back(name):
+    """Not in dentropy, not in transformers, and not in an operator."""
     model = random_model(name)
     batch, policy, direction = random_batch(), Policy(model), random_direction(model)
     weights = np.ones(batch.n_tokens)
     policy.moving(direction)
     check_on_first(policy, batch)  # which does, once
-    with HostReads() as reads, policy.ready():
+    with host_reads() as places, policy.ready():
         with moved_weights(policy, direction, 0.1, tangent=True), torch.no_grad():
-            budget = TokenBudget(AUTO, CPU)
-            stats = [x for _, x in walk(batch, budget, lambda m: policy.score(m.row, batch.temperature, tangent=True))]
+            walked = walk(batch, TokenBudget(12, CPU), lambda m: policy.score(m.row, batch.temperature, tangent=True))
+            stats = in_rollout_order(walked, batch.n_tokens, None)
         gradient(policy, batch, list(model.parameters()), weights, weights)
-    assert stats and not reads.places, reads.places
+    assert stats.dlogp.any() and not places, places
+
+
+def test_reads_are_seen():
+    x = torch.ones(3)
+    by_python = [x.tolist, x.sum().item, lambda: bool(x.any()), lambda: x.repeat_interleave(x.long())]
+    by_operator = [
+        lambda: x[x > 0],
+        x.nonzero,
+        lambda: torch.masked_select(x, x > 0),
+        lambda: x.index_put_((x > 0,), x.sum()),
+    ]
+    for number, read in enumerate(by_python + by_operator):
+        with host_reads() as places:
+            read()
+        assert places and "test_packed_row.py" in places[0], number
