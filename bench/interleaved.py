@@ -62,6 +62,7 @@ def compare(
     unit: str | None = None,
     reference: str,
     headline: bool = False,
+    rounds: int = ROUNDS,
 ) -> None:
     """Times `providers` on `inputs` and leaves in extra_info, by provider: median, least and largest time of
     the rounds, peak memory above the inputs, error, rate, and the median of its time relative to the
@@ -69,7 +70,7 @@ def compare(
     "not_run", why there are no figures.
 
     error_of: what a provider returned -> its largest error relative to float64. work: bytes, for a unit of GB/s, or
-    operations, for TFLOP/s. headline: belongs into the chart.
+    operations, for TFLOP/s. headline: belongs into the chart. rounds: more of them for ratios near 1.
 
     Raises AssertionError where one of dentropy's own providers failed, all else being recorded, and GPUIsLost.
     """
@@ -92,17 +93,17 @@ def compare(
             rows[name] = {"not_run": missing}
         else:
             rows[name] = attempt(name, partial(_first, provider, calls[name], error_of, device)) or {}
-    rounds = {name: [] for name, row in rows.items() if "calls_per_round" in row}
+    times = {name: [] for name, row in rows.items() if "calls_per_round" in row}
 
     def one_round():
-        for name in [name for name in rounds if name not in failed]:
+        for name in [name for name in times if name not in failed]:
             seconds = attempt(name, partial(seconds_of, calls[name], device, rows[name]["calls_per_round"]))
-            rounds[name].append(seconds)
+            times[name].append(seconds)
 
     benchmark.group = title
-    benchmark.pedantic(one_round, rounds=ROUNDS)
+    benchmark.pedantic(one_round, rounds=rounds)
     rows |= {name: {"not_run": why} for name, why in failed.items()}
-    times = {name: seconds for name, seconds in rounds.items() if name not in failed}
+    times = {name: seconds for name, seconds in times.items() if name not in failed}
     for name, seconds in times.items():
         rows[name] |= _figures(seconds, times.get(reference))
         amount = providers[name].work or work
@@ -114,7 +115,7 @@ def compare(
     benchmark.extra_info.update(
         title=title,
         device=device,
-        rounds=ROUNDS,
+        rounds=rounds,
         work=work,
         unit=unit,
         reference=reference,

@@ -23,6 +23,8 @@ GROUPS = ("dentropy/estimators/groups.py", "tests/estimators/test_groups.py test
 FLOOR = ("dentropy/passes/noise_floor.py", "tests/passes/test_noise_floor.py -k carries")
 OF_UPDATE = ("dentropy/passes/update_groups.py", "tests/passes/test_update_groups.py")
 CROSS_FIT = ("dentropy/passes/cross_fit.py", "tests/passes/test_cross_fit.py")
+LOSS = ("dentropy/passes/policy_loss.py", "tests/passes/test_policy_loss.py")
+KL_TO = ("dentropy/cli/reference.py", "tests/cli/test_probe.py -k kl_penalty")
 PROXIES = ("dentropy/estimators/proxies.py", "tests/estimators/test_proxies.py")
 DISCRIMINANT = ("dentropy/passes/mean_discriminant.py", "tests/passes/test_mean_discriminant.py")
 COEFFICIENT = ("dentropy/estimators/bonus.py", "tests/estimators/test_bonus.py")
@@ -121,6 +123,8 @@ _CHANGES = [
     (REVERSE, "dz.scatter_add_(-1, targets[:, None], b)", "dz.scatter_add_(-1, targets[:, None], -b)"),
     (SAMPLING, "top_k=0,", "top_k=50,"),
     # the update's own tokens
+    (UPDATE_TOKENS, "without_row(parts.gain * torch.ones_like(g), rows[name])", "parts.gain"),
+    (UPDATE_TOKENS, "found.dlogp.double() * size", "found.dlogp.double()"),
     (UPDATE_TOKENS, "(portion * (1 - portion))", "portion"),
     (UPDATE_TOKENS, "g[name] - f * gradient.whole(name)", "g[name]"),
     (UPDATE_TOKENS, "np.arange(k * apart, len(batch)", "np.arange(0, len(batch)"),
@@ -133,8 +137,15 @@ _CHANGES = [
     (OF_UPDATE, "difference(total, share)", "difference(share, total)"),
     (CROSS_FIT, "others = parts[:k] + parts[k + 1 :]", "others = parts"),
     (CROSS_FIT, "scale * reduce", "reduce"),
+    # the KL penalty of a loss
+    (LOSS, "-np.expm1(reference - logp)", "np.expm1(logp - reference)"),
+    (KL_TO, "tokens.logp.double()", "tokens.entropy.double()"),
+    # proxies
     (PROXIES, "p * above - mean_discriminant", "p * above + mean_discriminant"),
-    (PROXIES, "np.cumsum(counts) - counts / 2", "np.cumsum(counts)"),
+    (PROXIES, "np.cumsum(counts) - (counts + total) / 2", "np.cumsum(counts) - (1 + total) / 2"),
+    (PROXIES, "(xy - x * y / n) ** 2", "xy**2"),
+    (PROXIES, "found = xx - x * x / n", "found = xx"),
+    (PROXIES, "proxy.mean() + x / n", "proxy.mean() + x / n.mean()"),
     (PROXIES, "reliability if known", "reliability**0.5 if known"),
     (DISCRIMINANT, "p.square() *", "p *"),
     (COEFFICIENT, "influence=-update.influence", "influence=update.influence"),

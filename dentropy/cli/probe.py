@@ -7,7 +7,7 @@ import hashlib
 from contextlib import nullcontext
 from pathlib import Path
 
-from dentropy.cli import loss
+from dentropy.cli import loss, reference
 from dentropy.cli.apart import apart, check_files
 from dentropy.cli.keeping import finish
 from dentropy.cli.options import (
@@ -24,7 +24,7 @@ from dentropy.cli.terminal import about, remark
 DEFAULT_STEPS = (-1.0, -0.5, 0.5, 1.0, 2.0)
 UPDATE_GROUPS = ("positive-advantage", "negative-advantage", "end-token", "high-entropy", "low-entropy")
 DEFAULT_GROUPS = UPDATE_GROUPS[:2]
-SOURCES = ("policy", "rollouts", "after", "direction", "update_rollouts")
+SOURCES = ("policy", "rollouts", "after", "direction", "update_rollouts", "loss_kl_reference")
 # What else the passes depend on: an unfinished run goes on with the same.
 SETTINGS = (
     "step_size",
@@ -162,8 +162,7 @@ def _run(options) -> None:
         raise ValueError("--step-size: needed with --after and --update-rollouts")
     if options.update_rollouts is None and (options.optimizer or options.optimizer_state or options.max_grad_norm):
         raise ValueError("--optimizer, --optimizer-state and --max-grad-norm: only with --update-rollouts")
-    if options.update_rollouts is None and loss.given(options):
-        raise ValueError("--loss-average and the other options of the loss: only with --update-rollouts")
+    loss.check(options)
     if options.update_rollouts is None and options.update_groups:
         raise ValueError("--update-groups: only with --update-rollouts")
     if options.max_new_tokens is not None and not options.append_eos:
@@ -189,21 +188,22 @@ def _run(options) -> None:
         with about("--update-rollouts"):
             update = _rollouts(options.update_rollouts, options, policy, tokenizer, recognized.append)
         batch, update, divided = apart(batch, update, options.split)
+    kl_to = reference.of_update(options, policy, update)
     direction = _direction(options, policy)
     for_report = tokenizer.load_for_the_report()
     for text in recognized:
         remark(text)
     weights = parameter_fingerprints(policy.model)
-    with ended_by_sigterm(), _store(options, policy, batch, direction, update, weights) as store:
+    with ended_by_sigterm(), _store(options, policy, batch, direction, update, weights, kl_to) as store:
         with unchanged(policy.model, weights):
-            result = _passes(options, policy, batch, direction, update, etas, store)
+            result = _passes(options, policy, batch, direction, update, etas, store, kl_to)
         named = {name: getattr(options, name) for name in SOURCES}
         source = {name: str(value) for name, value in (named | {"split": divided}).items() if value is not None}
         if is_first():
             finish(dataclasses.replace(result, source=source, command=options.command), Path(options.out), for_report)
 
 
-def _store(options, policy, batch, direction, update, weights):
+def _store(options, policy, batch, direction, update, weights, kl_to):
     """What is finished is kept in it, by the first process."""
     from dentropy.experiment.identity import identity
     from dentropy.experiment.resumable import unfinished_run
@@ -214,12 +214,13 @@ def _store(options, policy, batch, direction, update, weights):
     settings = {name: getattr(options, name) for name in SETTINGS}
     if options.optimizer_state is not None:
         settings["optimizer_state"] = hashlib.sha256(state_file(options.optimizer_state).read_bytes()).hexdigest()
+    settings["loss_kl_reference"] = None if kl_to is None else kl_to.fingerprint
     # Of what ranks hold in parts all of them must say it.
     found = identity(policy, batch, direction, update, settings, weights)
     return unfinished_run(Path(options.out), found) if is_first() else nullcontext()
 
 
-def _passes(options, policy, batch, direction, update, etas, store):
+def _passes(options, policy, batch, direction, update, etas, store, kl_to):
     """The ProbeResult."""
     from dentropy.experiment.probe import check_etas, probe, tokens_to_run
     from dentropy.experiment.progress import token_bar
@@ -228,7 +229,7 @@ def _passes(options, policy, batch, direction, update, etas, store):
     step = None
     if update is not None:
         with keeping(store, "update", gradient=True):
-            step = _step(options, policy, update, options.step_size or direction.step_size)
+            step = _step(options, policy, update, options.step_size or direction.step_size, kl_to)
         direction = direction or step.direction()
     etas = etas or check_etas([step * direction.step_size for step in DEFAULT_STEPS])
     parameters = not options.skip_parameters
@@ -291,19 +292,21 @@ def _direction(options, policy):
     return direction if options.step_size is None else Direction(direction.tensors, options.step_size)
 
 
-def _step(options, policy, update, step_size):
+def _step(options, policy, update, step_size, kl_to):
     """The step that --update-rollouts make."""
     from dentropy.experiment.progress import token_bar
     from dentropy.passes.optimizer_state import load_state
     from dentropy.passes.policy_gradient import policy_gradient_step
 
     state = None if options.optimizer_state is None else load_state(options.optimizer_state)
-    with about("--update-rollouts"), token_bar("policy gradient", update.n_tokens) as progress:
+    minimized = loss.of_update(options, update, None if kl_to is None else kl_to.logp)
+    tokens = (2 if minimized.needs_logp else 1) * update.n_tokens
+    with about("--update-rollouts"), token_bar("policy gradient", tokens) as progress:
         return policy_gradient_step(
             policy,
             update,
             step_size=step_size,
-            loss=loss.of_update(options, update),
+            loss=minimized,
             token_budget=options.token_budget,
             progress=progress,
             optimizer=options.optimizer or "adamw",

@@ -56,9 +56,10 @@ class Terminal:
     def _warn(self, message, category, filename, lineno, file=None, line=None) -> None:
         if not is_first():
             return
-        text = self._line(message)
-        if _options and not text.startswith("--"):
-            text = f"{_options[-1]}: {text}"
+        option, name = _options[-1] if _options else ("", "")
+        text = self._line(str(message).removeprefix(f"{name}: "))
+        if option and not text.startswith("--"):
+            text = f"{option}: {text}"
         self._warned[text] += 1
         if self._warned[text] == 1:
             print(f"dentropy: warning: {visible(text)}", file=sys.stderr)
@@ -96,11 +97,17 @@ def quiet(wanted: bool) -> Iterator[None]:
 
 
 @contextmanager
-def about(option: str) -> Iterator[None]:
-    """Warnings of the calls inside, a library's too, name this option."""
-    _options.append(option)
+def about(option: str, name: str = "") -> Iterator[None]:
+    """Warnings of the calls inside, a library's too, name this option; where another one has the `name` by which these
+    calls know its value, so do errors."""
+    _options.append((option, name))
     try:
         yield
+    except (ValueError, MemoryError) as error:
+        if not name:
+            raise
+        kind = MemoryError if isinstance(error, MemoryError) else ValueError
+        raise kind(f"{option}: {str(error).removeprefix(f'{name}: ')}") from error
     finally:
         _options.pop()
 
@@ -118,4 +125,4 @@ def visible(text: str) -> str:
 
 
 _quiet = False
-_options: list[str] = []  # what calls are about now, the innermost last
+_options: list[tuple[str, str]] = []  # what calls are about now, and its name there, the innermost last

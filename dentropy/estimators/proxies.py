@@ -8,6 +8,7 @@ import numpy as np
 
 PROXIES = ("covariance", "surprise", "STEER", "discriminant")
 RESAMPLES, SEED, LEVEL = 400, 0, 0.95
+ROUNDING = 1e-12  # of sums of squares, relative
 
 
 def update_proxies(
@@ -107,26 +108,25 @@ def grade_proxy(
             raise ValueError(f"{name}: {values[int(np.argmin(np.isfinite(values)))]}, expected finite values")
         if values.size == 0 or (values == values[0]).all():
             raise ValueError(f"{name}: all {values.size} values are equal, expected some that differ")
-    measures = _Measures(proxy, share)
-    values = measures.at(np.ones(proxy.size))
     prompts, row = np.unique(group, return_inverse=True)
-    drawn = None
+    weights = np.ones((1, prompts.size))  # as it is, and resampled
     if prompts.size > 1:
-        rng = np.random.default_rng(SEED)
-        weights = rng.multinomial(prompts.size, np.full(prompts.size, 1 / prompts.size), size=RESAMPLES)
-        drawn = np.array([measures.at(weight[row]) for weight in weights])
+        drawn = np.random.default_rng(SEED).multinomial(
+            prompts.size, np.full(prompts.size, 1 / prompts.size), size=RESAMPLES
+        )
+        weights = np.concatenate([weights, drawn])
     known = reliability is not None and reliability > 0
     divisors = [None, reliability if known else None, None, None]
     *agreements, mean = (
-        _agreement(value, None if drawn is None else drawn[:, i], divisor)
-        for i, (value, divisor) in enumerate(zip(values, divisors, strict=True))
+        _agreement(float(values[0]), values[1:], divisor)
+        for values, divisor in zip(_measures(proxy, share, row, weights), divisors, strict=True)
     )
     return ProxyGrade(*agreements, mean.value, mean.interval)
 
 
-def _agreement(value: float, drawn: np.ndarray | None, divisor: float | None) -> Agreement:
+def _agreement(value: float, drawn: np.ndarray, divisor: float | None) -> Agreement:
     interval = None
-    if drawn is not None:
+    if drawn.size:
         low, high = np.nanquantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
         interval = low, high
     if divisor is None:
@@ -135,29 +135,30 @@ def _agreement(value: float, drawn: np.ndarray | None, divisor: float | None) ->
     return Agreement(value, interval, value / divisor, corrected)
 
 
-class _Measures:
-    """Three measures and the mean, of tokens that occur `weight` times each; what does not depend on it is kept."""
-
-    def __init__(self, proxy: np.ndarray, share: np.ndarray):
-        self.proxy, self.share = proxy, share
-        self.places = [np.unique(values, return_inverse=True)[1] for values in (proxy, share)]
-        self.same_sign = np.sign(proxy) == np.sign(share)
-
-    def at(self, weight: np.ndarray) -> tuple[float, float, float, float]:
-        ranks = (_ranks(place, weight) for place in self.places)
-        agreeing, mean = (float((weight * x).sum() / weight.sum()) for x in (self.same_sign, self.proxy))
-        return _correlation(*ranks, weight), _correlation(self.proxy, self.share, weight) ** 2, agreeing, mean
+def _measures(proxy: np.ndarray, share: np.ndarray, row: np.ndarray, weights: np.ndarray) -> list[np.ndarray]:
+    """Three measures and the proxy's mean where the prompt `row` of a token counts as often as `weights` says, [draws,
+    prompts]: each [draws]. All but that of ranks are made of sums over each prompt, of values less their mean."""
+    same, x, y = np.sign(proxy) == np.sign(share), proxy - proxy.mean(), share - share.mean()
+    sums = np.stack([np.bincount(row, of) for of in (np.ones_like(x), same, x, y, x * x, y * y, x * y)], 1)
+    n, same, x, y, xx, yy, xy = (weights @ sums).T
+    places = [np.unique(values, return_inverse=True)[1] for values in (proxy, share)]
+    ranks = np.array([_rank_correlation(places, weight[row]) for weight in weights])
+    squares = _variation(xx, x, n) * _variation(yy, y, n)
+    return [ranks, (xy - x * y / n) ** 2 / squares, same / n, proxy.mean() + x / n]
 
 
-def _ranks(place: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """Mean ranks, up to a constant, of values whose order is `place`."""
-    counts = np.bincount(place, weight)
-    return (np.cumsum(counts) - counts / 2)[place]
+def _variation(xx: np.ndarray, x: np.ndarray, n: np.ndarray) -> np.ndarray:
+    """Σ (x − mean)² from sums over n values, NaN where it is rounding alone."""
+    found = xx - x * x / n
+    return np.where(found > ROUNDING * xx, found, np.nan)
 
 
-def _correlation(x: np.ndarray, y: np.ndarray, weight: np.ndarray) -> float:
-    """Pearson's; NaN where either does not vary."""
-    total = weight.sum()
-    x, y = x - (weight * x).sum() / total, y - (weight * y).sum() / total
-    xx, yy = (weight * x * x).sum(), (weight * y * y).sum()
-    return float((weight * x * y).sum() / (xx * yy) ** 0.5) if xx > 0 and yy > 0 else float("nan")
+def _rank_correlation(places: list[np.ndarray], weight: np.ndarray) -> float:
+    """Spearman's of two rows of values whose order is `places`, each as often as its weight; NaN where one is equal."""
+    total, ranks, squares = weight.sum(), [], 1.0
+    for place in places:
+        counts = np.bincount(place, weight)
+        middle = np.cumsum(counts) - (counts + total) / 2  # of equal values, less the mean of all ranks
+        ranks.append(middle[place])
+        squares *= counts @ middle**2
+    return float((weight * ranks[0]) @ ranks[1] / squares**0.5) if squares > 0 else float("nan")

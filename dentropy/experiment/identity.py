@@ -38,7 +38,7 @@ def identity(
         settings: all others, by name, as JSON can hold them.
         weights: `parameter_fingerprints` of the policy's model, where they are there already.
     """
-    found = {"policy": _policy(policy, weights), "rollouts": rollouts_fingerprint(batch)}
+    found = {"policy": policy_fingerprint(policy, weights), "rollouts": rollouts_fingerprint(batch)}
     if direction is not None:
         found["direction"] = fingerprint(sorted(direction.tensors.items()))
         found["direction's step size"] = repr(direction.step_size)
@@ -49,7 +49,7 @@ def identity(
 
 def draw_identity(policy: Policy, prompts: Sequence[Sequence[int]], settings: Mapping[str, object]) -> dict[str, str]:
     """By name, what a draw of rollouts depends on: the prompts as token ids, the settings as in `identity`."""
-    found = {"policy": _policy(policy), "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest()}
+    found = {"policy": policy_fingerprint(policy), "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest()}
     return found | _settings(settings) | _surroundings(policy)
 
 
@@ -77,7 +77,8 @@ def _tensor(value) -> Tensor:
     return value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
 
 
-def _policy(policy: Policy, weights: dict[str, str] | None = None) -> str:
+def policy_fingerprint(policy: Policy, weights: dict[str, str] | None = None) -> str:
+    """Of a model's weights and configuration; `weights` as in `identity`."""
     config = {name: value for name, value in policy.config.to_dict().items() if name not in PLACES}
     said = json.dumps([type(policy.model).__name__, config], sort_keys=True, default=str)
     return hashlib.sha256((said + weights_fingerprint(policy.model, weights)).encode()).hexdigest()

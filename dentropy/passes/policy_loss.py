@@ -37,7 +37,8 @@ class PolicyLoss:
         ratio: r_j: "token" exp(logp_j − old_j), "sequence" its geometric mean over the rollout.
         old_logp: Log-probabilities under the policy that the ratio is to, [n_tokens] of the update's rollouts in their
             order; None means this policy, where every ratio is 1. A batch's `sampler_logp` counts only as given here.
-        reference_logp: Those under the reference of the KL penalty.
+        reference_logp: Those under the reference of the KL penalty, as `measure(reference, rollouts,
+            keep_tokens=True).tokens.logp` gives them.
         kl: β.
         entropy_bonus: c: the loss has −c n_j h_j.
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from itertools import cycle
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from dentropy.estimators import slope
@@ -154,12 +155,12 @@ def update_attribution(
         names = list(dict.fromkeys([*update.gradient, *moving]))
         gradient = slope_gradient(policy, batch, sums, names, estimator=estimator, per=per, parts=PARTS, **settings)
     dotted = _dotted(update, moving, gradient)
-    along = _along(update.policy, update.batch, dotted.steepest, **settings)
+    along = _along(update.policy, update.batch, _steepest(dotted.gain, gradient.whole), **settings)
     shares = _terms(update, along)
     total = slope(sums, estimator=gradient.estimator, per=gradient.per).value
     other = {"momentum": dotted.momentum, "weight_decay": dotted.weight_decay}
     other |= {name: float(shares[name].sum()) for name in ("kl", "entropy_bonus")}
-    noise = _noise_fraction(update, gradient, shares["share"], **settings)
+    noise = _noise_fraction(update, gradient, dotted.gain, shares["share"], **settings)
     return UpdateAttribution(
         total=total,
         **other,
@@ -188,17 +189,18 @@ def _check_same_parameters(policy: Policy, update: PolicyGradientStep) -> None:
 
 @dataclass(frozen=True, eq=False)
 class _Dotted:
-    """What ∇R is dotted with, and `steepest`, u = γP ∘ ∇R by parameter name."""
+    """What ∇R is dotted with, and `gain`, γP by parameter name, 0 where no token moves the weights."""
 
     momentum: float
     weight_decay: float
     cosine: float
-    steepest: dict[str, Tensor]
+    gain: dict[str, Tensor | float]
 
 
 def _dotted(update: PolicyGradientStep, moving: dict[str, Tensor], gradient: SlopeGradient) -> _Dotted:
     momentum = decay = both = rebuilt = 0.0
     actual = sum(dot(v, v) for v in moving.values())
+    gains, rows = {}, _padding_rows(update.policy.model)
     for name, g in update.gradient.items():
         parts, of_slope = update.parts(name), gradient.whole(name)
         momentum -= dot(of_slope, parts.momentum)
@@ -206,17 +208,15 @@ def _dotted(update: PolicyGradientStep, moving: dict[str, Tensor], gradient: Slo
         v = parts.step(g)
         rebuilt += dot(v, v)
         both += dot(v, moving[name]) if name in moving else 0.0
-    return _Dotted(momentum, decay, both / (actual * rebuilt) ** 0.5, _steepest(update, gradient.whole))
-
-
-def _steepest(update: PolicyGradientStep, at: Callable[[str], Tensor]) -> dict[str, Tensor]:
-    """γP ∘ a gradient, by parameter name."""
-    found, rows = {}, _padding_rows(update.policy.model)
-    for name in update.gradient:
-        found[name] = update.parts(name).gain * at(name)
+        gains[name] = parts.gain
         if name in rows:  # the step's gradient is 0 there, whatever the tokens are
-            found[name] = without_row(found[name], rows[name])
-    return found
+            gains[name] = without_row(parts.gain * torch.ones_like(g), rows[name])
+    return _Dotted(momentum, decay, both / (actual * rebuilt) ** 0.5, gains)
+
+
+def _steepest(gain: dict[str, Tensor | float], at: Callable[[str], Tensor]) -> dict[str, Tensor]:
+    """γP ∘ a gradient, by parameter name."""
+    return {name: factor * at(name) for name, factor in gain.items()}
 
 
 def noise_rollouts(batch: PackedBatch, parts: int) -> list[np.ndarray]:
@@ -228,7 +228,9 @@ def noise_rollouts(batch: PackedBatch, parts: int) -> list[np.ndarray]:
     return [np.arange(k * apart, len(batch), PARTS * apart) for k in range(PARTS)]
 
 
-def _noise_fraction(update: PolicyGradientStep, gradient: SlopeGradient, share: np.ndarray, **settings) -> float | None:
+def _noise_fraction(
+    update: PolicyGradientStep, gradient: SlopeGradient, gain: dict[str, Tensor | float], share: np.ndarray, **settings
+) -> float | None:
     """Σ_j of the shares' squared standard errors over that of their squares, for prompts drawn at random; None from
     one part.
 
@@ -240,7 +242,7 @@ def _noise_fraction(update: PolicyGradientStep, gradient: SlopeGradient, share: 
     parts = cycle(zip(gradient.parts, gradient.portions, strict=True))
     lots = noise_rollouts(update.batch, len(gradient.parts))
     for rows, (part, portion) in zip(lots, parts, strict=False):
-        apart = _steepest(update, lambda name, g=part, f=portion: g[name] - f * gradient.whole(name))
+        apart = _steepest(gain, lambda name, g=part, f=portion: g[name] - f * gradient.whole(name))
         inside = np.isin(row, rows)
         if not inside.any() or not any(whole(u.any()) for u in apart.values()):
             continue
@@ -266,11 +268,14 @@ def _padding_rows(model: nn.Module) -> dict[str, int]:
 
 
 def _along(policy: Policy, batch: PackedBatch, tangents: dict[str, Tensor], **settings) -> TokenStats:
-    """Tokens of the update, with derivatives along `tangents`; half precision holds those of a common size better."""
+    """Tokens of the update, with derivatives along `tangents`.
+
+    These are scaled, in place: half precision holds tangents of a common size better.
+    """
     size = max(largest(u) for u in tangents.values())
     if not size:
         raise ValueError("update: no token of the batch depends on the parameters that it moves, expected some that do")
-    direction = Direction({name: u / size for name, u in tangents.items()})
+    direction = Direction({name: u.div_(size) for name, u in tangents.items()})
     found = measure(policy, batch, direction, keep_tokens=True, **settings).tokens
     return found._replace(dlogp=found.dlogp.double() * size, dentropy=found.dentropy.double() * size)
 

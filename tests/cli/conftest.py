@@ -30,6 +30,7 @@ def place(tmp_path_factory):
     with torch.no_grad():
         before.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
     before.save_pretrained(place / "broken")
+    random_model("llama", vocab_size=32).save_pretrained(place / "wide")
     Direction(tensors, STEP).save(place / "v.safetensors")
     Direction({"other.weight": torch.ones(2)}).save(place / "other.safetensors")
     Direction({"lm_head.weight": torch.ones(2)}).save(place / "shape.safetensors")

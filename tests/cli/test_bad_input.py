@@ -6,6 +6,7 @@ from commands import DIRECTION, completed
 from dentropy.cli import main
 
 UPDATE = "probe --step-size 1 --update-rollouts"
+PENALTY = f"{UPDATE} rewarded.jsonl --loss-kl 0.1 --loss-kl-reference"
 BAD = {
     "no command": ("", "required"),
     "unknown command": ("prob", "invalid choice"),
@@ -51,6 +52,13 @@ BAD = {
         "--loss-clip: the rollouts have",
     ),
     "length without its length": (f"{UPDATE} rewarded.jsonl --loss-average length", "--loss-max-length: None with"),
+    "penalty to nothing": (f"{UPDATE} rewarded.jsonl --loss-kl 0.1", "--loss-kl: 0.1 without --loss-kl-reference"),
+    "no penalty": (f"{UPDATE} rewarded.jsonl --loss-kl-reference after", "--loss-kl-reference: without a coefficient"),
+    "penalty without update rollouts": (f"{DIRECTION} --loss-kl-reference after", "only with --update-rollouts"),
+    "penalty that is no number": (f"{PENALTY} after --loss-kl nan", "--loss-kl: nan, expected a finite number"),
+    "no reference": (f"{PENALTY} ./none", "--loss-kl-reference: ./none: no such folder"),
+    "reference that is not finite": (f"{PENALTY} broken", "--loss-kl-reference: weights that are not finite"),
+    "reference of another vocabulary": (f"{PENALTY} wide", "--loss-kl-reference: 32 tokens, expected the policy's"),
     "one file for both": (f"{UPDATE} rollouts.jsonl", "rollouts.jsonl is the file of --rollouts: an update judged on"),
     "split of nothing": (f"{DIRECTION} --split", "--split: only with --update-rollouts"),
     "token budget in words": (f"{DIRECTION} --token-budget lots", "--token-budget: 'lots', expected auto or a whole"),

@@ -8,7 +8,7 @@ from commands import DIRECTION, STEP, completed
 from models import random_model
 from transformers import AutoModelForCausalLM
 
-from dentropy import Policy
+from dentropy import PackedBatch, Policy, PolicyLoss, measure, policy_gradient_step, update_attribution
 from dentropy.cli import main
 from dentropy.cli.probe import DEFAULT_STEPS
 from dentropy.model.exact_pass import LENGTHS
@@ -73,6 +73,20 @@ class TestProbe:
         self.run(tmp_path / "b", f"{update} {tmp_path}/old.jsonl {clipped}")
         weights = pyarrow.parquet.read_table(tmp_path / "b" / "run" / "update_tokens.parquet")["weight"].to_pylist()
         assert weights == pytest.approx([0.0 if a < 0 else a * 1.6487213 for a in expected], rel=1e-5)
+
+    def test_a_kl_penalty_is_to_the_model_that_is_named(self, place, tmp_path):
+        options = "--step-size 1e-4 --etas 1e-4 --update-rollouts rewarded.jsonl --optimizer sgd --update-groups"
+        found = self.run(tmp_path, f"--loss-kl 0.5 --loss-kl-reference after {options}")
+        policy, reference = (Policy.from_pretrained(place / name, device="cpu") for name in ("before", "after"))
+        batch, update = (PackedBatch.from_jsonl(place / f"{name}.jsonl") for name in ("rollouts", "rewarded"))
+        loss = PolicyLoss(kl=0.5, reference_logp=measure(reference, update, keep_tokens=True).tokens.logp)
+        step = policy_gradient_step(policy, update, step_size=1e-4, optimizer="sgd", loss=loss)
+        sums = measure(policy, batch, step.direction(), keep_tokens=True)
+        entry, attributed = found["update_attribution"], update_attribution(policy, batch, step, sums)
+        for name in ("total", "tokens", "kl"):
+            assert entry[name] == pytest.approx(getattr(attributed, name), rel=1e-6)
+        assert abs(entry["kl"]) > 100 * abs(entry["unexplained"])
+        assert found["source"]["loss_kl_reference"] == "after"
 
     def test_text_rollouts_with_an_end_token_added(self, tmp_path):
         text = "--direction v.safetensors --rollouts text.jsonl"

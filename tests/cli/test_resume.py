@@ -193,6 +193,22 @@ class TestInterrupted:
         assert main([*command(tmp_path / "run", f"{OPTIONS} --rollouts {same}"), "--resume"]) == 0
         assert files(tmp_path / "run")["rollouts.csv"] == undisturbed(OPTIONS)[0]["rollouts.csv"]
 
+    def test_another_reference_of_the_penalty_is_refused_and_its_path_does_not_count(
+        self, place, tmp_path, monkeypatch, capsys
+    ):
+        shutil.copytree(place / "after", tmp_path / "copy")
+
+        def said(reference, status, *more):
+            with monkeypatch.context() as patch:
+                at_write(patch, 1, lambda: os.kill(os.getpid(), signal.SIGINT))
+                options = f"{MADE} --loss-kl 0.1 --loss-kl-reference {reference}"
+                assert main([*command(tmp_path / "run", options), *more]) == status
+            return capsys.readouterr().err
+
+        said("after", 130)
+        assert "has another loss_kl_reference (" in said("before", 2, "--resume")
+        assert "interrupted; what is finished" in said(tmp_path / "copy", 130, "--resume")
+
     def test_nothing_finished_leaves_nothing(self, tmp_path, monkeypatch, capsys):
         def interrupted(*_, **__):
             raise KeyboardInterrupt

@@ -42,12 +42,16 @@ def test_messages_about_an_argument_name_its_option(capsys):
     with terminal.open(), about("--rollouts"):
         warnings.warn("r.jsonl: no end token", stacklevel=1)
         warnings.warn("policy: falls back", stacklevel=1)
+        with pytest.raises(ValueError, match="^--after: is gone"), about("--after", "policy"):
+            warnings.warn("policy: falls back", stacklevel=1)
+            raise ValueError("policy: is gone")
     assert capsys.readouterr().err.splitlines() == [
         "dentropy: --max-new-tokens: 3, expected less",
         "dentropy: --policy: 'x' could not be loaded",
         "dentropy: temperature: not an option that was given",
         "dentropy: warning: --rollouts: r.jsonl: no end token",
         "dentropy: warning: --policy: falls back",
+        "dentropy: warning: --after: falls back",
     ]
 
 

@@ -1,6 +1,7 @@
 """`dentropy probe` in two processes, as torchrun starts them."""
 
 import csv
+import json
 import os
 import signal
 import subprocess
@@ -52,10 +53,11 @@ def test_the_table_is_that_of_one_process_and_one_of_them_speaks(tmp_path):
 @pytest.mark.skipif(not hasattr(FSDPModule, "reset_iter_state"), reason="what this PyTorch has is refused by name")
 @pytest.mark.parametrize("update", ["--direction v.safetensors", "--after after --step-size 1e-3"])
 def test_sharded_it_is_that_of_one_process_but_for_rounding(tmp_path, update):
-    """Loaded in parts, the direction too; with the first of them also a policy gradient, and its tokens' shares."""
+    """Loaded in parts, the direction too; with the first of them also a policy gradient, its tokens' shares, and the
+    reference of its KL penalty."""
     options = f"{update} --etas -1e-3 1e-3 --token-budget 60 --device cpu --dtype float64"
     if "direction" in update:
-        options += " --update-rollouts rewarded.jsonl"
+        options += " --update-rollouts rewarded.jsonl --loss-kl 0.1 --loss-kl-reference after"
     both = torchrun(tmp_path / "both", f"{options} --shard")
     out, err = both.communicate(timeout=300)
     assert both.returncode == 0, err
@@ -66,6 +68,9 @@ def test_sharded_it_is_that_of_one_process_but_for_rounding(tmp_path, update):
     assert got.keys() == want.keys()
     for name, values in want.items():
         np.testing.assert_allclose(got[name], values, rtol=0, atol=1e-11 * np.nanmax(np.abs(values)), err_msg=name)
+    sharded, whole = (json.loads((tmp_path / run / "results.json").read_text()) for run in ("both", "alone"))
+    if "direction" in update:
+        assert sharded["update_attribution"]["kl"] == pytest.approx(whole["update_attribution"]["kl"], rel=1e-8)
 
 
 def columns_of(run):

@@ -5,6 +5,7 @@ import pytest
 from scipy.stats import pearsonr, spearmanr
 
 from dentropy.estimators import grade_proxy, update_proxies
+from dentropy.estimators.proxies import RESAMPLES, SEED
 
 RNG = np.random.default_rng(3)
 SMALL = 1e-5
@@ -66,12 +67,31 @@ def test_measures_are_those_of_scipy():
     of_prompts = [proxy[group == g].mean() for g in range(10)]  # of equal sizes, so that their mean is the mean
     half = np.subtract(*found.mean_interval[::-1]) / 2
     assert half == pytest.approx(1.96 * np.std(of_prompts) / 10**0.5, rel=0.15)
-    low, high = found.rank_correlation.interval
-    rng, drawn = np.random.default_rng(1), []
-    for _ in range(400):
-        rows = np.concatenate([np.flatnonzero(group == g) for g in rng.integers(10, size=10)])
-        drawn.append(spearmanr(proxy[rows], share[rows]).statistic)
-    np.testing.assert_allclose([low, high], np.quantile(drawn, [0.025, 0.975]), atol=0.05)
+
+
+def test_intervals_are_those_of_scipy_on_prompts_that_are_drawn():
+    group = np.repeat(np.arange(10), RNG.integers(2, 9, size=10))
+    share = RNG.normal(size=len(group)).round(1)
+    proxy = (share + RNG.normal(size=len(group))).round(1) + 1000
+    found, drawn = grade_proxy(proxy, share, group), []
+    for weight in np.random.default_rng(SEED).multinomial(10, np.full(10, 0.1), size=RESAMPLES):
+        rows = np.repeat(np.arange(len(group)), weight[group])
+        x, y = proxy[rows], share[rows]
+        agrees = np.mean(np.sign(x) == np.sign(y))
+        drawn.append((spearmanr(x, y).statistic, pearsonr(x, y).statistic ** 2, agrees, x.mean()))
+    intervals = [getattr(found, name).interval for name in ("rank_correlation", "r_squared", "sign_agreement")]
+    want = np.quantile(drawn, [0.025, 0.975], axis=0).T
+    np.testing.assert_allclose([*intervals, found.mean_interval], want, rtol=1e-10)
+
+
+def test_what_does_not_vary_in_a_draw_has_no_part_in_the_interval():
+    """Two prompts, in one of which all shares are equal: a draw of that one alone has no correlation."""
+    group = np.repeat([0, 1], 4)
+    share = np.array([0.1, 0.1, 0.1, 0.1, 1.0, 2.0, 3.0, 4.0])
+    proxy = np.array([1.0, 2.0, 4.0, 3.0, 1.0, 2.0, 3.0, 4.0])
+    found = grade_proxy(proxy, share, group)
+    r_squared, whole = found.r_squared, pearsonr(proxy, share).statistic ** 2
+    assert r_squared.value == pytest.approx(whole, rel=1e-12) and r_squared.interval == pytest.approx((whole, 1.0))
 
 
 def test_noise_of_the_shares_is_taken_out():
