@@ -7,15 +7,17 @@ model is about to be loaded: `loaded` with weights and direction there, `loading
 a pass with tangents at η ≠ 0. One rank is the model whole. A tiny model goes first, so that libraries are at work. On
 paper, in bytes of a weight,
 
-    pass = 2 W/K + E + 4 max(P, E) + A T ,
+    pass = W/K + V + E + 4 max(P, E) + A T ,
 
-W all weights, K ranks, P those of a layer, E = vocabulary × width (an embedding or a head), one of which transformers'
-plan leaves gathered, and T tokens at a time; 4 for a module's weights, gathered and moved, for its v, and for what
-gathering takes meanwhile. Of a whole model pass = 3 W + A T. A, of a token, is 2 (6 D + 7 I) with tangents, D the width
-and I that of the MLP: 7 is what the growth with T was seen to need.
+W all weights, K ranks, V the direction's parts (W/K in float32, half of it in bfloat16; none where they stay in the
+file, or on a card's host, and are brought a module at a time), P the weights of a layer, E = vocabulary × width (an
+embedding or a head), one of which transformers' plan leaves gathered, and T tokens at a time; 4 for a module's weights,
+gathered and moved, for its v, and for what gathering takes meanwhile. Of a whole model pass = 3 W + A T. A, of a token,
+is 2 (6 D + 7 I) with tangents, D the width and I that of the MLP: 7 is what the growth with T was seen to need.
 """
 
 import argparse
+import gc
 import json
 import multiprocessing
 import os
@@ -52,7 +54,13 @@ def weights_of(width, inner, layers, vocabulary, of_keys):
     return 2 * embedding + layers * layer + width, layer, embedding
 
 
-def on_paper(all_weights, layer, embedding, width, inner, ranks, tokens, size=4) -> dict[str, float]:
+# Of a direction: the file it is in, and the share of the weights that its parts are of.
+DIRECTIONS = {"float32": ("v", 1.0), "bfloat16": ("v16", 0.5), "float32, in its file": ("v", 0.0)}
+
+
+def on_paper(
+    all_weights, layer, embedding, width, inner, ranks, tokens, size=4, direction="float32"
+) -> dict[str, float]:
     """Bytes of a rank, by part."""
     activations = tokens * 2 * (6 * width + 7 * inner) * size
     if ranks == 1:
@@ -61,7 +69,7 @@ def on_paper(all_weights, layer, embedding, width, inner, ranks, tokens, size=4)
         )
     return dict(
         weights=all_weights * size / ranks,
-        direction=all_weights * size / ranks,
+        direction=DIRECTIONS[direction][1] * all_weights * size / ranks,
         gathered=(embedding + 4 * max(layer, embedding)) * size,
         activations=activations,
     )
@@ -108,7 +116,10 @@ def build(folder, width, inner, layers, vocabulary):
         tie_word_embeddings=False,
     )
     model = AutoModelForCausalLM.from_config(config)
-    Direction({name: torch.randn_like(p) for name, p in model.named_parameters()}, 1e-6).save(f"{folder}/v.safetensors")
+    v = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+    os.mkdir(f"{folder}/directions")
+    for name, dtype in (("v", torch.float32), ("v16", torch.bfloat16)):
+        Direction({key: x.to(dtype) for key, x in v.items()}, 1e-6).save(f"{folder}/directions/{name}.safetensors")
     model.to(torch.bfloat16).save_pretrained(folder)  # what is loaded as it is saved stays in the file, and is not seen
 
 
@@ -125,22 +136,27 @@ def run(rank, ranks, place, tiny, folder, tokens, vocabulary):
         dist.init_process_group("gloo", init_method=f"file://{place}/store", rank=rank, world_size=ranks)
     peak, found = Peak(), {}
     for model, columns in ((tiny, 100), (folder, vocabulary)):
-        start = now()
-        peak.take()
-        policy = Policy.from_pretrained(model, device="cpu", shard=ranks > 1)
-        direction = Direction.load(f"{model}/v.safetensors", policy.model if ranks > 1 else None)
-        # Out of the file, whose pages are not counted.
-        direction = Direction({name: v.clone() for name, v in direction.tensors.items()}, direction.step_size)
-        policy.moving(direction)
-        found = {"loading": peak.take() - start, "loaded": now() - start, "pass": {}}
         rng = np.random.default_rng(0)
-        for count in tokens:
-            answers = [rng.integers(0, columns, 128).tolist() for _ in range(ranks * count // 128)]
-            batch = PackedBatch.from_lists([[3]] * len(answers), answers)
+        for name in DIRECTIONS if ranks > 1 else ("float32",):
+            start = now()
             peak.take()
-            measure(policy, batch, direction, eta=1e-6, order=1, token_budget=count)
-            found["pass"][count] = peak.take() - start
-        del policy, direction
+            policy = Policy.from_pretrained(model, device="cpu", shard=ranks > 1)
+            path = f"{model}/directions/{DIRECTIONS[name][0]}.safetensors"
+            direction = Direction.load(path, policy.model if ranks > 1 else None)
+            if "file" not in name:  # whose pages are not counted
+                tensors = {key: v.clone() for key, v in direction.tensors.items()}
+                direction = Direction(tensors, direction.step_size)
+                del tensors
+            policy.moving(direction)
+            found[name] = {"loading": peak.take() - start, "loaded": now() - start, "pass": {}}
+            for count in tokens:
+                answers = [rng.integers(0, columns, 128).tolist() for _ in range(ranks * count // 128)]
+                batch = PackedBatch.from_lists([[3]] * len(answers), answers)
+                peak.take()
+                measure(policy, batch, direction, eta=1e-6, order=1, token_budget=count)
+                found[name]["pass"][count] = peak.take() - start
+            del policy, direction
+            gc.collect()
     Path(place, f"{rank}.json").write_text(json.dumps(found))
     if ranks > 1:
         dist.barrier()
@@ -165,19 +181,20 @@ def measured(name, ranks, tokens) -> list[dict]:
             for process in processes:
                 process.join()
             found = [json.loads(Path(here, f"{rank}.json").read_text()) for rank in range(count)]
-            rows.append(row_of(name, shape, count, found))
-            print(json.dumps(rows[-1]), flush=True)
+            for direction in found[0]:
+                rows.append(row_of(name, shape, count, direction, [each[direction] for each in found]))
+                print(json.dumps(rows[-1]), flush=True)
     return rows
 
 
-def row_of(name, shape, ranks, found) -> dict:
+def row_of(name, shape, ranks, direction, found) -> dict:
     """In MiB, of the rank that needed most."""
     width, inner, *_ = shape
     everything = weights_of(*shape, width)
-    row = dict(model=name, weights_MiB=round(4 * everything[0] / MIB), ranks=ranks)
+    row = dict(model=name, weights_MiB=round(4 * everything[0] / MIB), ranks=ranks, direction=direction)
     row |= {f"{what}_MiB": round(max(each[what] for each in found) / MIB) for what in ("loading", "loaded")}
     for tokens in found[0]["pass"]:
-        paper = sum(on_paper(*everything, width, inner, ranks, int(tokens)).values())
+        paper = sum(on_paper(*everything, width, inner, ranks, int(tokens), direction=direction).values())
         row[f"pass_{tokens}_MiB"] = round(max(each["pass"][tokens] for each in found) / MIB)
         row[f"pass_{tokens}_on_paper_MiB"] = round(paper / MIB)
     return row

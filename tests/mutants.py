@@ -46,6 +46,9 @@ MEANT = ("dentropy/model/optimizer_step.py", "tests/experiment/test_step_watch.p
 TRAINER = ("dentropy/integrations/transformers.py", "tests/integrations/test_transformers.py")
 SHARDED = ("dentropy/model/fully_sharded.py", "tests/passes/test_fully_sharded.py -k quick")
 IN_STEP = ("dentropy/passes/sharded_gradient.py", "tests/passes/test_fully_sharded.py -k quick")
+STORED = ("dentropy/model/sharded.py", "tests/model/test_in_parts.py -k quick")
+MERGED = ("dentropy/model/adapters_in_parts.py", "tests/model/test_in_parts.py -k quick")
+ELSEWHERE = ("dentropy/passes/forward_mode.py", "tests/model/test_in_parts.py -k quick")
 AUTOCAST = ("dentropy/model/float32_copies.py", "tests/integrations/test_transformers.py -k autocast")
 
 _CHANGES = [
@@ -158,6 +161,9 @@ _CHANGES = [
     (SHARDED, "g / dist.get_world_size()", "g"),
     (IN_STEP, "run(microbatch, 0.0)", "run(microbatch)"),
     (IN_STEP, "alpha=ranks.count()", "alpha=1"),
+    (STORED, "part.narrow(dim, low, high - low)", "part.narrow(dim, 0, high - low)"),
+    (MERGED, "laid_out_as(base[name].detach(), p)", "laid_out_as(2 * base[name].detach(), p)"),
+    (ELSEWHERE, "whole(beside(v, parameter))", "whole(2 * beside(v, parameter))"),
     # inside a trainer
     (WATCH, "OtherChange(-back.delta", "OtherChange(back.delta"),
     (MEANT, "copied = _in_float32 if in_float32 else", "copied = Tensor.clone if in_float32 else"),

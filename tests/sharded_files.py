@@ -15,7 +15,7 @@ def write_distributed(model, folder):
     model.config.save_pretrained(folder)
 
 
-def write_ranks(model, folder):
+def write_ranks(model, folder, world=RANKS):
     """Each rank's file by itself, in a group that only claims to have the others."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
@@ -23,17 +23,17 @@ def write_ranks(model, folder):
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     folder.mkdir()
-    for rank in range(RANKS):
-        dist.init_process_group("fake", rank=rank, world_size=RANKS, store=FakeStore())
+    for rank in range(world):
+        dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
         try:
-            mesh = init_device_mesh("cpu", (RANKS,))
+            mesh = init_device_mesh("cpu", (world,))
             state = {}
             for name, x in model.state_dict().items():
-                parts = x.chunk(RANKS)
+                parts = x.chunk(world)
                 layout = [Shard(0)] if x.ndim > 1 else [Replicate()]
                 part = parts[rank].clone() if x.ndim > 1 else x
                 state[name] = DTensor.from_local(part, mesh, layout, run_check=False, shape=x.shape, stride=x.stride())
-            torch.save(state, folder / f"model_world_size_{RANKS}_rank_{rank}.pt")
+            torch.save(state, folder / f"model_world_size_{world}_rank_{rank}.pt")
         finally:
             dist.destroy_process_group()
     model.config.save_pretrained(folder / "huggingface")

@@ -16,8 +16,7 @@ from dentropy import __version__
 from dentropy.cli import demo, probe, replay, sample, show
 from dentropy.cli.command_line import Parser
 from dentropy.cli.processes import Terminated, count
-from dentropy.cli.terminal import Terminal, quiet
-from dentropy.doors import is_refusal
+from dentropy.cli.terminal import Terminal, is_bug, quiet
 
 INTERRUPTED, TERMINATED = 130, 143  # as a shell says it of a command ended by Ctrl-C, or by SIGTERM
 
@@ -44,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
                 argcomplete.autocomplete(commands)
             options = commands.parse_args(arguments)
-            options.command = shlex.join(["dentropy", *given])
+            options.command, options.terminal = shlex.join(["dentropy", *given]), terminal
             if count() > 1 and options.run is not probe.run:
                 raise ValueError(
                     f"{arguments[0]}: started in {count()} processes, expected one (probe alone runs in more)"
@@ -54,11 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt as error:
             terminal.complain(str(error) or "interrupted")
             return TERMINATED if isinstance(error, Terminated) else INTERRUPTED
-        except (OSError, MemoryError) as error:
-            terminal.complain(error)
-            return 2
-        except ValueError as error:
-            if not is_refusal(error):
+        except Exception as error:
+            if is_bug(error):
                 raise
             terminal.complain(error)
             return 2

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dentropy.cli import loss, reference
 from dentropy.cli.apart import apart, check_files
+from dentropy.cli.group import process_group
 from dentropy.cli.keeping import finish
 from dentropy.cli.options import (
     LazyTokenizer,
@@ -18,7 +19,7 @@ from dentropy.cli.options import (
     load_libraries,
     loading,
 )
-from dentropy.cli.processes import count, ended_by_sigterm, is_first, process_group
+from dentropy.cli.processes import count, ended_by_sigterm, is_first
 from dentropy.cli.terminal import about, remark
 
 DEFAULT_STEPS = (-1.0, -0.5, 0.5, 1.0, 2.0)
@@ -104,7 +105,8 @@ def add(commands) -> None:
     group.add_argument(
         "--shard",
         action="store_true",
-        help="under torchrun: spread the policy over the processes (FSDP2), none of which ever holds all of it",
+        help="under torchrun: spread the policy over the processes (FSDP2), none of which ever holds all of it; "
+        "safetensors, DCP, verl's rank files or LoRA adapters",
     )
     group.add_argument(
         "--pass-at-k",
@@ -140,19 +142,21 @@ def add(commands) -> None:
 
 
 def run(options) -> None:
-    from dentropy.passes.ranks import together
+    from dentropy.passes.ranks import exchange, lockstep, together
 
-    with process_group():
-        together(_run)(options)
+    with process_group(options.terminal.complain):
+        etas = together(_checked)(options)
+        if options.shard:
+            exchange(None)  # from here on ranks wait for each other, in the middle of anything
+        with lockstep() if options.shard else nullcontext():
+            together(_run)(options, etas)
 
 
-def _run(options) -> None:
+def _checked(options):
+    """The etas, None where the direction is to say them; ValueError for what is wrong before anything is loaded."""
     from dentropy.experiment.probe import check_etas
     from dentropy.experiment.resumable import check_unfinished
     from dentropy.experiment.run_folder import check_out
-    from dentropy.model.fingerprint import parameter_fingerprints, unchanged
-    from dentropy.model.policy import Policy
-    from dentropy.passes.ranks import exchange
 
     if is_first():
         check_unfinished(check_out(options.out), options.resume)
@@ -174,8 +178,13 @@ def _run(options) -> None:
     check_files(options)
     etas = None if options.etas is None else check_etas(options.etas)
     load_libraries()
-    if options.shard:
-        exchange(None)  # from here on ranks wait for each other where none can be told: what one has refused ends all
+    return etas
+
+
+def _run(options, etas) -> None:
+    from dentropy.model.fingerprint import parameter_fingerprints, unchanged
+    from dentropy.model.policy import Policy
+
     tokenizer = LazyTokenizer(options.policy, options.trust_remote_code)
     with about("--policy"):
         settings = {"compile_layers": options.compile_layers, "shard": options.shard}
@@ -272,20 +281,14 @@ def _rollouts(path: str, options, policy, tokenizer, say):
 
 def _direction(options, policy):
     """That of --after or --direction, None without."""
-    from dentropy.model.checkpoint import load_checkpoint
     from dentropy.model.direction import Direction
 
-    if options.after is not None and options.shard:
-        with about("--after"):
-            form = {"dtype": "auto", "shard": True, "trust_remote_code": options.trust_remote_code}
-            before = load_checkpoint(options.policy, "before", **form)
-            return Direction.between(before, load_checkpoint(options.after, "after", **form), options.step_size)
     if options.after is not None:
         # The folder in its own dtype shows what rounding to bf16 has lost; the float32 model would hide it.
         before = options.policy if Path(options.policy).is_dir() else policy.model
         with about("--after"):
-            trust = options.trust_remote_code
-            return Direction.between(before, options.after, options.step_size, trust_remote_code=trust)
+            how = {"trust_remote_code": options.trust_remote_code, "shard": options.shard}
+            return Direction.between(before, options.after, options.step_size, **how)
     if options.direction is None:
         return None
     direction = Direction.load(options.direction, policy.model if options.shard else None)

@@ -32,25 +32,6 @@ def own_device(device: str | None) -> str | None:
 
 
 @contextmanager
-def process_group() -> Iterator[None]:
-    """That of all processes, where there are several."""
-    if count() == 1:
-        yield
-        return
-    import torch
-    import torch.distributed as dist
-
-    from dentropy.passes import ranks
-
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    try:
-        yield
-        ranks.exchange(None)  # none leaves while another is still to write
-    finally:
-        dist.destroy_process_group()
-
-
-@contextmanager
 def ended_by_sigterm() -> Iterator[None]:
     """SIGTERM raises `Terminated` inside, so that what is finished is kept and told of."""
     if threading.current_thread() is not threading.main_thread():

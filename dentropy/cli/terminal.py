@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 from dentropy.cli.processes import is_first
+from dentropy.doors import is_refusal
 from dentropy.experiment.progress import hidden
 
 # Control and format characters (escape, backspace, right-to-left marks, ...), and separators of lines.
@@ -70,6 +71,17 @@ class Terminal:
         name, colon, rest = text.partition(":")
         option = "--" + name.replace("_", "-")
         return f"{option}:{rest}" if colon and option in self._words else text
+
+
+def is_bug(error: Exception) -> bool:
+    """Whether an error is neither of the input nor of the machine: its traceback is what is needed of it."""
+    if isinstance(error, (OSError, MemoryError)):
+        return False
+    if isinstance(error, RuntimeError):
+        from dentropy.model.memory import is_out_of_memory
+
+        return not is_out_of_memory(error)
+    return not (isinstance(error, ValueError) and is_refusal(error))
 
 
 def say(text: str) -> None:

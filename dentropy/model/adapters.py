@@ -8,17 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from dentropy.doors import json_value, third_party
-from dentropy.model.checkpoint import load_checkpoint
+from dentropy.model.adapters_in_parts import check_for_parts, merged_in_parts
+from dentropy.model.checkpoint import ADAPTER_CONFIG, load_checkpoint
 from dentropy.model.names import canonical, is_adapters, some
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS = "adapter_model.safetensors"
 NO_EFFECT_AT_FIRST = (True, "gaussian")  # of PEFT's ways to start LoRA; others change the base model too
 # Entries of an adapter's configuration that say nothing of what its tensors do.
 BESIDE_THE_POINT = {"auto_mapping", "inference_mode", "lora_dropout", "peft_version", "revision", "task_type"}
 
 
 def is_adapter_folder(side) -> bool:
-    return isinstance(side, (str, os.PathLike)) and (Path(side) / CONFIG).is_file()
+    return isinstance(side, (str, os.PathLike)) and (Path(side) / ADAPTER_CONFIG).is_file()
 
 
 def adapter_tensors(folder, argument: str) -> dict[str, Tensor]:
@@ -44,20 +45,29 @@ def check_same_adapter(before, after) -> None:
             )
 
 
-def adapter_as_update(base, folder, trust_remote_code: bool = False) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def adapter_as_update(
+    base, folder, trust_remote_code: bool = False, shard: bool = False
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Parameters of `base`, a model or checkpoint folder, and the same with the adapter of `folder` merged into them,
-    in float32 or better: the adapter as an update of the base weights."""
+    in float32 or better: the adapter as an update of the base weights. With `shard` in parts, of a folder alone."""
     try:
         from peft import PeftModel
     except ImportError as error:
         raise ValueError(f"after: {folder}: an adapter folder, expected peft to be installed ({error})") from error
 
+    if shard:
+        check_for_parts(_config(folder, "after"), f"after: {folder}")
     if isinstance(base, nn.Module):
+        if shard:
+            raise ValueError("before: a model, expected the folder of it where ranks hold it in parts")  # no copy of it
         model = copy.deepcopy(base)
     else:
-        model = load_checkpoint(base, "before", torch.float32, trust_remote_code=trust_remote_code)
-    model = model if next(model.parameters()).dtype == torch.float64 else model.float()
-    before = {name: p.detach().clone() for name, p in model.named_parameters(remove_duplicate=False)}
+        how = {"trust_remote_code": trust_remote_code, "shard": shard}
+        model = load_checkpoint(base, "before", torch.float32, **how)
+    if not shard:
+        model = model if next(model.parameters()).dtype == torch.float64 else model.float()
+    of_base = dict(model.named_parameters(remove_duplicate=False))
+    before = {name: p.detach() if shard else p.detach().clone() for name, p in of_base.items()}
     saved = {canonical(name) for name in adapter_tensors(folder, "after")}
     with third_party(f"after: {folder}: an adapter that before cannot take", "one of its own"):
         adapted = PeftModel.from_pretrained(model, str(folder))
@@ -70,6 +80,8 @@ def adapter_as_update(base, folder, trust_remote_code: bool = False) -> tuple[di
         )
     if not hasattr(adapted, "merge_and_unload"):
         raise ValueError(f"after: {folder}: an adapter that cannot be merged into weights, expected one like LoRA")
+    if shard:
+        return before, merged_in_parts(adapted, of_base, f"after: {folder}")
     merged = adapted.merge_and_unload()
     return before, {name: p.detach() for name, p in merged.named_parameters(remove_duplicate=False)}
 
@@ -85,7 +97,7 @@ def base_it_began_at(folder, argument: str) -> str | None:
 
 
 def _config(folder, argument: str) -> dict:
-    path = Path(folder) / CONFIG
+    path = Path(folder) / ADAPTER_CONFIG
     config = json_value(path.read_bytes(), f"{argument}: {path}")
     if not isinstance(config, dict):
         raise ValueError(f"{argument}: {path}: a JSON {type(config).__name__}, expected an object")

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dentropy.model.adapter_layers import adapter_parameters
 from dentropy.model.names import resolve, some
-from dentropy.model.shards import laid_out_as, whole
+from dentropy.model.shards import is_shard, laid_out_as, whole
 
 
 class Binding:
@@ -90,9 +90,28 @@ def _form(direction, parameters: dict[str, nn.Parameter], meant: dict[str, str])
 
 
 def _cast(moving: dict[str, Tensor], parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Each v as the parameter's tangent, in parts where it is; ValueError where its dtype cannot hold v."""
+    """Each v as the parameter's tangent, in parts where it is: such a one in its own dtype, if that is narrower, and
+    wherever it is kept, since it is made whole at its module's turn. ValueError where the dtype cannot hold v."""
     moving = {name: laid_out_as(v, parameters[name]) for name, v in moving.items()}
-    cast = {name: v.to(parameters[name].device, parameters[name].dtype) for name, v in moving.items()}
+    cast = {name: _as_tangent(v, parameters[name]) for name, v in moving.items()}
+    _check_held(moving, cast)
+    return cast
+
+
+def as_held(name: str, v: Tensor, parameter: Tensor) -> Tensor:
+    """v in the dtype in which it is kept beside a sharded parameter; ValueError where that cannot hold it."""
+    cast = _as_tangent(v, parameter)
+    _check_held({name: v}, {name: cast})
+    return cast
+
+
+def _as_tangent(v: Tensor, parameter: Tensor) -> Tensor:
+    if not is_shard(parameter):
+        return v.to(parameter.device, parameter.dtype)
+    return v if torch.promote_types(v.dtype, parameter.dtype) == parameter.dtype else v.to(parameter.dtype)
+
+
+def _check_held(moving: dict[str, Tensor], cast: dict[str, Tensor]) -> None:
     changed = [name for name, v in moving.items() if cast[name].dtype != v.dtype]  # the others were checked before
     moves = on_host({name: moving[name].any() for name in changed})
     holds = on_host({name: torch.isfinite(cast[name]).all() & cast[name].any() for name in changed if moves[name]})
@@ -103,7 +122,6 @@ def _cast(moving: dict[str, Tensor], parameters: dict[str, nn.Parameter]) -> dic
                 f"direction: {name} reaches from {v[v != 0].abs().min():.1e} to {v.abs().max():.1e}, which "
                 f"{cast[name].dtype} cannot hold, expected a scaled direction or a policy loaded in float32"
             )
-    return cast
 
 
 def on_host(flags: dict[str, Tensor]) -> dict[str, bool]:

@@ -5,18 +5,26 @@ network is used only for a hub id: a folder is all that a folder's policy is mad
 """
 
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import reduce
 from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
+import torch
+
 from dentropy.doors import json_value, third_party
-from dentropy.model.sharded import is_sharded, sharded_tensors
+from dentropy.model.adapter_layers import has_adapters
+from dentropy.model.adapters_in_parts import check_for_parts, shard_adapters
+from dentropy.model.sharded import Stored, is_sharded, stored_tensors
+from dentropy.model.shards import is_shard, own_part
 
 # How many layers a config asks for, under the names that models give it.
 LAYER_COUNTS = frozenset({"num_hidden_layers", "num_layers", "n_layers", "n_layer"})
 CONFIG_FOLDER = "huggingface"  # of verl
+ADAPTER_CONFIG = "adapter_config.json"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 HUB_TIMEOUT = 5  # seconds
 
@@ -41,11 +49,15 @@ def load_checkpoint(source, argument: str, dtype, *, trust_remote_code: bool = F
     from transformers import AutoModelForCausalLM
 
     local = is_folder(source, argument)
-    further = _sharding(source, local, argument) if shard else {}
+    further = _sharding(f"{argument}: {source}") if shard else {}
     if local and is_sharded(Path(source)):
-        return _load_sharded(Path(source), argument, dtype, trust_remote_code)
+        return _load_sharded(Path(source), argument, dtype, trust_remote_code, further)
     if local:
         _check_files(Path(source), f"{argument}: {source}")
+    adapter = Path(source) / ADAPTER_CONFIG
+    if shard and local and adapter.is_file():
+        where = f"{argument}: {source}"
+        check_for_parts(json_value(adapter.read_bytes(), f"{where}: {ADAPTER_CONFIG}"), where)
     failed = f"{argument}: {str(source)!r} could not be loaded"
     with _network(not local), third_party(failed, "a model in the form of transformers"):
         model, found = AutoModelForCausalLM.from_pretrained(
@@ -64,18 +76,17 @@ def load_checkpoint(source, argument: str, dtype, *, trust_remote_code: bool = F
                 f"{argument}: {source}: {len(names)} {kind} tensors ({', '.join(names[:3])}), expected exactly "
                 "the model's own"
             )
+    if shard and has_adapters(model):
+        shard_adapters(model, f"{argument}: {source}")
     return model
 
 
-def _sharding(source, local: bool, argument: str) -> dict:
+def _sharding(where: str) -> dict:
     """Keyword arguments with which transformers loads each rank's part."""
     import torch.distributed as dist
 
-    where = f"{argument}: {source}"
     if not dist.is_initialized() or dist.get_world_size() == 1:
         raise ValueError(f"{where}: to be sharded in one process, expected a process group of several ranks (torchrun)")
-    if local and (is_sharded(Path(source)) or not (Path(source) / "config.json").is_file()):
-        raise ValueError(f"{where}: adapters and sharded checkpoints are not loaded in parts, expected safetensors")
     try:
         from transformers.distributed import DistributedConfig
 
@@ -84,7 +95,7 @@ def _sharding(source, local: bool, argument: str) -> dict:
         raise ValueError(f"{where}: this transformers does not load in parts, expected 5.24 or newer") from error
 
 
-def _load_sharded(folder: Path, argument: str, dtype, trust_remote_code: bool):
+def _load_sharded(folder: Path, argument: str, dtype, trust_remote_code: bool, further: dict):
     """The model of a sharded checkpoint; its configuration is beside it, or in `huggingface` in it, as verl has it."""
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
@@ -92,23 +103,58 @@ def _load_sharded(folder: Path, argument: str, dtype, trust_remote_code: bool):
     described = next((place for place in (folder, folder / CONFIG_FOLDER) if (place / "config.json").is_file()), None)
     if described is None:
         raise ValueError(f"{where}: no config.json in it or in its {CONFIG_FOLDER}, expected the model's configuration")
-    tensors = sharded_tensors(folder, argument)
+    tensors = stored_tensors(folder, argument)
     config = json_value((described / "config.json").read_bytes(), f"{where}: config.json")
     _check_config(config, len(tensors), f"{where}: config.json")
     with _network(False), third_party(f"{where} could not be loaded", "a model in the form of transformers"):
         trusted = {"trust_remote_code": trust_remote_code}
-        model = AutoModelForCausalLM.from_config(
-            AutoConfig.from_pretrained(described, local_files_only=True, **trusted), **trusted
-        )
+        config = AutoConfig.from_pretrained(described, local_files_only=True, **trusted)
+        if further:
+            widest = reduce(torch.promote_types, {x.dtype for x in tensors.values() if x.dtype.is_floating_point})
+            model = _laid_out(config, widest if dtype == "auto" else dtype, trusted, further)
+        else:
+            model = AutoModelForCausalLM.from_config(config, **trusted)
         if (described / "generation_config.json").is_file():  # it may know more end tokens
             model.generation_config = GenerationConfig.from_pretrained(described, local_files_only=True)
-    found = _under_own_names(where, model.state_dict(), tensors)
+    found = _under_own_names(where, model.state_dict(keep_vars=True), tensors)
+    if further:
+        _fill(where, model, found)
+        return model.eval()
+    read = {id(x): x.whole() for x in found.values()}
+    found = {name: read[id(x)] for name, x in found.items()}
     if dtype != "auto":
         found = {name: x.to(dtype) if x.is_floating_point() else x for name, x in found.items()}
     with third_party(f"{where}: its tensors do not fit", "those of its configuration"):
         model.load_state_dict(found, assign=True)
         model.tie_weights()
     return model.eval()
+
+
+def _laid_out(config, dtype, trusted: dict, further: dict):
+    """The model in parts, as transformers lays it out, and with what it makes by itself; its weights are any."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    with torch.device("meta"):
+        kind = type(AutoModelForCausalLM.from_config(config, **trusted))
+    said = logging.get_verbosity()
+    try:
+        logging.set_verbosity_error()  # all weights are missing
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="DTensor random operators")
+            return kind.from_pretrained(None, config=config, state_dict={}, dtype=dtype, **further)
+    finally:
+        logging.set_verbosity(said)
+
+
+def _fill(where: str, model, stored: dict[str, Stored]) -> None:
+    """Each rank reads its part of every tensor into its part of the model's."""
+    own = model.state_dict(keep_vars=True)
+    for name, x in {id(own[name]): (name, x) for name, x in stored.items()}.values():
+        to_fill = own[name].detach()
+        if x.shape != to_fill.shape:
+            raise ValueError(f"{where}: {name} has shape {tuple(x.shape)}, expected the model's {tuple(to_fill.shape)}")
+        own_part(to_fill).copy_(x.part_as(to_fill) if is_shard(to_fill) else x.whole())
 
 
 def _under_own_names(where: str, own: dict, tensors: dict) -> dict:
@@ -118,9 +164,8 @@ def _under_own_names(where: str, own: dict, tensors: dict) -> dict:
     prefixes = [name.removesuffix(first) for name in tensors if name.endswith(first)] or [""]
     prefix = min(prefixes, key=len)
     found = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
-    places = {name: x.data_ptr() for name, x in own.items()}
     for name in own.keys() - found.keys():
-        twin = next((other for other in own if places[other] == places[name] and other in found), None)
+        twin = next((other for other in own if own[other] is own[name] and other in found), None)
         if twin is not None:
             found[name] = found[twin]
     for kind, names in (("missing", own.keys() - found.keys()), ("unexpected", found.keys() - own.keys())):
@@ -203,8 +248,8 @@ def _check_files(folder: Path, where: str) -> None:
                 raise ValueError(
                     f"{where}: {index}: weight_map names {file!r:.100}, expected safetensors files of this folder"
                 )
-    if "adapter_config.json" in names and "config.json" not in names:
-        _check_base(json_value((folder / "adapter_config.json").read_bytes(), f"{where}: adapter_config.json"), where)
+    if ADAPTER_CONFIG in names and "config.json" not in names:
+        _check_base(json_value((folder / ADAPTER_CONFIG).read_bytes(), f"{where}: {ADAPTER_CONFIG}"), where)
     if "config.json" in names:
         config = json_value((folder / "config.json").read_bytes(), f"{where}: config.json")
         _check_config(config, _count_tensors(folder, names, where), f"{where}: config.json")

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from dentropy.model.adapter_layers import adapter_parameters
 from dentropy.model.adapters import adapter_as_update, adapter_tensors, check_same_adapter, is_adapter_folder
 from dentropy.model.checkpoint import is_constant, load_checkpoint
+from dentropy.model.in_parts import stays_on_host
 from dentropy.model.names import canonical, is_adapters, resolve, some
-from dentropy.model.shards import whole
+from dentropy.model.shards import from_own_part, is_shard, own_part, whole
 
 # A difference of two bf16 checkpoints with more zeros than this has lost most of the update to rounding.
 MOSTLY_ZERO = 0.5
@@ -21,7 +22,7 @@ ROUNDING = 2.0**-7
 Side = dict[str, Tensor]
 
 
-def difference(before, after, trust_remote_code: bool = False) -> Side:
+def difference(before, after, trust_remote_code: bool = False, shard: bool = False) -> Side:
     """after − before of every tensor that differs, under before's names, in float32 or the wider of the two dtypes.
 
     Equal values, infinite ones too (−∞ on the padding rows of a vocabulary), have the difference 0.
@@ -29,8 +30,10 @@ def difference(before, after, trust_remote_code: bool = False) -> Side:
     Raises:
         ValueError: as `Direction.between` says.
     """
-    before, after = _sides(before, after, trust_remote_code)
+    before, after = _sides(before, after, trust_remote_code, shard)
     warn_if_rounded_away(before, after, list(before))
+    shards = [x for x in before.values() if is_shard(x)]
+    host = stays_on_host(shards, [torch.float32.itemsize] * len(shards))
     found = {}
     for name, x in before.items():
         y = after[name].to(x.device)
@@ -39,16 +42,17 @@ def difference(before, after, trust_remote_code: bool = False) -> Side:
                 raise ValueError(f"after: {name} is {y.dtype} and differs from before, expected floating weights alone")
             wide = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
             x, y = x.to(wide), y.to(wide)
-            found[name] = (y - x).masked_fill_(x == y, 0.0)
+            v = (y - x).masked_fill_(x == y, 0.0)
+            found[name] = from_own_part(own_part(v).cpu(), v, on_host=True) if host and is_shard(v) else v
     return found
 
 
-def _sides(before, after, trust_remote_code: bool) -> tuple[Side, Side]:
+def _sides(before, after, trust_remote_code: bool, shard: bool) -> tuple[Side, Side]:
     """The weights of both sides under before's names; ValueError where anything else differs."""
     sides = {"before": before, "after": after}
     adapted = {argument: _has_adapters(side) for argument, side in sides.items()}
     if adapted == {"before": False, "after": True} and is_adapter_folder(after) and not isinstance(before, Mapping):
-        return adapter_as_update(before, after, trust_remote_code)
+        return adapter_as_update(before, after, trust_remote_code, shard)
     for argument, has in adapted.items():
         if not has and any(adapted.values()):
             raise ValueError(
@@ -61,7 +65,7 @@ def _sides(before, after, trust_remote_code: bool) -> tuple[Side, Side]:
         check_same_adapter(before, after)
     weights, state = {}, {}
     for argument, side in sides.items():
-        weights[argument], state[argument] = _tensors(side, argument, trust_remote_code)
+        weights[argument], state[argument] = _tensors(side, argument, trust_remote_code, shard)
     if len(files) == 1:
         one, other = ("before", "after") if is_adapter_folder(before) else ("after", "before")
         weights[other] = _in_an_adapter_file(weights[other], sides[other], weights[one])
@@ -76,7 +80,7 @@ def _has_adapters(side) -> bool:
     return any(map(is_adapters, map(str, side))) if isinstance(side, Mapping) else is_adapter_folder(side)
 
 
-def _tensors(side, argument: str, trust_remote_code: bool) -> tuple[Side, Side]:
+def _tensors(side, argument: str, trust_remote_code: bool, shard: bool) -> tuple[Side, Side]:
     """(weights, other state) of a model, a state dict, a checkpoint folder or an adapter folder, by name."""
     if is_adapter_folder(side):
         return adapter_tensors(side, argument), {}
@@ -93,8 +97,8 @@ def _tensors(side, argument: str, trust_remote_code: bool) -> tuple[Side, Side]:
         return {name: x for name, x in tensors.items() if name not in state}, state
     if not Path(side).is_dir():
         raise ValueError(f"{argument}: {side}: no such folder, expected a model, a state dict or a checkpoint folder")
-    model = load_checkpoint(side, argument, "auto", trust_remote_code=trust_remote_code)
-    return _tensors(model, argument, trust_remote_code)
+    model = load_checkpoint(side, argument, "auto", trust_remote_code=trust_remote_code, shard=shard)
+    return _tensors(model, argument, trust_remote_code, shard)
 
 
 def _in_an_adapter_file(weights: Side, side, saved: Side) -> Side:

@@ -62,7 +62,9 @@ class Direction:
         return sum(dot(v, v) for v in self.tensors.values()) ** 0.5
 
     @classmethod
-    def between(cls, before, after, step_size: float, *, trust_remote_code: bool = False) -> "Direction":
+    def between(
+        cls, before, after, step_size: float, *, trust_remote_code: bool = False, shard: bool = False
+    ) -> "Direction":
         """(after − before)/step_size.
 
         Warns where both are half precision and most of the difference is zero: in bf16 an update below 1/256 of a
@@ -75,6 +77,8 @@ class Direction:
                 its own dtype. An adapter folder after a base model is what merging it would add to the base weights.
             step_size: the η at which `before` becomes `after`.
             trust_remote_code: run the code in a checkpoint folder.
+            shard: load checkpoint folders over the ranks of the process group, all of which call this, as
+                `Policy.from_pretrained` does: v is in parts as its parameters are.
 
         Raises:
             ValueError: for tensors that are missing or differ in shape, for buffers that differ (a router's bias, say:
@@ -87,10 +91,12 @@ class Direction:
             {'weight': tensor([2., 0.])}
         """
         step_size = checked_step_size(step_size)
-        differs = difference(before, after, trust_remote_code)
+        differs = difference(before, after, trust_remote_code, shard)
         if not differs:
             raise ValueError("after: equal to before in every tensor, expected an update that moves something")
-        return cls({name: x / step_size for name, x in differs.items()}, step_size)
+        for x in differs.values():
+            x /= step_size
+        return cls(differs, step_size)
 
     @classmethod
     def from_optimizer_step(

@@ -164,7 +164,7 @@ class Policy:
             compile_layers: as above.
             trust_remote_code: run code that comes with the checkpoint.
             shard: spread it over the ranks of the process group by FSDP2, each of which calls this and reads no more
-                than its part: of a folder of safetensors, with transformers 5.24 or newer, on the device of the group.
+                than its part, with transformers 5.24 or newer, on the device of the group.
 
         Raises:
             ValueError: for what cannot be loaded, and for checkpoints with tensors missing or left over.

@@ -1,4 +1,5 @@
-"""Sharded training checkpoints, put together without a process group and without running what a pickle could name.
+"""Sharded training checkpoints: put together without a process group, or read by each rank of one in the parts that it
+needs; in both cases without running what a pickle could name.
 
 Read by torch's own readers: a folder of torch.distributed.checkpoint (`.metadata` beside `__R_N.distcp`), and FSDP2's
 state dicts as ranks save them (`model_world_size_W_rank_R.pt`, verl's). `.metadata` is a pickle, which torch loads as
@@ -11,16 +12,19 @@ import io
 import math
 import pickle
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from enum import Enum
+from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dentropy.doors import reason, third_party
+from dentropy.model.shards import from_own_part, own_part, own_span
 
 METADATA = ".metadata"
 RANK_FILE = re.compile(r"model_world_size_(\d+)_rank_(\d+)\.pt")
@@ -45,8 +49,30 @@ def is_sharded(folder: Path) -> bool:
     return (folder / METADATA).is_file() or any(RANK_FILE.fullmatch(path.name) for path in folder.glob("model_*.pt"))
 
 
+class Stored(NamedTuple):
+    """A tensor of a checkpoint, of which nothing has been read yet."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    read: Callable[[Stored, Tensor | None], Tensor]
+
+    def whole(self) -> Tensor:
+        """On the CPU, as saved."""
+        return self.read(self, None)
+
+    def part_as(self, like: Tensor) -> Tensor:
+        """What this rank holds of `like`, a shard of the same shape on one dimension of a mesh, in the saved dtype."""
+        return self.read(self, like)
+
+
 def sharded_tensors(folder: Path, argument: str) -> dict[str, Tensor]:
-    """The model's whole tensors by name, on the CPU, as saved; of an optimizer beside it none.
+    """The model's whole tensors by name, on the CPU, as saved; of an optimizer beside it none. Raises as
+    `stored_tensors`, and for those that cannot be read."""
+    return {name: stored.whole() for name, stored in stored_tensors(folder, argument).items()}
+
+
+def stored_tensors(folder: Path, argument: str) -> dict[str, Stored]:
+    """The same, not yet read.
 
     Raises:
         ValueError: naming `argument`, for rank files that are missing or hold other things, for tensors sharded along
@@ -77,7 +103,7 @@ class _Restricted(pickle._Unpickler):  # the one in Python, whose single steps c
     dispatch[pickle.BUILD[0]] = load_build
 
 
-def _distributed(folder: Path, where: str) -> Iterator[tuple[str, Tensor]]:
+def _distributed(folder: Path, where: str) -> Iterator[tuple[str, Stored]]:
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.metadata import StorageMeta
 
@@ -91,14 +117,29 @@ def _distributed(folder: Path, where: str) -> Iterator[tuple[str, Tensor]]:
         entries = _tensors_of(metadata)
     except Exception as error:  # a damaged pickle fails in any way; all of them are refused
         raise ValueError(f"{where}: {METADATA} cannot be read ({reason(error)}), expected {expected}") from error
+
+    @contextmanager
+    def reading(name: str) -> Iterator[None]:
+        try:
+            yield
+        except (Exception, dcp.CheckpointException) as error:  # torch's own is no Exception
+            raise ValueError(f"{where}: {name} cannot be read ({reason(error)}), expected {expected}") from error
+
+    def read(name: str, stored: Stored, like: Tensor | None) -> Tensor:
+        with reading(name):
+            if like is None:
+                found = torch.empty(stored.shape, dtype=stored.dtype)
+            else:
+                found = from_own_part(torch.empty_like(own_part(like), dtype=stored.dtype), like)
+            if own_part(found).numel():
+                dcp.load({name: found}, storage_reader=Reader(folder), no_dist=True)
+            return own_part(found)
+
     for name, entry in entries.items():
         if not OPTIMIZER.search(name):
-            try:
-                state = {name: _empty(entry)}
-                dcp.load(state, storage_reader=Reader(folder), no_dist=True)
-            except (Exception, dcp.CheckpointException) as error:  # torch's own is no Exception
-                raise ValueError(f"{where}: {name} cannot be read ({reason(error)}), expected {expected}") from error
-            yield name, state[name]
+            with reading(name):
+                stored = Stored(*_form(entry), partial(read, name))
+            yield name, stored
 
 
 def _metadata(data: bytes):
@@ -128,9 +169,9 @@ def _tensors_of(metadata) -> dict:
     return {name: entry for name, entry in names.items() if isinstance(entry, TensorStorageMetadata)}
 
 
-def _empty(entry) -> Tensor:
-    """A place for a tensor; ValueError where its parts leave some of it out, which nothing would fill, or overlap, and
-    where nothing says its dtype, which would then be the default one."""
+def _form(entry) -> tuple[torch.Size, torch.dtype]:
+    """Of a tensor; ValueError where its parts leave some of it out, which nothing would fill, or overlap, and where
+    nothing says its dtype, which would then be the default one."""
     if not isinstance(entry.properties.dtype, torch.dtype):
         raise ValueError(f"its dtype is {entry.properties.dtype!r}")
     if sum(math.prod(part.sizes) for part in entry.chunks) == math.prod(entry.size):
@@ -138,11 +179,11 @@ def _empty(entry) -> Tensor:
         for part in entry.chunks:
             filled[tuple(slice(at, at + size) for at, size in zip(part.offsets, part.sizes, strict=True))] = True
         if filled.all():
-            return torch.empty(entry.size, dtype=entry.properties.dtype)
+            return filled.shape, entry.properties.dtype
     raise ValueError(f"its parts are not the whole, {list(entry.size)}")
 
 
-def _of_ranks(folder: Path, where: str) -> Iterator[tuple[str, Tensor]]:
+def _of_ranks(folder: Path, where: str) -> Iterator[tuple[str, Stored]]:
     from torch.distributed.tensor import DTensor  # what it imports is what weights_only allows
 
     files = {int(found[2]): path for path in folder.iterdir() if (found := RANK_FILE.fullmatch(path.name))}
@@ -157,23 +198,45 @@ def _of_ranks(folder: Path, where: str) -> Iterator[tuple[str, Tensor]]:
         raise ValueError(f"{where}: ranks have tensors of other names, expected the same in every file")
     for name, first in shards[0].items():
         if isinstance(first, DTensor):
-            yield name, _whole(f"{where}: {name}", [shard[name] for shard in shards])
+            dim, parts = _parts(f"{where}: {name}", [shard[name] for shard in shards])
         elif isinstance(first, Tensor):
-            yield name, first
+            dim, parts = 0, [first]
+        else:
+            continue
+        yield name, Stored(first.shape, first.dtype, partial(_read_of_ranks, dim, parts))
 
 
-def _whole(where: str, parts: list) -> Tensor:
-    """Ranks' parts of a tensor put together; of replicas the last."""
+def _parts(where: str, of_ranks: list) -> tuple[int, list[Tensor]]:
+    """(dimension, the parts along it) of a tensor, of replicas the last."""
     from torch.distributed.tensor import Replicate, Shard
 
-    first = parts[0]
+    first = of_ranks[0]
     *replicated, last = first.placements
     plain = type(last) in (Shard, Replicate)  # what derives from Shard is laid out in another order
     if not plain or not all(placement.is_replicate() for placement in replicated):
         raise ValueError(f"{where}: laid out as {first.placements}, expected one dimension sharded")
     if last.is_replicate():
-        return first.to_local()
-    whole = torch.cat([part.to_local() for part in parts[-first.device_mesh.shape[-1] :]], last.dim)
-    if whole.shape != first.shape:
-        raise ValueError(f"{where}: parts of {tuple(whole.shape)} in all, expected {tuple(first.shape)}")
-    return whole
+        return 0, [first.to_local()]
+    parts = [part.to_local() for part in of_ranks[-first.device_mesh.shape[-1] :]]
+    shape = list(parts[0].shape)
+    shape[last.dim] = sum(part.shape[last.dim] for part in parts)
+    if shape != list(first.shape):
+        raise ValueError(f"{where}: parts of {tuple(shape)} in all, expected {tuple(first.shape)}")
+    return last.dim, parts
+
+
+def _read_of_ranks(dim: int, parts: list[Tensor], _: Stored, like: Tensor | None) -> Tensor:
+    """Out of files that are mapped into memory: what is not touched is not read."""
+    if like is None:
+        return torch.cat(parts, dim) if len(parts) > 1 else parts[0]
+    cut, start, length = own_span(like)
+    if cut != dim:
+        return torch.cat([part.narrow(cut, start, length) for part in parts], dim)
+    pieces, first = [], 0
+    for part in parts:
+        size = part.shape[dim]
+        low, high = max(start - first, 0), min(start + length - first, size)
+        if low < high:
+            pieces.append(part.narrow(dim, low, high - low))
+        first += size
+    return torch.cat(pieces, dim) if pieces else parts[0].narrow(dim, 0, 0)

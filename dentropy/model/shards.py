@@ -37,6 +37,7 @@ def largest(x: Tensor) -> float:
 
 def dot(x: Tensor, y: Tensor | float) -> float:
     """Σ x∘y in float64."""
+    y = beside(y, x) if isinstance(y, Tensor) else y
     return float(whole((x.double() * (y.double() if isinstance(y, Tensor) else y)).sum()))
 
 
@@ -45,10 +46,10 @@ def laid_out_as(x: Tensor, like: Tensor) -> Tensor:
     shard.
 
     Raises:
-        ValueError: for parts that are laid out otherwise.
+        ValueError: for parts that are laid out otherwise. They may be in host memory, where those of `like` are not.
     """
     if is_shard(x):
-        if not is_shard(like) or (x.device_mesh, x.placements) != (like.device_mesh, like.placements):
+        if not is_shard(like) or not _alike(x, like):
             raise ValueError(f"tensors: in parts as {x.placements}, expected them as the parameters are")
         return x
     if not is_shard(like):
@@ -58,12 +59,35 @@ def laid_out_as(x: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(x, like.device_mesh, like.placements, src_data_rank=None)
 
 
-def from_own_part(part: Tensor, like: Tensor) -> Tensor:
-    """The tensor of which ranks hold `part` each, in the layout and of the shape of `like`."""
+def beside(x: Tensor, like: Tensor) -> Tensor:
+    """`x` on the device of `like`, to which each rank brings its part; `x` itself where it is there, or is no shard."""
+    if not (is_shard(x) and is_shard(like)) or x.device_mesh == like.device_mesh:
+        return x
+    return from_own_part(own_part(x).to(like.device), like)
+
+
+def _alike(x: Tensor, y: Tensor) -> bool:
+    return x.placements == y.placements and torch.equal(x.device_mesh.mesh, y.device_mesh.mesh)
+
+
+def own_span(x: Tensor) -> tuple[int, int, int]:
+    """(dimension, start, length) of what this rank holds of `x`, in one dimension of a mesh of one: the last ranks may
+    have less than the others, or nothing."""
+    (shard,) = x.placements
+    size = x.shape[shard.dim]
+    most = -(-size // x.device_mesh.size())
+    start = min(most * x.device_mesh.get_local_rank(), size)
+    return shard.dim, start, min(most, size - start)
+
+
+def from_own_part(part: Tensor, like: Tensor, *, on_host: bool = False) -> Tensor:
+    """The tensor of which ranks hold `part` each, in the layout and of the shape of `like`, on its device or, though
+    that is another, in host memory."""
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor
 
-    layout = {"shape": like.shape, "stride": like.stride()}
-    return DTensor.from_local(part, like.device_mesh, like.placements, run_check=False, **layout)
+    mesh = init_device_mesh("cpu", (like.device_mesh.size(),)) if on_host else like.device_mesh
+    return DTensor.from_local(part, mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())
 
 
 def without_row(x: Tensor, row: int) -> Tensor:

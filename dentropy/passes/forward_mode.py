@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from dentropy.model.direction import Direction
 from dentropy.model.in_place import TURN
 from dentropy.model.policy import Policy
-from dentropy.model.shards import whole
+from dentropy.model.shards import beside, whole
 from dentropy.passes.alone import blame_rollouts
 from dentropy.passes.microbatches import Microbatch, TokenBudget, in_rollout_order, walk
 from dentropy.rollouts.batch import PackedBatch
@@ -73,8 +73,8 @@ def moved_weights(policy: Policy, direction: Direction | None, eta: float, *, ta
         yield
         return
 
-    def moved(primal: Tensor, v: Tensor) -> Tensor:
-        v = whole(v)
+    def moved(primal: Tensor, v: Tensor, parameter: Tensor) -> Tensor:
+        v = whole(beside(v, parameter)).to(primal.dtype)
         if eta != 0:
             primal = torch.add(primal, v, alpha=eta)
         return forward_ad.make_dual(primal, v) if tangent else primal
@@ -82,6 +82,6 @@ def moved_weights(policy: Policy, direction: Direction | None, eta: float, *, ta
     with (
         TURN,
         forward_ad.dual_level() if tangent else nullcontext(),
-        policy.in_place({id(p): partial(moved, v=v) for p, v in policy.moving(direction)}),
+        policy.in_place({id(p): partial(moved, v=v, parameter=p) for p, v in policy.moving(direction)}),
     ):
         yield

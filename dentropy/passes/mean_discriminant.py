@@ -56,7 +56,8 @@ def mean_discriminant(
     check_on_first(policy, batch)
     found = torch.zeros(batch.n_tokens, dtype=torch.float64)
     with policy.ready(), torch.no_grad():
-        for microbatch, values in walk(batch, TokenBudget(token_budget, policy.device), run):
+        idle = run if policy.is_sharded else None
+        for microbatch, values in walk(batch, TokenBudget(token_budget, policy.device), run, idle=idle):
             if values is not None:
                 found[torch.from_numpy(microbatch.places)] = values.double().cpu()
             if progress is not None:

@@ -18,7 +18,7 @@ from dentropy.estimators import Estimate, ImportanceResult, importance
 from dentropy.estimators.estimate import check_estimate
 from dentropy.model.direction import Direction
 from dentropy.model.policy import Policy
-from dentropy.model.shards import dot
+from dentropy.model.shards import beside, dot
 from dentropy.passes.forward_mode import moved_weights
 from dentropy.passes.measure import measure
 from dentropy.passes.microbatches import AUTO
@@ -222,6 +222,7 @@ def _lost(moving: list[tuple[Tensor, Tensor]], eta: float) -> float:
     """(1 − φ) η: by how much the weights are short of η along v, having been rounded to their dtype."""
     along, square = 0.0, 0.0
     for start, v in moving:
+        v = beside(v, start).to(start.dtype)
         moved = torch.add(start, v, alpha=eta)
         along += dot(moved.double() - start.double(), v)
         square += dot(v, v)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache, wraps
 from typing import NamedTuple, TypeVar
 
@@ -25,6 +26,8 @@ CHUNK = 2**24
 KINDS = {kind.__name__: kind for kind in (ValueError, MemoryError, OSError)}
 
 Value = TypeVar("Value")
+
+_in_lockstep: ContextVar[bool] = ContextVar("whether ranks wait for each other here", default=False)
 
 
 class _Failure(NamedTuple):
@@ -90,7 +93,7 @@ def in_step() -> Iterator[None]:
 
 def tell(error: Exception) -> None:
     """The other ranks what this one fails with, unless they know."""
-    if count() == 1 or knows(error) or hasattr(error, "dentropy_in_lockstep"):
+    if count() == 1 or knows(error) or hasattr(error, "dentropy_in_lockstep") or _in_lockstep.get():
         return
     kind = next((name for name, kind in KINDS.items() if isinstance(error, kind)), "")
     if kind == "ValueError" and not is_refusal(error):
@@ -108,12 +111,17 @@ def tell(error: Exception) -> None:
 @contextmanager
 def lockstep() -> Iterator[None]:
     """Around work in the middle of which ranks wait for each other (sharded weights). One that fails there cannot tell
-    the others, who would take it for their next exchange, and leaves: what started the ranks then ends all of them."""
+    the others, who would take it for their next exchange, and leaves: the command's process group, or what started the
+    ranks, then ends all of them."""
+    token = _in_lockstep.set(True)
     try:
         yield
     except Exception as error:
-        error.dentropy_in_lockstep, error.dentropy_told = True, False
+        error.dentropy_in_lockstep = True
+        error.dentropy_told = knows(error)
         raise
+    finally:
+        _in_lockstep.reset(token)
 
 
 def knows(error: BaseException) -> bool:

@@ -18,6 +18,7 @@ from dentropy.estimators import Estimate, difference, slope
 from dentropy.model.direction import Direction
 from dentropy.model.in_place import in_turn
 from dentropy.model.policy import Policy
+from dentropy.model.shards import beside
 from dentropy.passes.measure import measure
 from dentropy.passes.microbatches import AUTO
 from dentropy.passes.policy_gradient import PolicyGradientStep, clipped, loss_gradient
@@ -177,4 +178,6 @@ def _is_of_tokens_alone(update: PolicyGradientStep, direction: Direction | None)
         return False
     v = (update.direction() if direction is None else direction).tensors
     of_tokens = {name: -(update.parts(name).gain * g) for name, g in update.gradient.items()}
-    return v.keys() == of_tokens.keys() and all(torch.equal(v[name], x) for name, x in of_tokens.items())
+    return v.keys() == of_tokens.keys() and all(
+        torch.equal(beside(v[name], x).to(x.dtype), x) for name, x in of_tokens.items()
+    )

@@ -10,9 +10,14 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from commands import completed
-from models import SAVED_MODULES_LOAD
+from models import SAVED_MODULES_LOAD, with_lora
+from sharded_files import write_distributed
 from torch.distributed.fsdp import FSDPModule
+
+from dentropy.demo.train import build_tokenizer
+from dentropy.model.checkpoint import load_checkpoint
 
 pytestmark = pytest.mark.slow
 OPTIONS = "--direction v.safetensors --etas 1e-3 --token-budget 60 --device cpu"
@@ -71,6 +76,42 @@ def test_sharded_it_is_that_of_one_process_but_for_rounding(tmp_path, update):
     sharded, whole = (json.loads((tmp_path / run / "results.json").read_text()) for run in ("both", "alone"))
     if "direction" in update:
         assert sharded["update_attribution"]["kl"] == pytest.approx(whole["update_attribution"]["kl"], rel=1e-8)
+
+
+@pytest.fixture(scope="module")
+def forms(place, tmp_path_factory):
+    """Two adapters of the policy a step apart, and the policy after an update as a folder of DCP."""
+    forms = tmp_path_factory.mktemp("forms")
+    for seed, name in enumerate(("first", "second")):
+        model = with_lora(load_checkpoint(place / "before", "policy", torch.float32), target_modules=["q_proj"])
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter += 1e-3 * torch.randn_like(parameter)
+        model.save_pretrained(forms / name)
+        build_tokenizer().save_pretrained(forms / name)
+    write_distributed(load_checkpoint(place / "after", "policy", torch.float32), forms / "dcp")
+    return forms
+
+
+@pytest.mark.skipif(not SAVED_MODULES_LOAD, reason="this transformers does not load in parts")
+@pytest.mark.skipif(not hasattr(FSDPModule, "reset_iter_state"), reason="what this PyTorch has is refused by name")
+@pytest.mark.parametrize("policy, after", [("first", "second"), ("", "second"), ("", "dcp")])
+def test_sharded_adapters_and_training_checkpoints_too(tmp_path, forms, policy, after):
+    """In float32; between two adapters also the step of rewarded rollouts, which moves the adapter alone."""
+    options = f"--after {forms / after} --step-size 1e-3 --etas -1e-3 1e-3 --token-budget 60 --device cpu"
+    if policy:
+        options += f" --policy {forms / policy} --update-rollouts rewarded.jsonl"
+    both = torchrun(tmp_path / "both", f"{options} --shard")
+    _, err = both.communicate(timeout=300)
+    assert both.returncode == 0, err
+    alone = [sys.executable, "-m", "dentropy", *completed(f"probe {options} --out {tmp_path / 'alone'}")]
+    subprocess.run(alone, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, capture_output=True)
+    got, want = columns_of(tmp_path / "both"), columns_of(tmp_path / "alone")
+    assert got.keys() == want.keys()
+    for name, values in want.items():
+        np.testing.assert_allclose(got[name], values, rtol=0, atol=1e-6 * np.nanmax(np.abs(values)), err_msg=name)
 
 
 def columns_of(run):

@@ -21,6 +21,7 @@ from torch.distributed.tensor import distribute_tensor
 from dentropy import (
     Direction,
     Policy,
+    mean_discriminant,
     measure,
     parameter_attribution,
     policy_gradient_step,
@@ -86,6 +87,7 @@ def numbers(policy, direction, quick):
     weights = np.random.default_rng(1).normal(size=(2, batch.n_tokens))
     of_all = gradient(policy, batch, list(parameters.values()), *weights, **settings)
     found |= {f"gradient {name}": whole(g).numpy() for name, g in zip(parameters, of_all, strict=True)}
+    found["mean discriminant"] = mean_discriminant(policy, batch, **settings)
     if quick:
         return found
     step = policy_gradient_step(policy, batch, step_size=STEP, max_grad_norm=0.1, **settings)
