@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from dentropy.model.names import resolve
-from dentropy.model.shards import from_own_part, is_shard, own_part
+from dentropy.model.shards import from_own_part, is_shard, own_part, own_runs
 
 
 def read_in_parts(file, model: nn.Module) -> dict[str, Tensor]:
@@ -24,17 +25,15 @@ def read_in_parts(file, model: nn.Module) -> dict[str, Tensor]:
 def _read(file, name: str, parameter: Tensor | None) -> Tensor:
     if parameter is None or not is_shard(parameter):
         return file.get_tensor(name)
-    lazy, (shard,) = file.get_slice(name), parameter.placements
+    lazy = file.get_slice(name)
     if tuple(lazy.get_shape()) != tuple(parameter.shape):
         raise ValueError(
             f"direction: {name} has shape {tuple(lazy.get_shape())}, expected the policy's {tuple(parameter.shape)}"
         )
-    length, mesh = parameter.shape[shard.dim], parameter.device_mesh
-    most = -(-length // mesh.size())  # the last ranks may have less, or nothing
-    start = most * mesh.get_local_rank()
-    place = [slice(None)] * parameter.ndim
-    place[shard.dim] = slice(start, min(start + most, length)) if start < length else slice(0, 1)
-    part = lazy[tuple(place)].narrow(shard.dim, 0, max(0, min(most, length - start)))
+    dim, runs = own_runs(parameter)
+    place: list[slice] = [slice(None)] * parameter.ndim
+    parts = [lazy[(*place[:dim], slice(*run), *place[dim + 1 :])] for run in runs]
+    part = torch.cat(parts, dim) if parts else lazy[(slice(0, 1),)].new_empty(own_part(parameter).shape)
     if part.shape != own_part(parameter).shape:
         raise RuntimeError(f"{name}: a part of {tuple(part.shape)}, where that of the parameter has another shape")
     return from_own_part(part.to(parameter.device), parameter)
