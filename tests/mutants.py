@@ -45,6 +45,7 @@ WATCH = ("dentropy/experiment/step_watch.py", "tests/experiment/test_step_watch.
 MEANT = ("dentropy/model/optimizer_step.py", "tests/experiment/test_step_watch.py")
 TRAINER = ("dentropy/integrations/transformers.py", "tests/integrations/test_transformers.py")
 SHARDED = ("dentropy/model/fully_sharded.py", "tests/passes/test_fully_sharded.py -k quick")
+CUT_HEAD = ("dentropy/passes/reverse_mode.py", "tests/passes/test_tensor_parallel.py -k quick")
 IN_STEP = ("dentropy/passes/sharded_gradient.py", "tests/passes/test_fully_sharded.py -k quick")
 STORED = ("dentropy/model/sharded.py", "tests/model/test_in_parts.py -k quick")
 MERGED = ("dentropy/model/adapters_in_parts.py", "tests/model/test_in_parts.py -k quick")
@@ -71,7 +72,7 @@ _CHANGES = [
     (MERGE, "within * rescale / everything", "within / everything"),
     (MERGE, "spread * rescale / everything", "spread / everything"),
     (MERGE, "highest = top.amax(0)", "highest = top[0]"),
-    (SHARDS, "[: dist.get_rank(process_group)].sum()", "[: dist.get_rank(process_group) + 1].sum()"),
+    (SHARDS, "targets - sizes[: dist.get_rank(process_group)]", "targets - sizes[: dist.get_rank(process_group) + 1]"),
     (MOMENTS, "mean_x_b = b.mean_x + shift_b", "mean_x_b = b.mean_x"),
     (MOMENTS, "between = total_a * share_b", "between = total_a * share_a"),
     (MOMENTS, "c_dd_b + between_d * apart_d", "c_dd_b + between_d * apart_x"),
@@ -123,7 +124,7 @@ _CHANGES = [
     (FORWARD, "torch.add(primal, v, alpha=eta)", "torch.add(primal, v, alpha=-eta)"),
     (WALK, "predicts = batch.generated[places + 1]", "predicts = batch.generated[places]"),
     (WALK, "tokens[places[predicts] + 1]", "tokens[places[predicts]]"),
-    (REVERSE, "dz.scatter_add_(-1, targets[:, None], b)", "dz.scatter_add_(-1, targets[:, None], -b)"),
+    (REVERSE, "dz.scatter_add_(-1, at, b", "dz.scatter_add_(-1, at, -b"),
     (SAMPLING, "top_k=0,", "top_k=50,"),
     # the update's own tokens
     (UPDATE_TOKENS, "without_row(parts.gain * torch.ones_like(g), rows[name])", "parts.gain"),
@@ -163,7 +164,8 @@ _CHANGES = [
     (IN_STEP, "alpha=ranks.count()", "alpha=1"),
     (STORED, "part.narrow(dim, low, high - low)", "part.narrow(dim, 0, high - low)"),
     (MERGED, "laid_out_as(base[name].detach(), p)", "laid_out_as(2 * base[name].detach(), p)"),
-    (ELSEWHERE, "whole(beside(v, parameter))", "whole(2 * beside(v, parameter))"),
+    (ELSEWHERE, "as_it_stands(beside(v, parameter))", "as_it_stands(2 * beside(v, parameter))"),
+    (CUT_HEAD, "b.masked_fill(~here, 0.0)", "b"),
     # inside a trainer
     (WATCH, "OtherChange(-back.delta", "OtherChange(back.delta"),
     (MEANT, "copied = _in_float32 if in_float32 else", "copied = Tensor.clone if in_float32 else"),

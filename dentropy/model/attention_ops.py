@@ -228,10 +228,9 @@ def _causal_attention(q, k, v, *, tangents, scaling, window, softcap, sinks, dsi
     dq, dk, dv = (None, None, None) if tangents is None else (x if x is None else by_key_head(x) for x in tangents)
     q, k, v = by_key_head(q) * scaling, by_key_head(k), by_key_head(v)
     sinks, dsinks = (x if x is None else of_rows(x) for x in (sinks, dsinks))
-    # q̇ kᵀ + q k̇ᵀ is one product, and so are p v and p v̇: narrow ones are slow.
+    # q̇ kᵀ + q k̇ᵀ is one product: narrow ones are slow. p v and p v̇ are two, so that o has the same bits without v̇.
     sides = [(x, y) for x, y in ((dq if dq is None else dq * scaling, k), (q, dk)) if x is not None and y is not None]
     left, right = (torch.cat(x, -1) for x in zip(*sides, strict=True)) if sides else (None, None)
-    values = v if dv is None else torch.cat([v, dv], -1)
     outs, douts = [], []
     # From the last to the first: what a block leaves free then holds all of the next one. Scores that grow find no room
     # in what smaller ones left, and an allocator would hold the square of the length.
@@ -249,20 +248,21 @@ def _causal_attention(q, k, v, *, tangents, scaling, window, softcap, sinks, dsi
         if sinks is not None:  # a key without a value
             s = torch.cat([s, sinks[:, : s.shape[1]]], -1)
         p = torch.softmax(s, -1)
-        out, *of_values = (p[..., : last - low] @ values[:, keys]).split(v.shape[-1], -1)
-        outs.append(out)
+        of_keys = p[..., : last - low]
+        outs.append(of_keys @ v[:, keys])
         if tangents is None:
             continue
+        terms = [] if dv is None else [of_keys @ dv[:, keys]]
         if sides or dsinks is not None:
-            ds = left[:, rows] @ right[:, keys].transpose(1, 2) if sides else torch.zeros_like(p[..., : last - low])
+            ds = left[:, rows] @ right[:, keys].transpose(1, 2) if sides else torch.zeros_like(of_keys)
             if softcap is not None:
                 ds = ds * (1 - t * t)
             if sinks is not None:
                 dsink = torch.zeros_like(s[..., -1:]) if dsinks is None else dsinks[:, : s.shape[1]]
                 ds = torch.cat([ds, dsink], -1)
             x = torch.ops.aten._softmax_backward_data(ds, p, -1, work)  # p (ṡ − Σ p ṡ): its matrix is symmetric
-            of_values.append(x[..., : last - low] @ v[:, keys])
-        douts.append(sum(of_values))
+            terms.append(x[..., : last - low] @ v[:, keys])
+        douts.append(sum(terms))
 
     def packed(blocks):  # [M · Hkv, T · heads / Hkv, D] in blocks, the last first -> [M · T, heads, D]
         x = torch.cat(blocks[::-1], dim=1).unflatten(0, (n_sequences, key_heads)).unflatten(2, (length, group))

@@ -141,8 +141,8 @@ class Direction:
 
         Args:
             path: the file.
-            model: under FSDP2: then each rank reads no more than its part of every tensor, and holds that. All ranks
-                call this.
+            model: under FSDP2 or tensor parallel: then each rank reads no more than its part of every tensor, and holds
+                that. All ranks call this.
 
         Raises:
             ValueError: naming the file, for one that is not there or holds no direction.

@@ -26,6 +26,8 @@ Make = Callable[[Tensor], Tensor]
 class FullySharded:
     """The places of a model's parameters, and what stands in them while their modules run."""
 
+    in_unison = False
+
     def __init__(self, model: nn.Module, root: nn.Module):
         self._root = root
         self._units = _units(root)
@@ -35,18 +37,9 @@ class FullySharded:
         self._inside = 0
 
     @classmethod
-    def of(cls, model: nn.Module) -> FullySharded | None:
-        """None for a model with whole parameters; ValueError, by name, for what cannot be handled."""
-        shards = {name: p for name, p in model.named_parameters() if is_shard(p)}
-        if not shards:
-            return None
+    def of(cls, model: nn.Module, shards: Mapping[str, Tensor]) -> FullySharded:
+        """Of a model with parameters that are in parts; ValueError, by name, for what cannot be handled."""
         roots = _roots(model)
-        name, p = next(iter(shards.items()))
-        if not roots:
-            raise ValueError(
-                f"model: {name} is spread over ranks as {p.placements} and not by FSDP2 (tensor parallel, say), "
-                "expected fully_shard, or whole weights: load it without tp_plan"
-            )
         _check(model, roots, shards)
         return cls(model, roots[0])
 
@@ -86,10 +79,18 @@ class FullySharded:
             finally:
                 self._instead.remove(places)
 
-    def whole_of(self, module: nn.Module, name: str) -> Tensor | None:
-        """What stands, or would, for a parameter of a module that is read and not run; None where it has none."""
-        p = module._parameters.get(name)
-        return None if p is None else self._made(module, name, p)
+    def running_its_own(self):
+        """Inside, the model's own forward runs: the same, without what stands instead."""
+        return self.running()
+
+    def head(self, module: nn.Module) -> tuple[Tensor, Tensor | None, None]:
+        """Weight and bias of the head, which is read and not run, as they stand, or would."""
+        weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
+        return self._made(module, "weight", weight), None if bias is None else self._made(module, "bias", bias), None
+
+    def as_it_stands(self, v: Tensor) -> Tensor:
+        """v in the form of the parameters that stand in a pass."""
+        return whole(v)
 
     def rest(self) -> None:
         """Every parameter is its shard again, and FSDP knows of no forward that is under way. A pass may have run only
@@ -156,6 +157,11 @@ def _fsdp_modules(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if _is_fsdp(module)]
 
 
+def is_fully_sharded(model: nn.Module) -> bool:
+    """Whether some of it is under `fully_shard`."""
+    return bool(_roots(model))
+
+
 def _roots(model: nn.Module) -> list[nn.Module]:
     """The modules under `fully_shard` that are in no other."""
     if _is_fsdp(model):
@@ -184,7 +190,7 @@ def _units(root: nn.Module) -> list[tuple[nn.Module, list[nn.Module]]]:
     return [(module, owners) for module, owners in owning if owners]
 
 
-def _check(model: nn.Module, roots: list[nn.Module], shards: dict[str, Tensor]) -> None:
+def _check(model: nn.Module, roots: list[nn.Module], shards: Mapping[str, Tensor]) -> None:
     """ValueError for forms of FSDP2 in which a pass would be wrong, or was never seen to be right."""
     outside = [name for name, p in model.named_parameters() if not is_shard(p)]
     if len(roots) > 1 or outside:

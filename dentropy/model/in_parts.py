@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dentropy.model.binding import as_held
 from dentropy.model.memory import available_memory
 from dentropy.model.names import resolve
-from dentropy.model.shards import from_own_part, is_shard, own_part, own_span
+from dentropy.model.shards import from_own_part, is_shard, own_part, own_runs
 
 # Whole modules that are there at the worst moment of a pass (bench/results/sharded_memory.md): a gathered one, its
 # moved weights, its v, what gathering takes, and an embedding that stays gathered.
@@ -57,14 +57,15 @@ def fits(parts: float, largest: float, free: float) -> bool:
 
 
 def _read(file, name: str, parameter: Tensor, host: bool) -> Tensor:
-    lazy, (dim, start, length) = file.get_slice(name), own_span(parameter)
+    lazy = file.get_slice(name)
     if tuple(lazy.get_shape()) != tuple(parameter.shape):
         raise ValueError(
             f"direction: {name} has shape {tuple(lazy.get_shape())}, expected the policy's {tuple(parameter.shape)}"
         )
-    place = [slice(None)] * parameter.ndim
-    place[dim] = slice(start, start + length) if length else slice(0, 1)  # which cannot be empty
-    part = lazy[tuple(place)].narrow(dim, 0, length)
+    dim, runs = own_runs(parameter)
+    place: list[slice] = [slice(None)] * parameter.ndim
+    parts = [lazy[(*place[:dim], slice(*run), *place[dim + 1 :])] for run in runs]
+    part = torch.cat(parts, dim) if parts else lazy[(slice(0, 1),)].new_empty(own_part(parameter).shape)
     if part.shape != own_part(parameter).shape:
         raise RuntimeError(f"{name}: a part of {tuple(part.shape)}, where that of the parameter has another shape")
     part = part if host else part.to(parameter.device)

@@ -24,13 +24,14 @@ from dentropy.model.compiled_layers.layers import FusedLayers
 from dentropy.model.direction import Direction
 from dentropy.model.exact_pass import check_on_rollouts, find_exact_pass
 from dentropy.model.exact_tangent import check_tangents
-from dentropy.model.fully_sharded import FullySharded, is_linear
+from dentropy.model.fully_sharded import is_linear
 from dentropy.model.head import Head
 from dentropy.model.in_place import TURN, in_place_of_parameters, in_turn
 from dentropy.model.memory import is_out_of_memory
 from dentropy.model.packed_row import PackedRow
 from dentropy.model.precision import full_float32
 from dentropy.model.short_tangents import ShortTangents
+from dentropy.model.spread import spread_of
 from dentropy.model.usable import check_usable
 from dentropy.shown import count, line
 from dentropy.stats.tables import TokenStats
@@ -46,7 +47,8 @@ class Policy:
     is False where logits come from the model's own head. Of a PEFT model's adapters the active ones count, as in its
     forward; parameters of the others have no effect.
 
-    A model under FSDP2 (`fully_shard`) is known by its parameters; every rank makes the Policy and runs every pass.
+    A model under FSDP2 (`fully_shard`) or tensor parallel (transformers' `tp_plan`) is known by its parameters; every
+    rank makes the Policy and runs every pass.
 
     Args:
         model: the causal language model, on its device, in its dtype.
@@ -62,13 +64,14 @@ class Policy:
         max_positions: longest sequence, None where the model sets no limit.
         packs: sequences run end to end in one row.
         splits_head: logits are made from hidden states and the head, where they are needed.
-        is_sharded: parameters are spread over ranks by FSDP2.
+        is_sharded: parameters are spread over ranks.
+        in_unison: ranks run the same rollouts at the same time, each its part of every product (tensor parallel).
         turn: held by the thread that is in a pass, whatever its policy; others wait.
 
     Raises:
         ValueError: naming the fix, for wrapped or quantized models, for ones that are sharded otherwise than FSDP2 does
-            by default, for weights that are not finite, for models whose logits depend on later tokens, and where no
-            pass reproduces the model's logits.
+            by default or transformers' `tp_plan` says, for weights that are not finite, for models whose logits depend
+            on later tokens, and where no pass reproduces the model's logits.
 
     Example:
         >>> from transformers import AutoModelForCausalLM, LlamaConfig
@@ -87,7 +90,7 @@ class Policy:
         check_usable(model)
         if compile_layers and is_dora(model):
             raise ValueError("compile_layers: True for a model with DoRA adapters, expected False")
-        self._sharded = FullySharded.of(model)
+        self._sharded = spread_of(model)
         if compile_layers and self.is_sharded:
             raise ValueError("compile_layers: True for sharded weights, expected False")
         self.model = model
@@ -133,6 +136,10 @@ class Policy:
     @property
     def is_sharded(self) -> bool:
         return self._sharded is not None
+
+    @property
+    def in_unison(self) -> bool:
+        return self._sharded is not None and self._sharded.in_unison
 
     @property
     def device(self) -> torch.device:
@@ -206,8 +213,8 @@ class Policy:
 
     @contextmanager
     def in_place(self, makes: Mapping[int, Callable[[Tensor], Tensor]]):
-        """Inside, make(x) stands in the place of each parameter x, by the id() of it as it stands now. Whole ones are
-        made at once; sharded ones each time that their module runs."""
+        """Inside, make(x) stands in the place of each parameter x, by the id() of it as it stands now; x is what a pass
+        sees of it (`as_it_stands`). Those of FSDP2 are made each time that their module runs, others at once."""
         if self._sharded is not None:
             with self._sharded.instead(makes):
                 yield
@@ -215,6 +222,10 @@ class Policy:
         made = {id(p): makes[id(p)](p.detach()) for p in self.model.parameters() if id(p) in makes}
         with in_place_of_parameters(self.model, made):
             yield
+
+    def as_it_stands(self, v: Tensor) -> Tensor:
+        """v of a parameter in the form in which that stands in a pass: whole, or this rank's part."""
+        return v if self._sharded is None else self._sharded.as_it_stands(v)
 
     @property
     def seen_rollouts(self) -> bool:
@@ -253,8 +264,8 @@ class Policy:
         bias, dbias = (None, None) if head.bias is None else forward_ad.unpack_dual(head.bias)
         if dweight is None and dbias is None:
             dx = _tangent(x, dx, tangent)
-        transform = head.transform(temperature)
-        return linear_token_stats(x, weight, row.targets, dx, dweight, bias=bias, dbias=dbias, **transform)
+        settings = head.transform(temperature) | dict(bias=bias, dbias=dbias, process_group=head.group)
+        return linear_token_stats(x, weight, row.targets, dx, dweight, **settings)
 
     def outputs(self, row: PackedRow) -> tuple[Tensor, Head | None]:
         """What logits at row.rows are made of: hidden states [N, D] and the head, or the model's own logits [N, V] and
@@ -274,7 +285,8 @@ class Policy:
     def own_logits(self, row: PackedRow) -> Tensor:
         """The logits [total, V] of the model's own forward, one sequence at a time, in float32 or better."""
         # The reference form; older SDPA paths drop gemma2's softcap without a word.
-        with TURN, self._ready("eager"), self._running():
+        own = nullcontext() if self._sharded is None else self._sharded.running_its_own()
+        with TURN, self._ready("eager"), own:
             logits = _run(self.model, row, packed=False)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
@@ -288,7 +300,8 @@ class Policy:
             )
         if self._sharded is None:
             return Head.of(module.weight, module.bias, self.config)
-        return Head.of(*(self._sharded.whole_of(module, name) for name in ("weight", "bias")), self.config)
+        weight, bias, group = self._sharded.head(module)
+        return Head.of(weight, bias, self.config, group)
 
     @property
     def has_plain_head(self) -> bool:
@@ -315,7 +328,7 @@ class Policy:
         return copies[active[0]] if active else layer.original_module
 
     def _running(self):
-        """Around forwards: sharded weights are gathered inside."""
+        """Around forwards of a pass, where weights are sharded."""
         return nullcontext() if self._sharded is None else self._sharded.running()
 
     @contextmanager

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from dentropy.doors import reason, third_party
-from dentropy.model.shards import from_own_part, own_part, own_span
+from dentropy.model.shards import from_own_part, own_part, place_of
 
 METADATA = ".metadata"
 RANK_FILE = re.compile(r"model_world_size_(\d+)_rank_(\d+)\.pt")
@@ -229,7 +229,8 @@ def _read_of_ranks(dim: int, parts: list[Tensor], _: Stored, like: Tensor | None
     """Out of files that are mapped into memory: what is not touched is not read."""
     if like is None:
         return torch.cat(parts, dim) if len(parts) > 1 else parts[0]
-    cut, start, length = own_span(like)
+    (shard,) = like.placements
+    cut, (start, length) = shard.dim, place_of(like, shard.dim)
     if cut != dim:
         return torch.cat([part.narrow(cut, start, length) for part in parts], dim)
     pieces, first = [], 0

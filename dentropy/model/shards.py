@@ -5,6 +5,7 @@ number or a truth value passes here. All ranks must come, with the same tensors 
 """
 
 import sys
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -18,12 +19,34 @@ def is_shard(x) -> bool:
 
 def whole(x: Tensor) -> Tensor:
     """The whole tensor, on every rank; `x` itself where it is no shard."""
-    return x.full_tensor() if is_shard(x) else x
+    if not is_shard(x):
+        return x
+    return _unpacked(x) if hasattr(x.placements[0], "split_factor") else x.full_tensor()
+
+
+def _unpacked(x: Tensor) -> Tensor:
+    """Of matrices packed into one, of which ranks hold a part each; older PyTorch does not put such together."""
+    full, part, done = torch.zeros(x.shape, dtype=x.dtype, device=x.device), own_part(x.detach()), 0
+    dim, runs = own_runs(x)
+    for start, stop in runs:
+        full.narrow(dim, start, stop - start).copy_(part.narrow(dim, done, stop - start))
+        done += stop - start
+    dist.all_reduce(full, group=x.device_mesh.get_group())
+    return full
 
 
 def own_part(x: Tensor) -> Tensor:
     """What this rank holds of `x`; `x` itself where it is no shard."""
     return x.to_local() if is_shard(x) else x
+
+
+def place_of(x: Tensor, dim: int) -> tuple[int, int]:
+    """Where this rank's part of `x` begins in a dimension in which it is cut, and how long it is there: of equal parts
+    the last may be shorter, or nothing."""
+    length, mesh = x.shape[dim], x.device_mesh
+    most = -(-length // mesh.size())
+    first = min(most * mesh.get_local_rank(), length)
+    return first, min(most, length - first)
 
 
 def largest(x: Tensor) -> float:
@@ -70,14 +93,14 @@ def _alike(x: Tensor, y: Tensor) -> bool:
     return x.placements == y.placements and torch.equal(x.device_mesh.mesh, y.device_mesh.mesh)
 
 
-def own_span(x: Tensor) -> tuple[int, int, int]:
-    """(dimension, start, length) of what this rank holds of `x`, in one dimension of a mesh of one: the last ranks may
-    have less than the others, or nothing."""
-    (shard,) = x.placements
-    size = x.shape[shard.dim]
-    most = -(-size // x.device_mesh.size())
-    start = min(most * x.device_mesh.get_local_rank(), size)
-    return shard.dim, start, min(most, size - start)
+def own_runs(x: Tensor) -> tuple[int, list[tuple[int, int]]]:
+    """The dimension in which `x` is cut, and from where to where in it this rank's part reaches: one run, of matrices
+    that are packed into one (gate and up) one of each, or none."""
+    dim = getattr(x.placements[0], "dim", 0)
+    places = torch.arange(x.shape[dim]).reshape([-1 if i == dim else 1 for i in range(x.ndim)])
+    own = own_part(laid_out_as(places, x)).flatten().tolist()
+    starts = [i for i, place in enumerate(own) if not i or place != own[i - 1] + 1]
+    return dim, [(own[i], own[j - 1] + 1) for i, j in pairwise([*starts, len(own)])]
 
 
 def from_own_part(part: Tensor, like: Tensor, *, on_host: bool = False) -> Tensor:

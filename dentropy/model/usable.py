@@ -10,7 +10,7 @@ ORIGINAL_FORWARD = "_original_forward"
 
 def check_usable(model: nn.Module) -> None:
     """ValueError for wrapped, compiled, merged, absent or quantized weights, and for soft prompts. Of shards see
-    `fully_sharded`."""
+    `spread`."""
     kind = type(model).__name__
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: {kind}, expected a causal language model of transformers (AutoModelForCausalLM)")

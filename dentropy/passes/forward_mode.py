@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from dentropy.model.direction import Direction
 from dentropy.model.in_place import TURN
 from dentropy.model.policy import Policy
-from dentropy.model.shards import beside, whole
+from dentropy.model.shards import beside
 from dentropy.passes.alone import blame_rollouts
 from dentropy.passes.microbatches import Microbatch, TokenBudget, in_rollout_order, walk
 from dentropy.rollouts.batch import PackedBatch
@@ -39,7 +39,7 @@ def response_stats(
 
     with policy.ready(), moved_weights(policy, direction, eta, tangent=tangent), torch.no_grad():
         idle = score if policy.is_sharded else None
-        walked = walk(batch, budget, score, shared=True, idle=idle)
+        walked = walk(batch, budget, score, shared=True, idle=idle, in_unison=policy.in_unison)
         stats = in_rollout_order(walked, batch.n_tokens, progress)
         return blame_rollouts(stats, batch, budget, score)
 
@@ -74,7 +74,7 @@ def moved_weights(policy: Policy, direction: Direction | None, eta: float, *, ta
         return
 
     def moved(primal: Tensor, v: Tensor, parameter: Tensor) -> Tensor:
-        v = whole(beside(v, parameter)).to(primal.dtype)
+        v = policy.as_it_stands(beside(v, parameter)).to(primal.dtype)
         if eta != 0:
             primal = torch.add(primal, v, alpha=eta)
         return forward_ad.make_dual(primal, v) if tangent else primal

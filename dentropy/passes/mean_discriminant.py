@@ -17,6 +17,7 @@ from dentropy.passes.measure import check_batch
 from dentropy.passes.microbatches import AUTO, Microbatch, TokenBudget, walk
 from dentropy.passes.reverse_mode import CHUNK
 from dentropy.rollouts.batch import PackedBatch
+from dentropy.stats.vocabulary_parallel import HeadRows
 
 
 @in_turn
@@ -43,12 +44,14 @@ def mean_discriminant(
     def run(microbatch: Microbatch) -> Tensor:
         x, head = policy.outputs(microbatch.row)
         if head is None:
-            return _of_logits(x, microbatch.temperature, None)
+            return _of_logits(x, HeadRows(x.shape[-1], None, x.device), microbatch.temperature, None)
+        own = HeadRows(len(head.weight), head.group, x.device)
         transform = head.transform(microbatch.temperature)
-        weight, rows = _wide(head.weight), max(1, CHUNK // head.weight.shape[0])
+        weight, rows = _wide(head.weight), max(1, CHUNK // own.most)
         bias = None if head.bias is None else _wide(head.bias)
         parts = [
-            _of_logits(torch.nn.functional.linear(_wide(hidden), weight, bias), **transform) for hidden in x.split(rows)
+            _of_logits(torch.nn.functional.linear(_wide(hidden), weight, bias), own, **transform)
+            for hidden in x.split(rows)
         ]
         return torch.cat(parts)
 
@@ -56,24 +59,25 @@ def mean_discriminant(
     check_on_first(policy, batch)
     found = torch.zeros(batch.n_tokens, dtype=torch.float64)
     with policy.ready(), torch.no_grad():
-        idle = run if policy.is_sharded else None
-        for microbatch, values in walk(batch, TokenBudget(token_budget, policy.device), run, idle=idle):
+        budget, idle = TokenBudget(token_budget, policy.device), run if policy.is_sharded else None
+        for microbatch, values in walk(batch, budget, run, idle=idle, in_unison=policy.in_unison):
             if values is not None:
                 found[torch.from_numpy(microbatch.places)] = values.double().cpu()
             if progress is not None:
                 progress(len(microbatch.places))
-    ranks.sum_over_ranks([found])  # each place is another rank's 0
+    if not policy.in_unison:
+        ranks.sum_over_ranks([found])  # each place is another rank's 0
     return found.numpy()
 
 
-def _of_logits(z: Tensor, temperature: float, softcap: float | None) -> Tensor:
-    """[rows], from raw logits [rows, V]."""
+def _of_logits(z: Tensor, head: HeadRows, temperature: float, softcap: float | None) -> Tensor:
+    """[rows], from raw logits z [rows, V]."""
     z = _wide(z)
-    logp = torch.log_softmax((z if softcap is None else softcap * torch.tanh(z / softcap)) / temperature, -1)
+    logp = head.log_softmax((z if softcap is None else softcap * torch.tanh(z / softcap)) / temperature)
     p = logp.exp()
     logp = logp.masked_fill(logp == -torch.inf, 0.0)  # masked vocabulary: p is 0 there, and 0 · inf must not appear
-    h = -(p * logp).sum(-1, keepdim=True)
-    return (p.square() * (logp + h)).sum(-1)
+    h = -head.over_ranks((p * logp).sum(-1, keepdim=True))
+    return head.over_ranks((p.square() * (logp + h)).sum(-1))
 
 
 def _wide(x: Tensor) -> Tensor:

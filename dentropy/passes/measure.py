@@ -47,7 +47,8 @@ def measure(
 
     In a process group (torch.distributed) every rank must call this, with the same policy, batch and settings: each
     runs its part of the microbatches, and all of them get the table of one process, bit for bit at an equal budget
-    with the same threads and device. What one rank fails with ends it on all.
+    with the same threads and device. (Of a tensor parallel policy they run its parts of all of them.) What one rank
+    fails with ends it on all.
 
     Args:
         policy: the model; it is left as found.

@@ -114,6 +114,7 @@ def walk(
     *,
     shared: bool = False,
     idle: Callable[[Microbatch], object] | None = None,
+    in_unison: bool = False,
 ) -> Iterator[tuple[Microbatch, Result | None]]:
     """(microbatch, run(microbatch)), for microbatches that hold every rollout with generated tokens once.
 
@@ -123,8 +124,9 @@ def walk(
     what another has run.
 
     `idle` is for ranks that must run as many microbatches as the others, since they gather sharded weights together:
-    what a rank does, in place of `run`, with a microbatch that another one counts. Memory that runs out is then an
-    error.
+    what a rank does, in place of `run`, with a microbatch that another one counts. `in_unison` is for ranks that share
+    every product: all of them `run` each microbatch, and each gets its own result of it, of statistics the first one's.
+    Memory that runs out is then an error.
 
     Where `run` runs out of memory the budget is halved and its rollouts wait for another microbatch, so `run` must
     leave nothing behind but what it returns; that is not held on to.
@@ -137,11 +139,12 @@ def walk(
     while waiting:
         taken = [waiting.take(budget.tokens)]
         found = known.pop(taken[0].key, None)
-        while found is None and waiting and len(taken) < ranks.count() and not budget.measures:
+        at_once = 1 if in_unison or budget.measures else ranks.count()
+        while found is None and waiting and len(taken) < at_once:
             taken.append(waiting.take(budget.tokens))
         microbatches = [Microbatch.of(batch, one.rollouts, budget.device) for one in taken]
         if found is None:
-            shortages, results = _run_on_ranks(taken, microbatches, budget, run, idle, kept, shared)
+            shortages, results = _run_on_ranks(taken, microbatches, budget, run, idle, in_unison, kept, shared)
         else:
             budget.set_to(found.tokens)
             shortages = [None if found.stats is not None else "as before"]
@@ -181,15 +184,18 @@ def _run_on_ranks(
     budget: TokenBudget,
     run,
     idle,
+    in_unison: bool,
     kept: Walk | None,
     shared: bool,
 ) -> tuple[list[str | None], list]:
-    """Runs one microbatch on each rank, the same on all while the budget is to be measured. For each microbatch: the
-    allocator's message where memory ran out, and the result, as in `walk`."""
+    """Runs one microbatch on each rank, the same on all in unison and while the budget is to be measured. For each
+    microbatch: the allocator's message where memory ran out, and the result, as in `walk`."""
     measures, results = budget.measures, []
-    mine = 0 if measures else ranks.rank()
+    mine = 0 if measures or in_unison else ranks.rank()
     shortage = None
-    if idle is not None:
+    if in_unison:
+        results.append(_in_lockstep(budget, taken[0].size, run, microbatches[0]))
+    elif idle is not None:
         at = min(mine, len(taken) - 1)
         counts = ranks.rank() == mine if measures else at == mine
         found = _in_lockstep(budget, taken[at].size, run if counts else idle, microbatches[at])
@@ -198,7 +204,8 @@ def _run_on_ranks(
         shortage = _attempt(budget, taken[mine].size, run, microbatches[mine], results)
     if ranks.count() == 1 and kept is None:
         return [shortage], results
-    stats = _moved(results.pop(), torch.device("cpu")) if shared and results else None
+    speaks = results and (ranks.rank() == 0 or not in_unison)
+    stats = _moved(results.pop(), torch.device("cpu")) if shared and speaks else None
     said = ranks.exchange((shortage, budget.tokens, stats))
     if measures:  # every rank has an opinion, and the least memory decides
         budget.set_to(min(tokens for _, tokens, _ in said))
@@ -209,7 +216,7 @@ def _run_on_ranks(
         if kept is not None:
             _keep(kept, taken, said, budget)
         return shortages, [_moved(stats, budget.device) for short, _, stats in said if short is None]
-    own = results if ranks.rank() == mine else []
+    own = results if in_unison or ranks.rank() == mine else []
     ran = [number for number, short in enumerate(shortages) if short is None]
     return shortages, [own.pop() if own and number == mine else None for number in ran]
 

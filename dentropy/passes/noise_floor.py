@@ -18,7 +18,7 @@ from dentropy.estimators import Estimate, ImportanceResult, importance
 from dentropy.estimators.estimate import check_estimate
 from dentropy.model.direction import Direction
 from dentropy.model.policy import Policy
-from dentropy.model.shards import beside, dot
+from dentropy.model.shards import beside, dot, laid_out_as, own_part
 from dentropy.passes.forward_mode import moved_weights
 from dentropy.passes.measure import measure
 from dentropy.passes.microbatches import AUTO
@@ -231,24 +231,35 @@ def _lost(moving: list[tuple[Tensor, Tensor]], eta: float) -> float:
 
 def _rounded_otherwise(policy: Policy, generator: torch.Generator) -> dict[int, Callable[[Tensor], Tensor]]:
     """For the id() of every parameter as it stands what makes of its values those with probability 1/12 each one number
-    up or down. Sharded ones are made anew whenever they are gathered, by the same random numbers."""
+    up or down; of sharded ones, made anew whenever they are gathered or only in part, by the same random numbers."""
     if not policy.is_sharded:
         return {id(p): partial(_one_in_six_a_unit_off, generator=generator) for p in policy.model.parameters()}
     makes = {}
     for p in policy.model.parameters():
-        makes[id(p)] = partial(_again, state=generator.get_state())
+        makes[id(p)] = partial(_again, state=generator.get_state(), parameter=p)
         torch.empty(p.shape, dtype=p.dtype, device=p.device).uniform_(generator=generator)
     return makes
 
 
-def _again(values: Tensor, state: Tensor) -> Tensor:
+def _again(values: Tensor, state: Tensor, parameter: Tensor) -> Tensor:
     generator = torch.Generator(values.device)
     generator.set_state(state)
-    return _one_in_six_a_unit_off(values, generator)
+    if values.shape == parameter.shape:
+        return _one_in_six_a_unit_off(values, generator)
+    units = _units(torch.empty(parameter.shape, dtype=values.dtype, device=values.device), generator)
+    return _moved_by(values, own_part(laid_out_as(units, parameter)))
 
 
 def _one_in_six_a_unit_off(values: Tensor, generator: torch.Generator) -> Tensor:
-    units = torch.empty_like(values).uniform_(-0.6, 0.6, generator=generator).round_()
+    return _moved_by(values, _units(torch.empty_like(values), generator))
+
+
+def _units(out: Tensor, generator: torch.Generator) -> Tensor:
+    """-1, 0 or 1 everywhere."""
+    return out.uniform_(-0.6, 0.6, generator=generator).round_()
+
+
+def _moved_by(values: Tensor, units: Tensor) -> Tensor:
     # ε/2 of a value is between a half and one unit of its last place: a little more always reaches the next number,
     # and no other.
     return torch.addcmul(values, values, units, value=0.51 * torch.finfo(values.dtype).eps)

@@ -23,6 +23,37 @@ def gather(tensor: Tensor, process_group) -> Tensor:
     return torch.stack(shards)
 
 
+class HeadRows:
+    """The rows of a head that this rank holds, `rows` of them, `most` on any rank, and what ranks do together where a
+    process group shares them. Without a group the head is whole."""
+
+    def __init__(self, rows: int, process_group, device: torch.device):
+        self._rows, self._group, self._first, self.most = rows, process_group, 0, rows
+        if process_group is not None:
+            sizes = gather(torch.full((1,), rows, dtype=torch.int64, device=device), process_group)[:, 0]
+            self._first, self.most = int(sizes[: dist.get_rank(process_group)].sum()), int(sizes.max())
+
+    def over_ranks(self, x: Tensor, op: str = "SUM") -> Tensor:
+        """The sum, or the MAX, of the ranks' x, in place."""
+        if self._group is not None:
+            dist.all_reduce(x, getattr(dist.ReduceOp, op), self._group)
+        return x
+
+    def places(self, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Of tokens, their row here, and whether they have one; those of other ranks are given row 0."""
+        if self._group is None:
+            return targets, torch.ones_like(targets, dtype=torch.bool)
+        here = (targets >= self._first) & (targets < self._first + self._rows)
+        return (targets - self._first).masked_fill(~here, 0), here
+
+    def log_softmax(self, z: Tensor) -> Tensor:
+        """Of logits [N, rows], over the whole vocabulary."""
+        if self._group is None:
+            return torch.log_softmax(z, -1)
+        top = self.over_ranks(z.amax(-1, keepdim=True), "MAX")
+        return z - (top + self.over_ranks((z - top).exp().sum(-1, keepdim=True)).log())
+
+
 def checked_linear(
     hidden, weight, targets, dhidden, dweight, bias, dbias, temperature, softcap, process_group, validate: bool
 ) -> tuple[Tensor, Callable[[Tensor], Tensor] | None]:

@@ -3,7 +3,6 @@
 Each case runs in a set of processes of its own; the tests look at what the ranks got.
 """
 
-import dataclasses
 import os
 import pickle
 import warnings
@@ -12,38 +11,23 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from models import SAVED_MODULES_LOAD, random_batch, random_direction, random_model, with_lora
+from models import SAVED_MODULES_LOAD, random_model, with_lora
 from on_ranks import on_ranks
+from spread import BUDGET, WORLD, batch_of, differences, direction_of, failing, in_parts, numbers, own_gradient, refused
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import distribute_tensor
+from torch.distributed.tensor import Shard, distribute_tensor
 
-from dentropy import (
-    Direction,
-    Policy,
-    mean_discriminant,
-    measure,
-    parameter_attribution,
-    policy_gradient_step,
-    probe,
-    sample,
-    update_attribution,
-)
-from dentropy.model.shards import whole
-from dentropy.passes.reverse_mode import gradient
+from dentropy import Policy, measure, sample
 
 pytestmark = [
     pytest.mark.skipif(not hasattr(FSDPModule, "reset_iter_state"), reason="what this PyTorch has is refused by name"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="a process with a card cannot be forked"),
 ]
-WORLD, STEP = 2, 1e-3
-BUDGET = 50  # of three microbatches on two ranks one is run for nothing
 MODELS = {"llama": "llama", "tied head": "qwen2", "lora": "llama", "experts": "mixtral"}
 # What is under fully_shard: layers and the whole; that, where layers stay gathered behind their forward; and what
 # transformers loads in parts, with the last norm and the head as a group, of which a pass to hidden states runs a part.
 WAYS = ("layers", "layers, kept", "loaded")
-QUICK = ((1, 10 * STEP),)
-PASSES = ((0, 0.0), (0, STEP), (1, 0.0), (1, 10 * STEP), (2, 0.0))
 
 
 def model_of(kind):
@@ -66,79 +50,9 @@ def sharded(kind, way, directory):
     return Policy(fully_shard(model, mesh=mesh))
 
 
-def batch_of(seed, rollouts):
-    group, reward = np.arange(rollouts) // 3, np.random.default_rng(seed).random(rollouts)
-    return dataclasses.replace(random_batch(seed, rollouts=rollouts), group=group, reward=reward)
-
-
-def direction_of(model, kind):
-    moving = random_direction(model, names=lambda name: kind != "lora" or "lora_" in name)
-    return Direction(moving.tensors, STEP)
-
-
-def numbers(policy, direction, quick):
-    """By name, all that must be that of the whole model; `quick`: a pass with tangents and a gradient."""
-    batch, other, settings = batch_of(0, 12), batch_of(3, 9), {"token_budget": BUDGET}
-    found = {}
-    for order, eta in QUICK if quick else PASSES:
-        table = measure(policy, batch, direction, order=order, eta=eta, **settings)
-        found |= {f"{order} {eta} {name}": values for name, values in table.columns().items()}
-    parameters = dict(policy.model.named_parameters())
-    weights = np.random.default_rng(1).normal(size=(2, batch.n_tokens))
-    of_all = gradient(policy, batch, list(parameters.values()), *weights, **settings)
-    found |= {f"gradient {name}": whole(g).numpy() for name, g in zip(parameters, of_all, strict=True)}
-    found["mean discriminant"] = mean_discriminant(policy, batch, **settings)
-    if quick:
-        return found
-    step = policy_gradient_step(policy, batch, step_size=STEP, max_grad_norm=0.1, **settings)
-    v = step.direction()
-    found |= {f"v {name}": whole(x).numpy() for name, x in v.tensors.items()}
-    sums = measure(policy, other, v, keep_tokens=True, **settings)
-    shares = parameter_attribution(policy, other, v, sums, **settings)
-    found["parameters"] = np.array([shares[name] for name in sorted(shares)])
-    explained = update_attribution(policy, other, step, sums, **settings)
-    found["tokens"] = explained.share
-    found["terms"] = np.array([explained.total, explained.cosine, explained.noise_fraction, v.norm()])
-    result = probe(policy, batch, direction, [-STEP, STEP], **settings)
-    found["floors"] = np.array([change.noise_floor for change in result.changes])
-    found["changes"] = np.array([change.measured.delta for change in result.changes])
-    found["all parameters"] = np.array([result.parameters[name] for name in sorted(result.parameters)])
-    return found
-
-
-def own_gradient(model):
-    """Of a step of training."""
-    model.zero_grad()
-    if getattr(model.config, "num_local_experts", None):
-        model.set_experts_implementation("eager")  # grouped products have no float64
-    tokens = torch.arange(3, 15)[None]
-    model(input_ids=tokens, labels=tokens).loss.backward()
-    found = {name: whole(p.grad).numpy() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    return found
-
-
 def alone(kind, quick):
     model = model_of(kind)
-    return numbers(Policy(model), direction_of(model, kind), quick) | {"own": own_gradient(model)}
-
-
-def in_parts(direction, model, path):
-    """The direction as each rank reads its part of it from a file."""
-    if dist.get_rank() == 0:
-        direction.save(path)
-    dist.barrier()
-    found = Direction.load(path, model)
-    assert all(v.to_local().shape == model.get_parameter(name).to_local().shape for name, v in found.tensors.items())
-    return found
-
-
-def refused(call):
-    try:
-        call()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return None
+    return numbers(Policy(model), direction_of(model), quick) | {"own": own_gradient(model)}
 
 
 def refusals(policy, direction):
@@ -147,12 +61,12 @@ def refusals(policy, direction):
     mixed, parts, parallel = model_of("llama"), model_of("llama"), model_of("llama")
     fully_shard(mixed, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
     fully_shard(parts.model.layers[0], mesh=mesh)
-    weight = parallel.lm_head.weight
-    parallel.lm_head.weight = torch.nn.Parameter(distribute_tensor(weight.detach(), mesh, [weights_by_rows()]))
+    weight = parallel.model.norm.weight
+    parallel.model.norm.weight = torch.nn.Parameter(distribute_tensor(weight.detach(), mesh, [Shard(0)]))
     found = {
         "mixed precision": refused(lambda: Policy(mixed)),
         "parts": refused(lambda: Policy(parts)),
-        "tensor parallel": refused(lambda: Policy(parallel)),
+        "by no plan": refused(lambda: Policy(parallel)),
         "nested": refused(lambda: measure(policy, batch, direction, order=2, second_order="nested")),
         "sample": refused(lambda: sample(policy, [[3]], per_prompt=2, max_new_tokens=3)),
     }
@@ -162,25 +76,12 @@ def refusals(policy, direction):
     return found
 
 
-def weights_by_rows():
-    from torch.distributed.tensor import Shard
-
-    return Shard(0)
-
-
-def failing(error):
-    def fail(*_, **__):
-        raise error
-
-    return fail
-
-
 def run_rank(rank, directory, kind, way, quick):
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=WORLD)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD)}
-    policy, direction = sharded(kind, way, directory), direction_of(model_of(kind), kind)
+    policy, direction = sharded(kind, way, directory), direction_of(model_of(kind))
     model = policy.model
     before = {name: p.to_local().clone() for name, p in model.named_parameters()}
     if way == "loaded":
@@ -236,10 +137,7 @@ def results(case, tmp_path_factory):
 
 def test_numbers_are_those_of_the_whole_model(want, results):
     for result in results:
-        off = {}
-        for name, values in want.items():
-            if name != "own" and values.size:
-                off[name] = np.abs(result[name] - values).max() / max(np.abs(values).max(), 1e-300)
+        off = differences(result, want)
         # A noise floor is of the size of rounding errors, which it is made of: what is common is its random numbers.
         assert off.pop("floors", 0.0) <= 1e-4
         assert {name: x for name, x in off.items() if not x <= 1e-12} == {}
@@ -269,7 +167,7 @@ def test_what_cannot_be_handled_is_refused_by_name(case, results):
         found = result["refusals"]
         assert found["mixed precision"].startswith("ValueError: model: sharded with MixedPrecisionPolicy(param_dtype")
         assert "under no fully_shard, and other parts are" in found["parts"]
-        assert "not by FSDP2 (tensor parallel, say)" in found["tensor parallel"]
+        assert "model.norm is tensor parallel by no plan of transformers" in found["by no plan"]
         assert found["nested"] == "ValueError: second_order: 'nested' for sharded weights, expected 'difference'"
         assert found["sample"].startswith("ValueError: policy: sharded weights, expected whole ones to sample from")
         assert f"do not fit into memory on rank {rank}, and with sharded weights" in found["memory"]

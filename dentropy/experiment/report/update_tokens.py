@@ -61,15 +61,16 @@ def _trust(found: dict) -> str:
     noise = found["noise_fraction"]
     if noise is None:
         return "How much of single shares is noise is not known: it takes two prompts. They are not coloured."
-    said = (
-        f"Of the squares of single shares a part of {rounded(noise)} is noise of the rollouts, estimated from four "
-        "parts of the prompts; it can be wrong by a factor of two"
-    )
+    how = "estimated from four parts of the prompts, which can be wrong by a factor of two"
+    if noise >= 1:
+        return (
+            f"The squares of single shares may be all noise of the rollouts ({rounded(noise)} of them, {how}), so that "
+            "tokens are not coloured. Sums of shares say more."
+        )
+    said = f"Of the squares of single shares a part of {rounded(noise)} is noise of the rollouts ({how})."
     if _reliable(found):
-        return f"{said}. At most {QUIET} of it is asked for to colour tokens."
-    if noise < 1:
-        return f"{said}. Above {QUIET} tokens are not coloured. Sums of shares say more."
-    return f"{said}. The parts disagree: single shares are all noise, and not coloured. Sums of shares say more."
+        return f"{said} At most {QUIET} of it is asked for to colour tokens."
+    return f"{said} Above {QUIET} tokens are not coloured. Sums of shares say more."
 
 
 def _reliable(found: dict) -> bool:
