@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-import numpy as np
+from typing import TYPE_CHECKING, NamedTuple
 
 from dentropy.cli.options import loading
 from dentropy.cli.terminal import about
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 class Reference(NamedTuple):

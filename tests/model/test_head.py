@@ -29,6 +29,6 @@ def test_scale_and_softcap_are_folded_into_constants_of_raw_logits(scale, softca
 def test_the_constants_of_configs_are_read():
     weight = torch.ones(2, 2)
     config = type("Config", (), dict(logits_scaling=4.0, logit_scale=None, final_logit_softcapping=3.0))
-    assert Head.of(weight, None, config)[2:] == (0.25, 3.0)
-    assert Head.of(weight, None, type("Config", (), dict(logit_scale=0.5, lm_head_multiplier=3.0)))[2:] == (1.5, None)
-    assert Head.of(weight, None, object())[2:] == (1.0, None)
+    assert Head.of(weight, None, config)[2:4] == (0.25, 3.0)
+    assert Head.of(weight, None, type("Config", (), dict(logit_scale=0.5, lm_head_multiplier=3.0)))[2:4] == (1.5, None)
+    assert Head.of(weight, None, object())[2:4] == (1.0, None)
