@@ -124,7 +124,11 @@ def test_the_page_colours_only_what_can_be_relied_on(result):
     sums = np.bincount(result.update.rollout, result.update.share, len(result.update.batch))
     order = np.argsort(-abs(sums), kind="stable")
     assert [row["text"] for row in rows] == [f"Rollout {i}" for i in order]
-    for noise, said in ((0.3, "are not coloured"), (1.2, "may be all noise of the rollouts (1.20 of them"), (None, "is not known")):
+    for noise, said in (
+        (0.3, "are not coloured"),
+        (1.2, "may be all noise of the rollouts (1.20 of them"),
+        (None, "is not known"),
+    ):
         noisy = shown(result, noise_fraction=noise)
         assert said in noisy.text and not noisy.all("span", class_="token", within="update-tokens")
 

@@ -508,7 +508,7 @@ class Unlisted(torch.nn.ModuleDict):
 
 
 class TestOutOfMemory:
-    @pytest.mark.parametrize("wrapped", [pytest.param(False, marks=pytest.mark.slow), True])
+    @pytest.mark.parametrize("wrapped", [pytest.param(wrapped, marks=pytest.mark.slow) for wrapped in (False, True)])
     def test_in_the_first_compiled_run_halves_the_budget_and_is_no_verdict(self, wrapped, monkeypatch):
         left = [2]
 
