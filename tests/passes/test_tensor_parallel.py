@@ -30,13 +30,14 @@ MODELS = {
     "tied head": ("qwen2", ODD),
     "lora": ("llama", {}),
     "experts": ("mixtral", ODD | {"tie_word_embeddings": True}),
-    "norms of heads": ("qwen3", {}),  # which are whole, and each rank runs them on its own heads
+    "query norms": ("qwen3", {}),  # which are whole, and each rank runs them on its own heads
     "put together": ("phi3", {}),  # columns, for products packed into one matrix; rows, of inputs that are whole
     "biases": ("starcoder2", {}),
     "head alone": ("llama", {}),  # by torch's own styles, which put hooks around it
     "bare head": ("llama", {}),  # which has no forward that goes with its weight
 }
-OF_TRANSFORMERS = [kind for kind in MODELS if "head" not in kind or kind == "tied head"]
+OF_TORCH = ("head alone", "bare head")
+OF_TRANSFORMERS = [kind for kind in MODELS if kind not in OF_TORCH]
 TRAINED = [kind for kind in OF_TRANSFORMERS if kind != "lora"] + ["head alone"]  # PEFT's forwards fail in training
 # Sums over ranks round otherwise than whole ones, as those do with other weights: how often a number may be as far off
 # as it is where one weight in six of the whole model is the next number to it. A second difference divides the rounding
