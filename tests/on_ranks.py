@@ -1,11 +1,14 @@
 """What the ranks of a process group get, each in a process of its own."""
 
 import multiprocessing
+import os
 import pickle
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 
 def on_ranks(target: Callable, world: int, directory: Path, *arguments) -> list:
@@ -23,3 +26,11 @@ def on_ranks(target: Callable, world: int, directory: Path, *arguments) -> list:
             process.kill()
     assert all(process.exitcode == 0 for process in processes)
     return [pickle.loads((directory / f"{rank}.pickle").read_bytes()) for rank in range(world)]
+
+
+def join(rank: int, world: int, directory: Path) -> None:
+    """In such a process, the group of all of them, as a launcher describes it too; with one thread and no warnings."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=world)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}

@@ -3,9 +3,7 @@
 All is loaded in one set of processes; the tests look at what the ranks got.
 """
 
-import os
 import pickle
-import warnings
 from contextlib import contextmanager
 
 import numpy as np
@@ -13,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from models import SAVED_MODULES_LOAD, random_batch, random_model, with_lora
-from on_ranks import on_ranks
+from on_ranks import join, on_ranks
 from sharded_files import write_distributed, write_ranks
 from torch.distributed.fsdp import FSDPModule
 
@@ -168,10 +166,7 @@ def refusals(place):
 
 
 def run_rank(rank, directory, place, quick):
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=WORLD)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD)}
+    join(rank, WORLD, directory)
     found = numbers(place, quick, True)
     if not quick:
         found |= numbers_along(place, True) | {"refused": refusals(place)}

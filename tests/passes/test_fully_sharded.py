@@ -3,16 +3,14 @@
 Each case runs in a set of processes of its own; the tests look at what the ranks got.
 """
 
-import os
 import pickle
-import warnings
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from models import SAVED_MODULES_LOAD, random_model, with_lora
-from on_ranks import on_ranks
+from on_ranks import join, on_ranks
 from spread import BUDGET, WORLD, batch_of, differences, direction_of, failing, in_parts, numbers, own_gradient, refused
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -77,10 +75,7 @@ def refusals(policy, direction):
 
 
 def run_rank(rank, directory, kind, way, quick):
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=WORLD)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD)}
+    join(rank, WORLD, directory)
     policy, direction = sharded(kind, way, directory), direction_of(model_of(kind))
     model = policy.model
     before = {name: p.to_local().clone() for name, p in model.named_parameters()}

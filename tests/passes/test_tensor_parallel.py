@@ -3,22 +3,20 @@
 Each case runs in a set of processes of its own; the tests look at what the ranks got.
 """
 
-import os
 import pickle
-import warnings
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from models import SAVED_MODULES_LOAD, InFloat64, random_model, with_lora
-from on_ranks import on_ranks
+from on_ranks import join, on_ranks
 from spread import BUDGET, WORLD, batch_of, differences, direction_of, failing, in_parts, numbers, own_gradient, refused
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
-from dentropy import Policy, mean_discriminant, measure, sample
+from dentropy import Policy, measure, sample
 from dentropy.model.shards import own_part
 from dentropy.passes.noise_floor import _rounded_otherwise
 
@@ -86,8 +84,7 @@ def loaded(folder):
 
 def numbers_in_float64(policy, direction, quick):
     with InFloat64():  # the router's softmax too
-        found = numbers(policy, direction, quick)
-        return found | {"discriminant": mean_discriminant(policy, batch_of(0, 12), token_budget=BUDGET)}
+        return numbers(policy, direction, quick)
 
 
 def alone(kind, quick):
@@ -146,10 +143,7 @@ def refusals(policy, direction, directory):
 
 
 def run_rank(rank, directory, kind, quick):
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=WORLD)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD)}
+    join(rank, WORLD, directory)
     model, direction = parallel(kind, directory), direction_of(model_of(kind))
     policy, inner = Policy(model), model.get_base_model() if hasattr(model, "get_base_model") else model
     before = {name: own_part(p.detach()).clone() for name, p in model.named_parameters()}
